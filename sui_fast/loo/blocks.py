@@ -1,0 +1,65 @@
+"""Which rows leave together: one sample, or a group of samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .._errors import ArgumentError, complaint
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Removed blocks, sorted by group label (or by sample).
+
+    Attributes:
+        labels: group label of each block, numpy [b]; the sample number where no groups were given.
+        samples: sample numbers of each block, list of int64 arrays.
+        n, k: samples and outputs of the whole problem.
+    """
+
+    labels: np.ndarray
+    samples: list[np.ndarray]
+    n: int
+    k: int
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def block_of_sample(self) -> np.ndarray:
+        """Number of the block that each sample belongs to, int64 [n]."""
+        owner = np.empty(self.n, dtype=np.int64)
+        for number, members in enumerate(self.samples):
+            owner[members] = number
+        return owner
+
+    def by_size(self) -> dict[int, np.ndarray]:
+        """Numbers of the blocks of each size, {samples removed: block numbers}."""
+        sizes = np.array([len(members) for members in self.samples], dtype=np.int64)
+        return {int(size): np.flatnonzero(sizes == size) for size in np.unique(sizes)}
+
+    def rows(self, numbers: np.ndarray, device: torch.device) -> torch.Tensor:
+        """Kernel rows of blocks of one size, int64 [b, size * k]."""
+        members = np.stack([self.samples[number] for number in numbers])
+        rows = members[:, :, None] * self.k + np.arange(self.k)
+        return torch.from_numpy(rows.reshape(len(numbers), -1)).to(device)
+
+
+def make_blocks(n: int, k: int, groups: object = None) -> Blocks:
+    """Blocks of single samples, or of the samples that share a value in ``groups`` [n]."""
+    if groups is None:
+        return Blocks(np.arange(n), list(np.arange(n)[:, None]), n, k)
+    values = groups.detach().cpu().numpy() if isinstance(groups, torch.Tensor) else np.asarray(groups)
+    if values.shape != (n,):
+        raise ArgumentError(complaint("groups", f"one label per sample, shape [{n}]", f"shape {list(values.shape)}",
+                                      "Pass a one-dimensional array; samples with equal labels are removed together."))
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ArgumentError(complaint("groups", "finite labels", f"NaN or infinity at sample "
+                                      f"{int(np.flatnonzero(~np.isfinite(values))[0])}", "Use integers or strings."))
+    labels, inverse = np.unique(values, return_inverse=True)
+    order = np.argsort(inverse, kind="stable")
+    ends = np.cumsum(np.bincount(inverse, minlength=len(labels)))[:-1]
+    return Blocks(labels, np.split(order, ends), n, k)

@@ -1,0 +1,112 @@
+"""Exact spectrum of a kernel matrix: one guarded eigendecomposition in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._errors import SpectrumError, complaint
+
+_LAPACK_LIMIT = 32_000  # rows: the workspace of the divide-and-conquer driver outgrows 32-bit integers above this
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Theta = u diag(s) u^T.
+
+    Attributes:
+        u: orthonormal columns, float64 [N, r]; square where the spectrum is exact.
+        s: eigenvalues in ascending order, float64 [r], >= 0.
+        error: ||Theta u - u s|| / ||Theta|| (Frobenius), measured.
+    """
+
+    u: Tensor
+    s: Tensor
+    error: float
+
+    @property
+    def rank(self) -> int:
+        """Number of positive eigenvalues."""
+        return int((self.s > 0).sum())
+
+    @property
+    def top(self) -> float:
+        """Largest eigenvalue (0 for an empty or zero kernel)."""
+        return float(self.s[-1]) if len(self.s) else 0.0
+
+    def effective_dimension(self, shift: float) -> float:
+        """sum_l s_l / (s_l + shift): how many directions the regularisation lets through."""
+        s = self.s[self.s > 0]
+        return float((s / (s + shift)).sum())
+
+    def condition(self, shift: float = 0.0) -> float:
+        """(s_max + shift) / (s_min + shift), s_min over the positive eigenvalues where shift = 0."""
+        if self.rank == 0:
+            return 1.0
+        low = float(self.s[0]) + shift if shift > 0 else float(self.s[self.s > 0][0])
+        return (self.top + shift) / low
+
+
+def dense_spectrum(ntk: Tensor) -> Spectrum:
+    """Eigendecomposition of a symmetric positive semi-definite matrix, checked.
+
+    The matrix is symmetrised and scaled to unit size, solved in float64 and verified: ||Theta u - u s|| and ||u^T u - 1||
+    must be of the size of rounding, else the solve is repeated on the CPU. Eigenvalues within N eps s_max of zero are
+    rounding and become exactly 0; more negative ones are an error.
+
+    Args:
+        ntk: finite float64 [N, N].
+    Returns:
+        Spectrum with a square u.
+    Raises:
+        SpectrumError: too many rows for LAPACK, not positive semi-definite, or no accurate solution.
+    """
+    size = ntk.shape[0]
+    if size > _LAPACK_LIMIT:
+        raise SpectrumError(
+            complaint(
+                "ntk",
+                f"at most {_LAPACK_LIMIT} rows (samples x outputs) for an exact eigendecomposition",
+                f"{size} rows",
+                "Use the low-rank route (a spectrum of few features), score fewer samples or outputs at once, or use a "
+                "converged run with reg > 0, which needs no eigendecomposition.",
+            )
+        )
+    symmetric = (ntk + ntk.T) / 2
+    scale = float(symmetric.abs().max()) if size else 0.0
+    if scale == 0.0:
+        return Spectrum(torch.eye(size, dtype=ntk.dtype, device=ntk.device), ntk.new_zeros(size), 0.0)
+    symmetric /= scale
+    tolerance = 50 * size * torch.finfo(ntk.dtype).eps
+    for device in dict.fromkeys([ntk.device, torch.device("cpu")]):
+        try:
+            s, u = torch.linalg.eigh(symmetric.to(device))
+        except RuntimeError:  # LinAlgError is one; GPU drivers also fail with plain runtime errors
+            continue
+        s, u = s.to(ntk.device), u.to(ntk.device)
+        error = float(torch.linalg.norm(symmetric @ u - u * s) / torch.linalg.norm(symmetric))
+        skew = float((u.T @ u - torch.eye(size, dtype=u.dtype, device=u.device)).abs().max())
+        if error <= tolerance and skew <= tolerance:
+            break
+    else:
+        raise SpectrumError(
+            complaint(
+                "ntk",
+                f"an eigendecomposition accurate to {tolerance:.1e}",
+                "a solver that failed or was less accurate on every device",
+                "Check the kernel for extreme scales, or add regularisation.",
+            )
+        )
+    floor = max(float(s[-1]), 0.0) * size * torch.finfo(s.dtype).eps
+    if float(s[0]) < -10 * floor:
+        raise SpectrumError(
+            complaint(
+                "ntk",
+                "a positive semi-definite matrix J J^T",
+                f"smallest eigenvalue {float(s[0]) * scale:.3e} against a largest of {float(s[-1]) * scale:.3e}",
+                "Compute the kernel in float64 (dtype=torch.float64), or check that it is symmetric and complete.",
+            )
+        )
+    return Spectrum(u, torch.where(s > floor, s, 0.0) * scale, error)
