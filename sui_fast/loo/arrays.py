@@ -30,9 +30,8 @@ def as_tensor(x: object, argument: str) -> Tensor:
     if tensor.is_complex():
         raise ArgumentError(complaint(argument, "real numbers", f"dtype {tensor.dtype}", "Pass its real part."))
     tensor = tensor.to(torch.float64)
-    finite = torch.isfinite(tensor)
-    if not finite.all():
-        place = torch.nonzero(~finite)[0].tolist()
+    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():  # one pass where all is well
+        place = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
         raise ArgumentError(complaint(argument, "finite numbers", f"{float(tensor[tuple(place)])} at index {place}",
                                       "Remove or repair that sample; a score computed from it would be meaningless."))
     return tensor
