@@ -1,6 +1,9 @@
 """Leave-one-out: what changes when samples are removed."""
 
-from .removal import Removal
-from .solve import leave_one_out
+from .blocks import make_blocks
+from .regularisation import loo_error_curve
+from .removal import Removal, SpectralRemoval
+from .solve import check_stability, leave_one_out, make_filter, remove_from_spectrum
 
-__all__ = ["Removal", "leave_one_out"]
+__all__ = ["Removal", "SpectralRemoval", "check_stability", "leave_one_out", "loo_error_curve", "make_blocks",
+           "make_filter", "remove_from_spectrum"]

@@ -40,3 +40,9 @@ def as_tensor(x: object, argument: str) -> Tensor:
 def is_torch(*arrays: object) -> bool:
     """Whether the caller works in torch (any argument is a tensor, or something that is not NumPy)."""
     return any(x is not None and not isinstance(x, np.ndarray | np.generic | list | tuple) for x in arrays)
+
+
+def precision_of(x: object) -> float:
+    """Relative rounding of the entries of ``x``: eps of a narrow float type, else that of float64."""
+    name = str(getattr(x, "dtype", "")).removeprefix("torch.")
+    return {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}.get(name, 2.0**-52)

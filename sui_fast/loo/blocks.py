@@ -29,6 +29,11 @@ class Blocks:
         return len(self.samples)
 
     @property
+    def single(self) -> bool:
+        """Whether block i is sample i alone."""
+        return len(self) == self.n and all(members[0] == i for i, members in enumerate(self.samples))
+
+    @property
     def block_of_sample(self) -> np.ndarray:
         """Number of the block that each sample belongs to, int64 [n]."""
         owner = np.empty(self.n, dtype=np.int64)

@@ -37,12 +37,13 @@ class Removal:
         dual_change: D_b, the change of the dual weights, [n, N]; computed on request.
         loo_residual: y_i minus the prediction for sample i of the model trained without its block, [n, k].
         leverage: trace of the removed block of the smoother Theta phi(Theta), [n]; sums to the effective dimension.
+        residual: targets minus initial outputs, the r0 of all formulas, [n, k].
         labels: what each entry stands for: sample numbers, or the group labels in ascending order.
         diagnostics: dict with form, rank, effective_dimension, condition, error estimates.
     """
 
     def __init__(self, blocks: Blocks, residual: Tensor, cross: Tensor | None, as_numpy: bool, diagnostics: dict):
-        self._blocks, self._residual, self._cross, self._as_numpy = blocks, residual, cross, as_numpy
+        self._blocks, self.residual, self._cross, self._as_numpy = blocks, residual, cross, as_numpy
         self.labels = blocks.labels
         self.diagnostics: dict[str, Any] = diagnostics
 
@@ -91,6 +92,11 @@ class Removal:
     @cached_property
     def leverage(self):
         return self._out(self._leverage())
+
+    def sum_over_blocks(self, per_sample: Tensor) -> Tensor:
+        """Sum of a value per sample [n] over the samples of each removed block."""
+        owner = torch.from_numpy(self._blocks.block_of_sample).to(per_sample.device)
+        return per_sample.new_zeros(len(self)).index_add_(0, owner, per_sample)
 
     def _prediction_sqnorm(self) -> Tensor:
         probes = self._cross.shape[0]
@@ -174,7 +180,7 @@ class SpectralRemoval(Removal):
         for part, index in self._chunks(numbers, rows):
             block = u[index]
             rest, null = block.new_zeros(index.shape), block.new_zeros(*index.shape, index.shape[1])
-            own = self._residual.reshape(-1)[index]
+            own = self.residual.reshape(-1)[index]
             self._change[part] = rational_removal(block, s, g, rest, null, own, poles, residues, fit.constant)
 
     def _residual_after(self, numbers: np.ndarray, rows: Tensor) -> Tensor:
@@ -184,7 +190,7 @@ class SpectralRemoval(Removal):
         begin = 0
         for part, index in self._chunks(numbers, rows):
             weights = s * (self._scale * self._gain + self._change[part])
-            after[begin : begin + len(part)] = self._residual.reshape(-1)[index] - torch.einsum(
+            after[begin : begin + len(part)] = self.residual.reshape(-1)[index] - torch.einsum(
                 "bmr,br->bm", u[index], weights)
             begin += len(part)
         return after
@@ -211,17 +217,16 @@ class SpectralRemoval(Removal):
         return self._change @ self.spectrum.u.T
 
     def _loo_residual(self) -> Tensor:
-        return self._left_out.reshape(self._residual.shape)
+        return self._left_out.reshape(self.residual.shape)
 
     def _leverage(self) -> Tensor:
-        rows = (self.spectrum.u.square() @ (self._scale * self.spectrum.s)).reshape(self._residual.shape).sum(1)
-        owner = torch.from_numpy(self._blocks.block_of_sample).to(rows.device)
-        return rows.new_zeros(len(self)).index_add_(0, owner, rows)
+        rows = (self.spectrum.u.square() @ (self._scale * self.spectrum.s)).reshape(self.residual.shape).sum(1)
+        return self.sum_over_blocks(rows)
 
     def trained_residual(self) -> Tensor:
         """Y - f at the end of the training on all samples, [n, k]."""
-        left = self._residual.reshape(-1) - self.spectrum.u @ (self.spectrum.s * self._scale * self._gain)
-        return left.reshape(self._residual.shape)
+        left = self.residual.reshape(-1) - self.spectrum.u @ (self.spectrum.s * self._scale * self._gain)
+        return left.reshape(self.residual.shape)
 
 
 class DualRemoval(Removal):
@@ -254,7 +259,7 @@ class DualRemoval(Removal):
     @cached_property
     def _change(self) -> Tensor:
         """D [n, N], row b = -A_b: v_b."""
-        if self._blocks.k == 1 and len(self) == self._blocks.n:
+        if self._blocks.k == 1 and self._blocks.single:
             return -self._inverse * self._left_out[:, None]
         change = self._inverse.new_empty(len(self), len(self._inverse))
         for numbers, rows in self._by_size():
@@ -273,9 +278,7 @@ class DualRemoval(Removal):
         for numbers, rows in self._by_size():
             explained[numbers] = -torch.einsum("bm,bm->b", self._left_out[rows],
                                                change[torch.from_numpy(numbers)[:, None], rows])
-        owner = torch.from_numpy(self._blocks.block_of_sample).to(change.device)
-        total = torch.zeros_like(explained).index_add_(
-            0, owner, self._left_out.square().reshape(self._residual.shape).sum(1))
+        total = self.sum_over_blocks(self._left_out.square().reshape(self.residual.shape).sum(1))
         weight = explained - self._shift * change.square().sum(1)
         hessian = total - self._shift * explained
         weak = torch.nonzero((hessian <= 1e-4 * total) | (weight <= 1e-4 * explained)).flatten()
@@ -297,7 +300,7 @@ class DualRemoval(Removal):
         return self._change[begin:end] @ self._cross.T
 
     def _prediction_sqnorm(self) -> Tensor:
-        if self._blocks.k == 1 and len(self) == self._blocks.n:
+        if self._blocks.k == 1 and self._blocks.single:
             moved = self._cross @ self._inverse
             return moved.square().mean(0) * self._left_out.square()
         return super()._prediction_sqnorm()
@@ -306,12 +309,11 @@ class DualRemoval(Removal):
         return self._change
 
     def _loo_residual(self) -> Tensor:
-        return self._left_out.reshape(self._residual.shape)
+        return self._left_out.reshape(self.residual.shape)
 
     def _leverage(self) -> Tensor:
-        rows = (1 - self._shift * self._inverse.diagonal()).reshape(self._residual.shape).sum(1)
-        owner = torch.from_numpy(self._blocks.block_of_sample).to(rows.device)
-        return rows.new_zeros(len(self)).index_add_(0, owner, rows)
+        rows = (1 - self._shift * self._inverse.diagonal()).reshape(self.residual.shape).sum(1)
+        return self.sum_over_blocks(rows)
 
 
 def _on(like: Tensor, values: np.ndarray) -> Tensor:

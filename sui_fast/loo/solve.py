@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from .._errors import ArgumentError, StabilityError, complaint
 from ..spectra import Spectrum, dense_spectrum
-from .arrays import as_tensor, is_torch
+from .arrays import as_tensor, is_torch, precision_of
 from .blocks import make_blocks
 from .filters import CONVENTIONS, DYNAMICS, TrainingFilter
 from .removal import DualRemoval, Removal, SpectralRemoval
@@ -81,7 +82,7 @@ def leave_one_out(
         if method == "dual":
             raise ArgumentError(complaint("method", "a positive definite ntk + n * reg for 'dual'", "a singular one",
                                           "Use method='spectral', or reg > 0."))
-    return remove_from_spectrum(dense_spectrum(theta), phi, r0, cross=cross, blocks=blocks, convention=convention,
+    return remove_from_spectrum(dense_spectrum(theta, precision_of(ntk)), phi, r0, cross=cross, blocks=blocks, convention=convention,
                                 as_numpy=as_numpy, idle=(theta == 0).all(1))
 
 
@@ -135,7 +136,7 @@ def check_arrays(ntk, residual, outputs: int, cross_ntk) -> tuple[Tensor, Tensor
     if theta.ndim != 2 or theta.shape[0] != theta.shape[1]:
         raise ArgumentError(complaint("ntk", "a square matrix [N, N]", f"shape {list(theta.shape)}",
                                       "Rows and columns are (sample, output) pairs of the training set."))
-    if isinstance(outputs, bool) or not isinstance(outputs, int) or outputs < 1:
+    if isinstance(outputs, bool) or not isinstance(outputs, Integral) or outputs < 1:
         raise ArgumentError(complaint("outputs", "a whole number >= 1", repr(outputs), "Pass the outputs per sample."))
     if r0.ndim == 2 and outputs in (1, r0.shape[1]):
         outputs = r0.shape[1]

@@ -49,7 +49,7 @@ class Spectrum:
         return (self.top + shift) / low
 
 
-def dense_spectrum(ntk: Tensor) -> Spectrum:
+def dense_spectrum(ntk: Tensor, precision: float = 2.0**-52) -> Spectrum:
     """Eigendecomposition of a symmetric positive semi-definite matrix, checked.
 
     The matrix is symmetrised and scaled to unit size, solved in float64 and verified: ||Theta u - u s|| and the loss of
@@ -98,7 +98,7 @@ def dense_spectrum(ntk: Tensor) -> Spectrum:
                 "Check the kernel for extreme scales, or add regularisation.",
             )
         )
-    floor = max(float(s[-1]), 0.0) * size * torch.finfo(s.dtype).eps
+    floor = max(float(s[-1]), 0.0) * size * precision
     if float(s[0]) < -10 * floor:
         raise SpectrumError(
             complaint(
