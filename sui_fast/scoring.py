@@ -87,12 +87,12 @@ def score(
         F-SI_i = mean over validation x of ||f_-i(x) - f(x)||^2 / (2 sigma^2)         in nats
 
     for the network linearised at its present weights, trained on the mean squared loss with
-    reg/2 ||w - w0||^2, and exactly retrained without each sample. The model is evaluated in eval mode and left as found.
+    reg/2 ||w - w0||^2, and exactly retrained without each sample. The model runs in eval mode and is left as found.
 
     Args:
         model: any module with k outputs per sample.
-        train: Dataset, unshuffled DataLoader, (inputs, targets), Hugging Face Dataset or list of batches. Targets: float
-            [n, k] or [n], or integer classes (one-hot for k > 1, {0, 1} for k = 1).
+        train: Dataset, unshuffled DataLoader, (inputs, targets), Hugging Face Dataset or list of batches. Targets:
+            float [n, k] or [n], or integer classes (one-hot for k > 1, {0, 1} for k = 1).
         val: the same, targets not needed; required by "fsi".
         measures: of "si", "fsi", "si_langevin", "si_sgd", "leverage", "loo_residual", "loo_margin".
         loss: "mse".
@@ -157,43 +157,90 @@ def score(
                 regs, errors = loo_error_curve(spectrum, r0, blocks, idle, convention=convention, **shared)
                 reg, curve = float(regs[errors.argmin()]), {"reg": regs.tolist(), "loo_error": errors.tolist()}
                 removal: Removal = remove_from_spectrum(
-                    spectrum, make_filter(jac.n, reg=reg, **shared), r0, cross=cross, blocks=blocks,
-                    convention=convention, as_numpy=False, idle=idle)
+                    spectrum,
+                    make_filter(jac.n, reg=reg, **shared),
+                    r0,
+                    cross=cross,
+                    blocks=blocks,
+                    convention=convention,
+                    as_numpy=False,
+                    idle=idle,
+                )
             else:
                 removal = leave_one_out(
-                    theta, r0, reg=reg, cross_ntk=cross, groups=groups, convention=convention,
-                    method="spectral" if "si_sgd" in wanted else "auto", **shared)
+                    theta,
+                    r0,
+                    reg=reg,
+                    cross_ntk=cross,
+                    groups=groups,
+                    convention=convention,
+                    method="spectral" if "si_sgd" in wanted else "auto",
+                    **shared,
+                )
         with stages("measures"):
-            values, extra = _measure(removal, wanted, sigma, y.to(jac.device), labels, shift=jac.n * reg, lr=sgd_lr,
-                                     batch_size=sgd_batch_size, jitter=sgd_jitter)
+            values, extra = _measure(
+                removal,
+                wanted,
+                sigma,
+                y.to(jac.device),
+                labels,
+                shift=jac.n * reg,
+                lr=sgd_lr,
+                batch_size=sgd_batch_size,
+                jitter=sgd_jitter,
+            )
     finally:
         stages.close()
 
-    settings = dict(measures=list(wanted), loss=loss, reg=reg, time=time, lr=lr, dynamics=dynamics, sigma=sigma,
-                    method="dense", params=params if isinstance(params, str) else repr(params), batch_size=batch_size,
-                    dtype=str(common["dtype"]).removeprefix("torch."), seed=seed, convention=convention,
-                    grouped=groups is not None)
+    settings = dict(
+        measures=list(wanted),
+        loss=loss,
+        reg=reg,
+        time=time,
+        lr=lr,
+        dynamics=dynamics,
+        sigma=sigma,
+        method="dense",
+        params=params if isinstance(params, str) else repr(params),
+        batch_size=batch_size,
+        dtype=str(common["dtype"]).removeprefix("torch."),
+        seed=seed,
+        convention=convention,
+        grouped=groups is not None,
+    )
     if "si_sgd" in wanted:
         settings.update(sgd_batch_size=sgd_batch_size, sgd_lr=sgd_lr, sgd_jitter=sgd_jitter)
     details = removal.diagnostics
     diagnostics: dict[str, Any] = dict(
-        method="dense", **details,
+        method="dense",
+        **details,
         error_estimate=max(details["eigen_error"], details["filter_error"]),
-        samples=jac.n, outputs=jac.k, parameters=jac.shape[1], coverage=jac.coverage,
+        samples=jac.n,
+        outputs=jac.k,
+        parameters=jac.shape[1],
+        coverage=jac.coverage,
         initial_mse=float(r0.square().sum(1).mean()),
         loo_mse=float(torch.as_tensor(removal.loo_residual).square().sum(1).mean()),
-        seconds=stages.seconds, peak_bytes=_peak_bytes(jac.device), **extra)
+        seconds=stages.seconds,
+        peak_bytes=_peak_bytes(jac.device),
+        **extra,
+    )
     if curve is not None:
         diagnostics["reg_curve"] = curve
     return Scores(
         ids=samples.ids if groups is None else blocks.labels,
-        values=values, settings=settings, diagnostics=diagnostics, units={name: UNITS[name] for name in values},
+        values=values,
+        settings=settings,
+        diagnostics=diagnostics,
+        units={name: UNITS[name] for name in values},
         labels=labels.cpu().numpy() if labels is not None and groups is None else None,
-        inputs=_small_inputs(samples) if groups is None else None)
+        inputs=_small_inputs(samples) if groups is None else None,
+    )
 
 
-def _measure(removal: Removal, wanted, sigma: float, y, labels, *, shift: float, lr: float, batch_size: int,
-             jitter: float) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _measure(
+    removal: Removal, wanted, sigma: float, y, labels, *, shift: float, lr: float, batch_size: int, jitter: float
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The columns asked for, in the order asked for, and what is to be said about them."""
     extra: dict[str, Any] = {}
 
@@ -221,20 +268,29 @@ def _check_arguments(measures, loss, sigma, method, rank, store, val, convention
     wanted = (measures,) if isinstance(measures, str) else tuple(measures)
     unknown = [name for name in wanted if name not in MEASURES]
     if unknown or not wanted:
-        raise ArgumentError(complaint("measures", f"some of {', '.join(MEASURES)}", repr(unknown or wanted),
-                                      "Choose from the list."))
+        raise ArgumentError(
+            complaint("measures", f"some of {', '.join(MEASURES)}", repr(unknown or wanted), "Choose from the list.")
+        )
     if loss not in LOSSES:
         raise ArgumentError(complaint("loss", "'mse'", repr(loss), "One-hot squared loss serves classification."))
     if method not in METHODS:
-        raise ArgumentError(complaint("method", f"one of {', '.join(map(repr, METHODS))}", repr(method),
-                                      "This version computes exact scores only."))
+        raise ArgumentError(
+            complaint(
+                "method",
+                f"one of {', '.join(map(repr, METHODS))}",
+                repr(method),
+                "This version computes exact scores only.",
+            )
+        )
     for name, value in (("rank", rank), ("store", store)):
         if value is not None:
-            raise ArgumentError(complaint(name, "None with an exact method", repr(value),
-                                          "It belongs to methods of low rank."))
+            raise ArgumentError(
+                complaint(name, "None with an exact method", repr(value), "It belongs to methods of low rank.")
+            )
     if "fsi" in wanted and val is None:
-        raise ArgumentError(complaint("val", "validation samples for the measure 'fsi'", None,
-                                      "Pass val=..., or measures=('si',)."))
+        raise ArgumentError(
+            complaint("val", "validation samples for the measure 'fsi'", None, "Pass val=..., or measures=('si',).")
+        )
     for name, value in (("sigma", sigma), ("sgd_batch_size", sgd_batch_size), ("sgd_jitter", sgd_jitter)):
         if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 < value < math.inf:
             raise ArgumentError(complaint(name, "a finite number > 0", repr(value), "Pass a positive number."))
@@ -243,10 +299,14 @@ def _check_arguments(measures, loss, sigma, method, rank, store, val, convention
 
 def _check_labels(labels, groups) -> None:
     if labels is None or groups is not None:
-        raise ArgumentError(complaint(
-            "measures", "classes as targets and single samples for 'loo_margin'",
-            "groups" if groups is not None else "float targets that name no class",
-            "Pass integer classes, or use 'loo_residual'."))
+        raise ArgumentError(
+            complaint(
+                "measures",
+                "classes as targets and single samples for 'loo_margin'",
+                "groups" if groups is not None else "float targets that name no class",
+                "Pass integer classes, or use 'loo_residual'.",
+            )
+        )
 
 
 def _device_of(model: torch.nn.Module) -> torch.device:

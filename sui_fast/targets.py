@@ -25,12 +25,24 @@ def regression_targets(targets: Tensor | None, k: int) -> tuple[Tensor, Tensor |
         y = targets.to(torch.float64)
         y = y[:, None] if y.ndim == 1 else y
         if y.ndim != 2 or y.shape[1] != k:
-            raise DataError(complaint("train", f"float targets of shape [n, {k}], as the model has {k} outputs",
-                                      f"shape {list(targets.shape)}", "Pass one target per output, or integer classes."))
+            raise DataError(
+                complaint(
+                    "train",
+                    f"float targets of shape [n, {k}], as the model has {k} outputs",
+                    f"shape {list(targets.shape)}",
+                    "Pass one target per output, or integer classes.",
+                )
+            )
         bad = torch.nonzero(~torch.isfinite(y).all(1)).flatten()
         if len(bad):
-            raise DataError(complaint("train", "finite targets", f"NaN or infinity at sample {int(bad[0])}",
-                                      "Remove or repair that sample."))
+            raise DataError(
+                complaint(
+                    "train",
+                    "finite targets",
+                    f"NaN or infinity at sample {int(bad[0])}",
+                    "Remove or repair that sample.",
+                )
+            )
         binary = bool(((y == 0) | (y == 1)).all())
         if k == 1:
             return y, y[:, 0].to(torch.int64) if binary else None
@@ -39,14 +51,25 @@ def regression_targets(targets: Tensor | None, k: int) -> tuple[Tensor, Tensor |
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 1:
-        raise DataError(complaint("train", "integer classes of shape [n]", f"shape {list(targets.shape)}",
-                                  "Pass one class per sample; convert multi-output targets to float."))
+        raise DataError(
+            complaint(
+                "train",
+                "integer classes of shape [n]",
+                f"shape {list(targets.shape)}",
+                "Pass one class per sample; convert multi-output targets to float.",
+            )
+        )
     classes = max(k, 2)
     bad = torch.nonzero((labels < 0) | (labels >= classes)).flatten()
     if len(bad):
-        raise DataError(complaint(
-            "train", f"classes in 0..{classes - 1}, as the model has {k} output{'s' if k > 1 else ''}",
-            f"{int(labels[bad[0]])} at sample {int(bad[0])}", "Relabel the classes from 0, or widen the model."))
+        raise DataError(
+            complaint(
+                "train",
+                f"classes in 0..{classes - 1}, as the model has {k} output{'s' if k > 1 else ''}",
+                f"{int(labels[bad[0]])} at sample {int(bad[0])}",
+                "Relabel the classes from 0, or widen the model.",
+            )
+        )
     if k == 1:
         return labels.to(torch.float64)[:, None], labels
     return torch.nn.functional.one_hot(labels, k).to(torch.float64), labels

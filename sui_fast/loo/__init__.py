@@ -5,5 +5,13 @@ from .regularisation import loo_error_curve
 from .removal import Removal, SpectralRemoval
 from .solve import check_stability, leave_one_out, make_filter, remove_from_spectrum
 
-__all__ = ["Removal", "SpectralRemoval", "check_stability", "leave_one_out", "loo_error_curve", "make_blocks",
-           "make_filter", "remove_from_spectrum"]
+__all__ = [
+    "Removal",
+    "SpectralRemoval",
+    "check_stability",
+    "leave_one_out",
+    "loo_error_curve",
+    "make_blocks",
+    "make_filter",
+    "remove_from_spectrum",
+]

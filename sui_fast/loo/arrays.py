@@ -21,8 +21,14 @@ def as_tensor(x: object, argument: str) -> Tensor:
     elif hasattr(x, "__dlpack__"):
         tensor = torch.from_dlpack(x)
     else:
-        raise ArgumentError(complaint(argument, "a NumPy array, a torch tensor or an object with __dlpack__",
-                                      type(x).__name__, "Convert it first."))
+        raise ArgumentError(
+            complaint(
+                argument,
+                "a NumPy array, a torch tensor or an object with __dlpack__",
+                type(x).__name__,
+                "Convert it first.",
+            )
+        )
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise ArgumentError(complaint(argument, "a dense tensor", f"layout {tensor.layout}", "Call .to_dense() first."))
     if tensor.device.type == "meta":
@@ -32,8 +38,14 @@ def as_tensor(x: object, argument: str) -> Tensor:
     tensor = tensor.to(torch.float64)
     if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():  # one pass where all is well
         place = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
-        raise ArgumentError(complaint(argument, "finite numbers", f"{float(tensor[tuple(place)])} at index {place}",
-                                      "Remove or repair that sample; a score computed from it would be meaningless."))
+        raise ArgumentError(
+            complaint(
+                argument,
+                "finite numbers",
+                f"{float(tensor[tuple(place)])} at index {place}",
+                "Remove or repair that sample; a score computed from it would be meaningless.",
+            )
+        )
     return tensor
 
 

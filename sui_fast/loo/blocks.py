@@ -59,11 +59,23 @@ def make_blocks(n: int, k: int, groups: object = None) -> Blocks:
         return Blocks(np.arange(n), list(np.arange(n)[:, None]), n, k)
     values = groups.detach().cpu().numpy() if isinstance(groups, torch.Tensor) else np.asarray(groups)
     if values.shape != (n,):
-        raise ArgumentError(complaint("groups", f"one label per sample, shape [{n}]", f"shape {list(values.shape)}",
-                                      "Pass a one-dimensional array; samples with equal labels are removed together."))
+        raise ArgumentError(
+            complaint(
+                "groups",
+                f"one label per sample, shape [{n}]",
+                f"shape {list(values.shape)}",
+                "Pass a one-dimensional array; samples with equal labels are removed together.",
+            )
+        )
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise ArgumentError(complaint("groups", "finite labels", f"NaN or infinity at sample "
-                                      f"{int(np.flatnonzero(~np.isfinite(values))[0])}", "Use integers or strings."))
+        raise ArgumentError(
+            complaint(
+                "groups",
+                "finite labels",
+                f"NaN or infinity at sample {int(np.flatnonzero(~np.isfinite(values))[0])}",
+                "Use integers or strings.",
+            )
+        )
     labels, inverse = np.unique(values, return_inverse=True)
     order = np.argsort(inverse, kind="stable")
     ends = np.cumsum(np.bincount(inverse, minlength=len(labels)))[:-1]

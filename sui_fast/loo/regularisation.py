@@ -12,8 +12,18 @@ from .blocks import Blocks
 from .solve import make_filter, remove_from_spectrum
 
 
-def loo_error_curve(spectrum: Spectrum, r0: Tensor, blocks: Blocks, idle: Tensor, *, time: float | None,
-                    lr: float | None, dynamics: str, convention: str, points: int = 31) -> tuple[np.ndarray, np.ndarray]:
+def loo_error_curve(
+    spectrum: Spectrum,
+    r0: Tensor,
+    blocks: Blocks,
+    idle: Tensor,
+    *,
+    time: float | None,
+    lr: float | None,
+    dynamics: str,
+    convention: str,
+    points: int = 31,
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean over samples of ||y_i - f_-i(x_i)||^2 for regularisations from 1e-9 to 10 times the largest curvature.
 
     Args:
@@ -29,8 +39,9 @@ def loo_error_curve(spectrum: Spectrum, r0: Tensor, blocks: Blocks, idle: Tensor
     for reg in scale * np.logspace(-9, 1, points):
         phi = make_filter(blocks.n, reg=float(reg), time=time, lr=lr, dynamics=dynamics)
         try:
-            removal = remove_from_spectrum(spectrum, phi, r0, cross=None, blocks=blocks, convention=convention,
-                                           as_numpy=False, idle=idle)
+            removal = remove_from_spectrum(
+                spectrum, phi, r0, cross=None, blocks=blocks, convention=convention, as_numpy=False, idle=idle
+            )
         except StabilityError:
             if not regs:
                 raise

@@ -58,7 +58,7 @@ class Removal:
 
     def _need_cross(self, what: str) -> Tensor:
         if self._cross is None:
-            raise AttributeError(f"{what} needs validation samples: pass cross_ntk (or val) to the call that made this.")
+            raise AttributeError(f"{what} needs validation samples: pass cross_ntk to leave_one_out.")
         return self._cross
 
     @cached_property
@@ -108,8 +108,17 @@ class Removal:
 class SpectralRemoval(Removal):
     """Removal in the eigenbasis of Theta: any training filter, any groups, any convention."""
 
-    def __init__(self, spectrum: Spectrum, phi: TrainingFilter, convention: str, blocks: Blocks, residual: Tensor,
-                 cross: Tensor | None, as_numpy: bool, idle: Tensor):
+    def __init__(
+        self,
+        spectrum: Spectrum,
+        phi: TrainingFilter,
+        convention: str,
+        blocks: Blocks,
+        residual: Tensor,
+        cross: Tensor | None,
+        as_numpy: bool,
+        idle: Tensor,
+    ):
         super().__init__(blocks, residual, cross, as_numpy, {})
         self.spectrum, self._phi = spectrum, phi
         u, s = spectrum.u, spectrum.s
@@ -169,8 +178,9 @@ class SpectralRemoval(Removal):
                 self._change[part] = change
             else:
                 beyond = block[..., missed]
-                v, change = ridgeless_removal(block[..., reached], s[reached], g[reached], beyond @ g[missed],
-                                              beyond @ beyond.transpose(1, 2))
+                v, change = ridgeless_removal(
+                    block[..., reached], s[reached], g[reached], beyond @ g[missed], beyond @ beyond.transpose(1, 2)
+                )
                 self._change[np.ix_(part, reached.cpu().numpy())] = change
             self._left_out[index] = v
 
@@ -191,7 +201,8 @@ class SpectralRemoval(Removal):
         for part, index in self._chunks(numbers, rows):
             weights = s * (self._scale * self._gain + self._change[part])
             after[begin : begin + len(part)] = self.residual.reshape(-1)[index] - torch.einsum(
-                "bmr,br->bm", u[index], weights)
+                "bmr,br->bm", u[index], weights
+            )
             begin += len(part)
         return after
 
@@ -232,8 +243,17 @@ class SpectralRemoval(Removal):
 class DualRemoval(Removal):
     """Converged removal from A = (Theta + shift I)^-1; D_b = -A_:b v_b. No spectrum needed."""
 
-    def __init__(self, ntk: Tensor, inverse: Tensor, shift: float, condition: float, blocks: Blocks, residual: Tensor,
-                 cross: Tensor | None, as_numpy: bool):
+    def __init__(
+        self,
+        ntk: Tensor,
+        inverse: Tensor,
+        shift: float,
+        condition: float,
+        blocks: Blocks,
+        residual: Tensor,
+        cross: Tensor | None,
+        as_numpy: bool,
+    ):
         super().__init__(blocks, residual, cross, as_numpy, {})
         self._ntk, self._inverse, self._shift = ntk, inverse, shift
         alpha = inverse @ residual.reshape(-1)
@@ -267,7 +287,8 @@ class DualRemoval(Removal):
             for begin in range(0, len(numbers), step):
                 part = rows[begin : begin + step]
                 change[numbers[begin : begin + step]] = -torch.einsum(
-                    "bm,bmr->br", self._left_out[part], self._inverse[part])
+                    "bm,bmr->br", self._left_out[part], self._inverse[part]
+                )
         return change
 
     @cached_property
@@ -276,8 +297,9 @@ class DualRemoval(Removal):
         change = self._change
         explained = self._inverse.new_empty(len(self))  # v^T A_bb v
         for numbers, rows in self._by_size():
-            explained[numbers] = -torch.einsum("bm,bm->b", self._left_out[rows],
-                                               change[torch.from_numpy(numbers)[:, None], rows])
+            explained[numbers] = -torch.einsum(
+                "bm,bm->b", self._left_out[rows], change[torch.from_numpy(numbers)[:, None], rows]
+            )
         total = self.sum_over_blocks(self._left_out.square().reshape(self.residual.shape).sum(1))
         weight = explained - self._shift * change.square().sum(1)
         hessian = total - self._shift * explained

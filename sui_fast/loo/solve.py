@@ -68,33 +68,69 @@ def leave_one_out(
     _one_of("convention", convention, CONVENTIONS)
     _one_of("method", method, METHODS)
     if method == "dual" and not phi.converged:
-        raise ArgumentError(complaint("method", "'spectral' or 'auto' at finite time", "'dual'",
-                                      "The dual form holds only for training to convergence (time=None)."))
+        raise ArgumentError(
+            complaint(
+                "method",
+                "'spectral' or 'auto' at finite time",
+                "'dual'",
+                "The dual form holds only for training to convergence (time=None).",
+            )
+        )
     blocks = make_blocks(n, k, groups)
     dual_fits = phi.converged and len(blocks) > 1 and (convention != "mean" or phi.shift == 0)
     if method == "dual" and not dual_fits:
-        raise ArgumentError(complaint("method", "'spectral' or 'auto' for this call", "'dual'", "The dual form needs an "
-                                      "unchanged regularisation (convention 'sum' or 'iclr2021') and two blocks."))
+        raise ArgumentError(
+            complaint(
+                "method",
+                "'spectral' or 'auto' for this call",
+                "'dual'",
+                "The dual form needs an unchanged regularisation (convention 'sum' or 'iclr2021') and two blocks.",
+            )
+        )
     if dual_fits and method != "spectral":
         found = _cholesky_inverse(theta, phi.shift)
         if found is not None and (found[1] <= _WELL_CONDITIONED or method == "dual"):
             return DualRemoval(theta, found[0], phi.shift, found[1], blocks, r0, cross, as_numpy)
         if method == "dual":
-            raise ArgumentError(complaint("method", "a positive definite ntk + n * reg for 'dual'", "a singular one",
-                                          "Use method='spectral', or reg > 0."))
-    return remove_from_spectrum(dense_spectrum(theta, precision_of(ntk)), phi, r0, cross=cross, blocks=blocks, convention=convention,
-                                as_numpy=as_numpy, idle=(theta == 0).all(1))
+            raise ArgumentError(
+                complaint(
+                    "method",
+                    "a positive definite ntk + n * reg for 'dual'",
+                    "a singular one",
+                    "Use method='spectral', or reg > 0.",
+                )
+            )
+    return remove_from_spectrum(
+        dense_spectrum(theta, precision_of(ntk)),
+        phi,
+        r0,
+        cross=cross,
+        blocks=blocks,
+        convention=convention,
+        as_numpy=as_numpy,
+        idle=(theta == 0).all(1),
+    )
 
 
-def remove_from_spectrum(spectrum: Spectrum, phi: TrainingFilter, r0: Tensor, *, cross: Tensor | None, blocks,
-                         convention: str, as_numpy: bool, idle: Tensor) -> SpectralRemoval:
+def remove_from_spectrum(
+    spectrum: Spectrum,
+    phi: TrainingFilter,
+    r0: Tensor,
+    *,
+    cross: Tensor | None,
+    blocks,
+    convention: str,
+    as_numpy: bool,
+    idle: Tensor,
+) -> SpectralRemoval:
     """The same from a spectrum in hand; ``idle`` marks rows of the kernel that are exactly zero, bool [N]."""
     check_stability(phi, spectrum.top, blocks, convention)
     return SpectralRemoval(spectrum, phi, convention, blocks, r0, cross, as_numpy, idle)
 
 
-def make_filter(n: int, *, reg: float = 0.0, time: float | None = None, lr: float | None = None,
-                dynamics: str = "gd") -> TrainingFilter:
+def make_filter(
+    n: int, *, reg: float = 0.0, time: float | None = None, lr: float | None = None, dynamics: str = "gd"
+) -> TrainingFilter:
     """The training filter of the summed loss from the arguments of the mean loss: lambda = n reg, eta = lr / n."""
     _one_of("dynamics", dynamics, DYNAMICS)
     reg = _number("reg", reg)
@@ -103,11 +139,23 @@ def make_filter(n: int, *, reg: float = 0.0, time: float | None = None, lr: floa
     time = _number("time", time)
     if dynamics == "gd":
         if time != int(time):
-            raise ArgumentError(complaint("time", "a whole number of steps for dynamics='gd'", time,
-                                          "Round it, or use dynamics='flow' for continuous time."))
+            raise ArgumentError(
+                complaint(
+                    "time",
+                    "a whole number of steps for dynamics='gd'",
+                    time,
+                    "Round it, or use dynamics='flow' for continuous time.",
+                )
+            )
         if lr is None:
-            raise ArgumentError(complaint("lr", "the step size of the mean loss for gradient descent at finite time",
-                                          None, "Pass lr=..., or time=None for training to convergence."))
+            raise ArgumentError(
+                complaint(
+                    "lr",
+                    "the step size of the mean loss for gradient descent at finite time",
+                    None,
+                    "Pass lr=..., or time=None for training to convergence.",
+                )
+            )
     lr = _number("lr", 1.0 if lr is None else lr)
     return TrainingFilter(shift=n * reg, eta=lr / n, time=time, dynamics=dynamics)
 
@@ -124,45 +172,90 @@ def check_stability(phi: TrainingFilter, top: float, blocks, convention: str) ->
                 step, factor = changed.eta * (top + changed.shift), changed.eta / phi.eta
     if step >= 2:
         largest = phi.eta * blocks.n * 2 / step
-        raise StabilityError(complaint(
-            "lr", f"a stable step size, lr < {largest:.6g} (2 / the largest curvature of the mean loss"
-            + (", with a sample left out)" if factor > 1 else ")"),
-            f"{phi.eta * blocks.n:.6g}", "Lower lr; training with this one diverges, so no score exists."))
+        raise StabilityError(
+            complaint(
+                "lr",
+                f"a stable step size, lr < {largest:.6g} (2 / the largest curvature of the mean loss"
+                + (", with a sample left out)" if factor > 1 else ")"),
+                f"{phi.eta * blocks.n:.6g}",
+                "Lower lr; training with this one diverges, so no score exists.",
+            )
+        )
 
 
 def check_arrays(ntk, residual, outputs: int, cross_ntk) -> tuple[Tensor, Tensor, Tensor | None]:
     """Theta [N, N], r0 [n, k] and cross [m k, N] or None, checked for shapes, symmetry, finiteness and devices."""
     theta, r0 = as_tensor(ntk, "ntk"), as_tensor(residual, "residual")
     if theta.ndim != 2 or theta.shape[0] != theta.shape[1]:
-        raise ArgumentError(complaint("ntk", "a square matrix [N, N]", f"shape {list(theta.shape)}",
-                                      "Rows and columns are (sample, output) pairs of the training set."))
+        raise ArgumentError(
+            complaint(
+                "ntk",
+                "a square matrix [N, N]",
+                f"shape {list(theta.shape)}",
+                "Rows and columns are (sample, output) pairs of the training set.",
+            )
+        )
     if isinstance(outputs, bool) or not isinstance(outputs, Integral) or outputs < 1:
         raise ArgumentError(complaint("outputs", "a whole number >= 1", repr(outputs), "Pass the outputs per sample."))
     if r0.ndim == 2 and outputs in (1, r0.shape[1]):
         outputs = r0.shape[1]
     elif r0.ndim != 1 or r0.numel() % outputs:
-        raise ArgumentError(complaint("residual", f"shape [n, {outputs}] or [n * {outputs}]",
-                                      f"shape {list(r0.shape)}", "One row per sample, one column per output."))
+        raise ArgumentError(
+            complaint(
+                "residual",
+                f"shape [n, {outputs}] or [n * {outputs}]",
+                f"shape {list(r0.shape)}",
+                "One row per sample, one column per output.",
+            )
+        )
     if r0.numel() == 0:
-        raise ArgumentError(complaint("residual", "at least one sample and one output", f"shape {list(r0.shape)}",
-                                      "There is nothing to remove from an empty training set."))
+        raise ArgumentError(
+            complaint(
+                "residual",
+                "at least one sample and one output",
+                f"shape {list(r0.shape)}",
+                "There is nothing to remove from an empty training set.",
+            )
+        )
     r0 = r0.reshape(-1, outputs)
     if theta.shape[0] != r0.numel():
-        raise ArgumentError(complaint("residual", f"as many entries as ntk has rows ({theta.shape[0]})", r0.numel(),
-                                      "ntk has n * outputs rows; pass outputs=k if the residual is flat."))
+        raise ArgumentError(
+            complaint(
+                "residual",
+                f"as many entries as ntk has rows ({theta.shape[0]})",
+                r0.numel(),
+                "ntk has n * outputs rows; pass outputs=k if the residual is flat.",
+            )
+        )
     cross = None if cross_ntk is None else as_tensor(cross_ntk, "cross_ntk")
-    if cross is not None and (cross.ndim != 2 or cross.shape[1] != len(theta) or not len(cross)
-                              or len(cross) % outputs):
-        raise ArgumentError(complaint("cross_ntk", f"shape [m * {outputs}, {len(theta)}] with m >= 1",
-                                      f"shape {list(cross.shape)}", "Rows are (validation sample, output) pairs."))
+    if cross is not None and (
+        cross.ndim != 2 or cross.shape[1] != len(theta) or not len(cross) or len(cross) % outputs
+    ):
+        raise ArgumentError(
+            complaint(
+                "cross_ntk",
+                f"shape [m * {outputs}, {len(theta)}] with m >= 1",
+                f"shape {list(cross.shape)}",
+                "Rows are (validation sample, output) pairs.",
+            )
+        )
     devices = {str(x.device) for x in (theta, r0, cross) if x is not None}
     if len(devices) > 1:
-        raise ArgumentError(complaint("residual", "all arrays on one device", " and ".join(sorted(devices)),
-                                      "Move them to the same device."))
+        raise ArgumentError(
+            complaint(
+                "residual", "all arrays on one device", " and ".join(sorted(devices)), "Move them to the same device."
+            )
+        )
     skew = float((theta - theta.T).abs().max())
     if skew > 1e-6 * float(theta.abs().max()):
-        raise ArgumentError(complaint("ntk", "a symmetric matrix", f"entries that differ by {skew:.3e} from their mirror",
-                                      "Pass Theta = J J^T of the training set with itself."))
+        raise ArgumentError(
+            complaint(
+                "ntk",
+                "a symmetric matrix",
+                f"entries that differ by {skew:.3e} from their mirror",
+                "Pass Theta = J J^T of the training set with itself.",
+            )
+        )
     return theta, r0, cross
 
 

@@ -9,8 +9,9 @@ from .._errors import ArgumentError, SpectrumError, complaint
 from ..loo import SpectralRemoval
 
 
-def sgd_information(removal: SpectralRemoval, *, shift: float, lr: float, batch_size: int,
-                    jitter: float = 1e-9) -> tuple[Tensor, Tensor]:
+def sgd_information(
+    removal: SpectralRemoval, *, shift: float, lr: float, batch_size: int, jitter: float = 1e-9
+) -> tuple[Tensor, Tensor]:
     """1/2 dw^T Sigma^-1 dw with Sigma the steady-state covariance of SGD, for any number of parameters.
 
     ::
@@ -44,10 +45,14 @@ def sgd_information(removal: SpectralRemoval, *, shift: float, lr: float, batch_
     noise = gradients.T @ gradients / n
     size = float(noise.trace()) / max(len(s), 1)
     if size == 0.0 or float(left.abs().max()) <= 1e-12 * float(removal.residual.abs().max()):
-        raise ArgumentError(complaint(
-            "measures", "per-sample gradients that vary at the trained weights for 'si_sgd'",
-            "gradients that all agree (the model interpolates its targets)",
-            "Use reg > 0 or a finite time, or the measure 'si'."))
+        raise ArgumentError(
+            complaint(
+                "measures",
+                "per-sample gradients that vary at the trained weights for 'si_sgd'",
+                "gradients that all agree (the model interpolates its targets)",
+                "Use reg > 0 or a finite time, or the measure 'si'.",
+            )
+        )
     h = s + shift
     rate = lr / batch_size
     lyapunov = rate / (h[:, None] + h[None, :])
@@ -57,8 +62,14 @@ def sgd_information(removal: SpectralRemoval, *, shift: float, lr: float, batch_
     scale = covariance.diagonal().rsqrt()
     factor, info = torch.linalg.cholesky_ex(scale[:, None] * covariance * scale)
     if int(info) != 0:
-        raise SpectrumError(complaint("sgd_jitter", "a jitter that makes the covariance of SGD invertible", jitter,
-                                      "Raise sgd_jitter, for example to 1e-6."))
+        raise SpectrumError(
+            complaint(
+                "sgd_jitter",
+                "a jitter that makes the covariance of SGD invertible",
+                jitter,
+                "Raise sgd_jitter, for example to 1e-6.",
+            )
+        )
     delta = removal.coordinates
     solved = scale[:, None] * torch.cholesky_solve(scale[:, None] * delta.T, factor)
     value = (delta.T * solved).sum(0)

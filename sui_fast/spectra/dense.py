@@ -53,11 +53,12 @@ def dense_spectrum(ntk: Tensor, precision: float = 2.0**-52) -> Spectrum:
     """Eigendecomposition of a symmetric positive semi-definite matrix, checked.
 
     The matrix is symmetrised and scaled to unit size, solved in float64 and verified: ||Theta u - u s|| and the loss of
-    orthogonality must be of the size of rounding, else the solve is repeated on the CPU. Eigenvalues within N eps s_max of zero are
-    rounding and become exactly 0; more negative ones are an error.
+    orthogonality must be of the size of rounding, else the solve is repeated on the CPU. Eigenvalues below
+    N precision s_max are rounding and become exactly 0; negative ones beyond ten times that are an error.
 
     Args:
         ntk: finite float64 [N, N].
+        precision: relative rounding of the entries; that of float32 where the kernel was computed in it.
     Returns:
         Spectrum with a square u.
     Raises:
@@ -113,6 +114,6 @@ def dense_spectrum(ntk: Tensor, precision: float = 2.0**-52) -> Spectrum:
 
 def _skew(u: Tensor) -> float:
     """Largest entry of (u^T u - 1) x over four fixed vectors of signs: a full product would only repeat the work."""
-    signs = 1.0 - 2.0 * (torch.arange(len(u), device=u.device)[:, None] // torch.tensor([1, 3, 7, 31], device=u.device) % 2)
-    signs = signs.to(u.dtype)
+    periods = torch.tensor([1, 3, 7, 31], device=u.device)
+    signs = 1.0 - 2.0 * (torch.arange(len(u), device=u.device)[:, None] // periods % 2).to(u.dtype)
     return float((u.T @ (u @ signs) - signs).abs().max()) / len(u) ** 0.5
