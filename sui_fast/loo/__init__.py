@@ -2,8 +2,9 @@
 
 from .blocks import make_blocks
 from .regularisation import loo_error_curve
-from .removal import Removal, SpectralRemoval
+from .removal import Removal
 from .solve import check_stability, leave_one_out, make_filter, remove_from_spectrum
+from .spectral import SpectralRemoval
 
 __all__ = [
     "Removal",

@@ -12,8 +12,10 @@ from .._errors import ArgumentError, StabilityError, complaint
 from ..spectra import Spectrum, dense_spectrum
 from .arrays import as_tensor, is_torch, precision_of
 from .blocks import make_blocks
+from .dual import DualRemoval
 from .filters import CONVENTIONS, DYNAMICS, TrainingFilter
-from .removal import DualRemoval, Removal, SpectralRemoval
+from .removal import Removal
+from .spectral import SpectralRemoval
 
 METHODS = ("auto", "dual", "spectral")
 _WELL_CONDITIONED = 1e7  # digits lost by the Cholesky form ~ condition x 1e-16: above this the spectrum is used

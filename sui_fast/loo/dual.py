@@ -1,0 +1,109 @@
+"""Removal from the inverse of the regularised kernel: converged training, no spectrum needed."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .blocks import Blocks
+from .removal import CHUNK, Removal
+
+
+class DualRemoval(Removal):
+    """Converged removal from A = (Theta + shift I)^-1; D_b = -A_:b v_b. No spectrum needed."""
+
+    def __init__(
+        self,
+        ntk: Tensor,
+        inverse: Tensor,
+        shift: float,
+        condition: float,
+        blocks: Blocks,
+        residual: Tensor,
+        cross: Tensor | None,
+        as_numpy: bool,
+    ):
+        super().__init__(blocks, residual, cross, as_numpy, {})
+        self._ntk, self._inverse, self._shift = ntk, inverse, shift
+        alpha = inverse @ residual.reshape(-1)
+        self._left_out = torch.empty_like(alpha)
+        for _, rows in self._by_size():
+            own = inverse[rows[:, :, None], rows[:, None, :]]
+            self._left_out[rows] = torch.linalg.solve(own, alpha[rows])
+        n_rows = len(alpha)
+        self.diagnostics.update(
+            form="converged, dual",
+            rank=n_rows,
+            effective_dimension=float(n_rows - shift * inverse.diagonal().sum()),
+            condition=condition,
+            eigen_error=0.0,
+            filter_error=0.0,
+            poles=1,
+        )
+
+    def _by_size(self):
+        for numbers in self._blocks.by_size().values():
+            yield numbers, self._blocks.rows(numbers, self._inverse.device)
+
+    @cached_property
+    def _change(self) -> Tensor:
+        """D [n, N], row b = -A_b: v_b."""
+        if self._blocks.k == 1 and self._blocks.single:
+            return -self._inverse * self._left_out[:, None]
+        change = self._inverse.new_empty(len(self), len(self._inverse))
+        for numbers, rows in self._by_size():
+            step = max(1, CHUNK // (rows.shape[1] * len(self._inverse)))
+            for begin in range(0, len(numbers), step):
+                part = rows[begin : begin + step]
+                change[numbers[begin : begin + step]] = -torch.einsum(
+                    "bm,bmr->br", self._left_out[part], self._inverse[part]
+                )
+        return change
+
+    @cached_property
+    def _norms(self) -> tuple[Tensor, Tensor]:
+        """v^T (A - shift A^2)_bb v = ||dw||^2 and v^T (I - shift A)_bb v, digits kept where the leverage is small."""
+        change = self._change
+        explained = self._inverse.new_empty(len(self))  # v^T A_bb v
+        for numbers, rows in self._by_size():
+            explained[numbers] = -torch.einsum(
+                "bm,bm->b", self._left_out[rows], change[torch.from_numpy(numbers)[:, None], rows]
+            )
+        total = self.sum_over_blocks(self._left_out.square().reshape(self.residual.shape).sum(1))
+        weight = explained - self._shift * change.square().sum(1)
+        hessian = total - self._shift * explained
+        weak = torch.nonzero((hessian <= 1e-4 * total) | (weight <= 1e-4 * explained)).flatten()
+        step = max(1, CHUNK // max(1, len(self._inverse)))
+        for begin in range(0, len(weak), step):
+            part = weak[begin : begin + step]
+            moved = change[part] @ self._ntk
+            weight[part] = (change[part] * moved).sum(1)
+            hessian[part] = moved.square().sum(1) + self._shift * weight[part]
+        return weight.clamp_min(0.0), hessian.clamp_min(0.0)
+
+    def _weight_sqnorm(self) -> Tensor:
+        return self._norms[0]
+
+    def _hessian_sqnorm(self) -> Tensor:
+        return self._norms[1]
+
+    def _predict(self, begin: int, end: int) -> Tensor:
+        return self._change[begin:end] @ self._cross.T
+
+    def _prediction_sqnorm(self) -> Tensor:
+        if self._blocks.k == 1 and self._blocks.single:
+            moved = self._cross @ self._inverse
+            return moved.square().mean(0) * self._left_out.square()
+        return super()._prediction_sqnorm()
+
+    def _dual_change(self) -> Tensor:
+        return self._change
+
+    def _loo_residual(self) -> Tensor:
+        return self._left_out.reshape(self.residual.shape)
+
+    def _leverage(self) -> Tensor:
+        rows = (1 - self._shift * self._inverse.diagonal()).reshape(self.residual.shape).sum(1)
+        return self.sum_over_blocks(rows)
