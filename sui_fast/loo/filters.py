@@ -64,6 +64,16 @@ class TrainingFilter:
         zero = shifted == 0
         return np.where(zero, self.eta * self.time, left / np.where(zero, 1.0, shifted))
 
+    def remaining(self, x: np.ndarray) -> np.ndarray:
+        """1 - x phi(x), the share of the residual left after training, without cancellation."""
+        x = np.asarray(x, dtype=np.float64)
+        shifted = x + self.shift
+        zero = shifted == 0
+        if self.converged:
+            return np.where(zero, 1.0, self.shift / np.where(zero, 1.0, shifted))
+        log, sign = self.log_decay(x)
+        return np.where(zero, 1.0, (self.shift + x * sign * np.exp(log)) / np.where(zero, 1.0, shifted))
+
     def is_settled(self, smallest: float, largest: float, tolerance: float = 1e-18) -> bool:
         """Whether every direction with eigenvalue in [smallest, largest] has converged below rounding."""
         if self.converged:

@@ -50,7 +50,7 @@ class SpectralRemoval(Removal):
             settled = changed.is_settled(float(s[0]), spectrum.top)
             if settled:
                 self._remove_converged(numbers, rows, changed.shift)
-            elif changed.time == 0 or changed.eta == 0:
+            elif changed.time == 0 or changed.eta == 0 or spectrum.top == 0:
                 self._left_out[rows] = residual.reshape(-1)[rows]
             else:
                 fit = fit_rational(changed, spectrum.top)
@@ -148,8 +148,8 @@ class SpectralRemoval(Removal):
 
     def trained_residual(self) -> Tensor:
         """Y - f at the end of the training on all samples, [n, k]."""
-        left = self.residual.reshape(-1) - self.spectrum.u @ (self.spectrum.s * self._scale * self._gain)
-        return left.reshape(self.residual.shape)
+        share = _on(self.spectrum.s, self._phi.remaining(self.spectrum.s.cpu().numpy()))
+        return (self.spectrum.u @ (share * self._gain)).reshape(self.residual.shape)
 
 
 def _on(like: Tensor, values: np.ndarray) -> Tensor:
