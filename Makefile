@@ -1,0 +1,48 @@
+# Everything runs in .venv, which is made once and again only when what it is made of changes.
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+STAMP := $(VENV)/.installed
+SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*/*.h csrc/*/*/*.h csrc/cpu/*.cpp)
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+SAY := @printf '==> %s\n'
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo "make demo    score every training sample of a real data set; writes demo_out/ with a report to look at"
+	@echo "make test    run the whole test suite"
+	@echo "make lint    check style and imports (ruff)"
+	@echo "make bench   measure against floors and rivals; writes JSON and a Markdown table"
+	@echo "make clean   remove .venv, build folders and the compiled module"
+	@echo "The first command makes .venv (a few minutes); later ones start at once. PYTHON=$(PYTHON) WORKERS=$(WORKERS)"
+
+$(STAMP): $(SOURCES)
+	$(SAY) "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	$(SAY) "installing torch (constraints.txt)"
+	@$(PIP) install torch==2.13.0 -c constraints.txt
+	$(SAY) "building the C++ module, installing sui_fast and what its tests, demo and benchmarks need"
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(SAY) "sui-fast demo"
+	@$(VENV)/bin/sui-fast demo
+
+test: $(STAMP)
+	$(SAY) "pytest, $(WORKERS) processes of one thread each"
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+lint: $(STAMP)
+	$(SAY) "ruff check"
+	@$(VENV)/bin/python -m ruff check .
+
+bench: $(STAMP)
+	$(SAY) "python -m benchmarks"
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks
+
+clean:
+	$(SAY) "removing $(VENV), build folders and the compiled module"
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks sui_fast/_cpu*.so
