@@ -1,0 +1,51 @@
+// Block leave-one-out on the CPU. Plain pointers and sizes; arrays are dense, row by row.
+#pragma once
+
+#include "sui/scalar.h"
+
+namespace sui {
+
+using Index = long long;
+
+constexpr int kMostRows = 64;  // of a block; beyond it the elimination, not the sums over r, would set the pace
+
+// What both ops share: blocks of m rows of the eigenvectors, a table of functions of the eigenvalues.
+struct Removal {
+  const void* u;       // [blocks, m, r], float or double
+  bool single;         // u is float
+  Index blocks, r;
+  int m, columns;      // rows of the table
+  const double* rest;  // [blocks, m]
+  const double* null;  // [blocks, m, m]
+  const double* r0;    // [blocks, m]; nullptr: zeros
+  double constant;
+  double* v;           // [blocks, m], real form only
+  double* coef;        // [blocks, r]
+  Index width;         // r rounded up to kAlign, zeros beyond r
+  const double* table; // [columns, width]: one row (real form), or real and imaginary part of every pole's resolvent
+  const double* gain;  // [width]
+  const Complex* scale;     // per pole (-1 / p), or 1 / shift in the real part
+  const Complex* residues;  // per pole; nullptr: real form
+};
+
+constexpr Index kAlign = 8;  // doubles of the widest vector
+
+// One per instruction set: doubles of scratch wanted, and the work on blocks [begin, end); returns singular blocks.
+struct Kernels {
+  Index (*scratch)(const Removal&);
+  Index (*run)(const Removal&, Index begin, Index end, double* scratch);
+};
+
+// v = G^-1 (u (w g) + rest / shift), coef = -w (u^T v), w = 1 / (s + shift), G = u diag(w) u^T + null / shift.
+// Both return the number of blocks whose system is singular (their results are NaN).
+Index converged_removal(const void* u, bool single, Index blocks, int m, Index r, const double* s, const double* g,
+                        const double* rest, const double* null, double shift, double* v, double* coef, int threads);
+
+// coef = -constant u^T r0 - sum_q Re(c_q S_q (u^T y_q)), S_q = 1 / (s - p_q), y_q as in sui/resolvent.h.
+Index rational_removal(const void* u, bool single, Index blocks, int m, Index r, const double* s, const double* g,
+                       const double* rest, const double* null, const double* r0, int count, const Complex* poles,
+                       const Complex* residues, double constant, double* coef, int threads);
+
+const char* instruction_set();
+
+}  // namespace sui

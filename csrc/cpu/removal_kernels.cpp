@@ -1,0 +1,250 @@
+// The work on blocks, compiled once per instruction set (see CMakeLists.txt). No standard library: an inline function
+// shared between the objects would let the linker put AVX-512 code into the baseline.
+//
+//   moments   features (products of two rows of u, or of a row and g) times the table: dot products over r
+//   solve     m x m per block and pole, sui/resolvent.h
+//   back      coef = -sum_a u_a (constant r0_a + sum_c table_c weight_ac)
+//
+// Both products hold a tile of sums in registers: kTile features x kColumns table rows, kTile rows x kVectors vectors.
+// A group of blocks and kChunk columns of u stay in cache, as doubles.
+#include "removal.h"
+
+#include "sui/resolvent.h"
+
+#define SUI_JOIN_(a, b) a##b
+#define SUI_JOIN(a, b) SUI_JOIN_(a, b)
+
+namespace sui {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 8, kColumns = 6, kVectors = 4;  // 32 registers
+#elif defined(__AVX2__)
+constexpr int kLanes = 4, kColumns = 2, kVectors = 2;
+#else
+constexpr int kLanes = 2, kColumns = 2, kVectors = 2;  // SSE2, NEON
+#endif
+constexpr int kTile = 4, kRows = 32;
+constexpr Index kChunk = 512;
+static_assert(kAlign % kLanes == 0 && kChunk % kAlign == 0, "vectors must tile a padded row");
+
+typedef double Vector __attribute__((vector_size(kLanes * sizeof(double)), aligned(sizeof(double)), may_alias));
+
+SUI_FN Vector& at(double* p) { return *reinterpret_cast<Vector*>(p); }
+SUI_FN const Vector& at(const double* p) { return *reinterpret_cast<const Vector*>(p); }
+
+SUI_FN double sum(const Vector& x) {
+  double total = x[0];
+  for (int lane = 1; lane < kLanes; ++lane) total += x[lane];
+  return total;
+}
+
+// out[i, c] += features[i] . table[c] for kTile features and C rows of the table
+template <int C>
+SUI_FN void tile_moments(const double* features, const double* table, Index width, Index count, double* out,
+                         Index columns) {
+  Vector sums[kTile][C] = {};
+  for (Index l = 0; l < count; l += kLanes) {
+    Vector row[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) row[c] = at(table + c * width + l);
+#pragma GCC unroll 8
+    for (int i = 0; i < kTile; ++i) {
+      const Vector feature = at(features + i * kChunk + l);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) sums[i][c] += feature * row[c];
+    }
+  }
+  for (int i = 0; i < kTile; ++i)
+    for (int c = 0; c < C; ++c) out[i * columns + c] += sum(sums[i][c]);
+}
+
+static void moments_of(const double* features, const double* table, Index width, Index count, double* out,
+                       int columns) {
+  int c = 0;
+  for (; c + kColumns <= columns; c += kColumns)
+    tile_moments<kColumns>(features, table + c * width, width, count, out + c, columns);
+  if (kColumns > 4 && c + 4 <= columns) {
+    tile_moments<4>(features, table + c * width, width, count, out + c, columns);
+    c += 4;
+  }
+  if (c + 2 <= columns) {
+    tile_moments<2>(features, table + c * width, width, count, out + c, columns);
+    c += 2;
+  }
+  if (c < columns) tile_moments<1>(features, table + c * width, width, count, out + c, columns);
+}
+
+// rows[i, l] *= -(offset_i + sum_c weight[i, c] table[c, l]) for kTile rows and V vectors
+template <int V>
+SUI_FN void tile_back(double* rows, const double* table, Index width, const double* weights, const double* offsets,
+                      int columns) {
+  Vector sums[kTile][V];
+  for (int i = 0; i < kTile; ++i)
+    for (int v = 0; v < V; ++v) sums[i][v] = Vector{} + offsets[i];
+  for (int c = 0; c < columns; ++c) {
+    Vector row[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) row[v] = at(table + c * width + v * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kTile; ++i) {
+      const double weight = weights[Index(i) * columns + c];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sums[i][v] += weight * row[v];
+    }
+  }
+  for (int i = 0; i < kTile; ++i)
+    for (int v = 0; v < V; ++v) at(rows + i * kChunk + v * kLanes) *= -sums[i][v];
+}
+
+struct Group {
+  double *rows;      // [blocks of the group * m, rounded up to kTile; kChunk]
+  double *features;  // [kTile, kChunk]
+  double *moments;   // [blocks * features(m), rounded up to kTile; columns]
+  double *weights;   // [rows, columns]
+  double *offsets;   // [rows]
+  Complex *matrix;   // [m, m]
+  Complex *y;        // [m]
+};
+
+SUI_FN Index round_up(Index x, Index to) { return (x + to - 1) / to * to; }
+SUI_FN Index group_blocks(const Removal& p) { return p.m && kRows > p.m ? kRows / p.m : 1; }
+
+Index lay_out(const Removal& p, double* scratch, Group* group) {
+  const Index blocks = group_blocks(p), rows = round_up(blocks * p.m, kTile);
+  Index used = 0;
+  const auto take = [&](Index count) {
+    const Index begin = used;
+    used += round_up(count, kAlign);
+    return scratch + begin;
+  };
+  Group laid;
+  laid.rows = take(rows * kChunk);
+  laid.features = take(kTile * kChunk);
+  laid.moments = take(round_up(blocks * features(p.m), kTile) * p.columns);
+  laid.weights = take(rows * p.columns);
+  laid.offsets = take(rows);
+  laid.matrix = reinterpret_cast<Complex*>(take(2 * Index(p.m) * p.m));
+  laid.y = reinterpret_cast<Complex*>(take(2 * p.m));
+  if (group) *group = laid;
+  return used;
+}
+
+template <class Float>
+void load_rows(const Float* u, Index r, Index rows, Index begin, Index count, double* out) {
+  const Index live = r - begin < count ? r - begin : count;
+  for (Index row = 0; row < rows; ++row) {
+    const Float* from = u + row * r + begin;
+    double* to = out + row * kChunk;
+    for (Index l = 0; l < live; ++l) to[l] = from[l];
+    for (Index l = live; l < count; ++l) to[l] = 0;
+  }
+}
+
+void load_rows(const Removal& p, Index first, Index rows, Index begin, Index count, double* out) {
+  const Index offset = first * p.m * p.r;
+  if (p.single)
+    load_rows(static_cast<const float*>(p.u) + offset, p.r, rows, begin, count, out);
+  else
+    load_rows(static_cast<const double*>(p.u) + offset, p.r, rows, begin, count, out);
+}
+
+void add_moments(const Removal& p, Index blocks, Index begin, Index count, const Group& group) {
+  const double* table = p.table + begin;
+  double* out = group.moments;
+  int held = 0;
+  const auto push = [&](const double* x, const double* y) {
+    double* feature = group.features + held * kChunk;
+    for (Index l = 0; l < count; l += kLanes) at(feature + l) = at(x + l) * at(y + l);
+    if (++held == kTile) {
+      moments_of(group.features, table, p.width, count, out, p.columns);
+      out += Index(kTile) * p.columns;
+      held = 0;
+    }
+  };
+  for (Index block = 0; block < blocks; ++block) {
+    const double* rows = group.rows + block * p.m * kChunk;
+    for (int a = 0; a < p.m; ++a)
+      for (int b = a; b < p.m; ++b) push(rows + a * kChunk, rows + b * kChunk);
+    for (int a = 0; a < p.m; ++a) push(rows + a * kChunk, p.gain + begin);
+  }
+  if (held) moments_of(group.features, table, p.width, count, out, p.columns);  // the rest of the tile is not read
+}
+
+// Weights of the table rows in coef; whether the block could be solved.
+bool solve_block(const Removal& p, Index block, const double* moments, double* weights, double* offsets,
+                 const Group& group) {
+  const int m = p.m;
+  const double *null = p.null + block * m * m, *rest = p.rest + block * m;
+  bool solved = true;
+  for (int a = 0; a < m; ++a) offsets[a] = p.r0 ? p.constant * p.r0[block * m + a] : 0;
+  if (!p.residues) {
+    double* y = weights;
+    solved = solve_removed(moments, 1, 0, m, null, rest, p.scale->re, reinterpret_cast<double*>(group.matrix), y);
+    for (int a = 0; a < m; ++a) p.v[block * m + a] = y[a];
+    return solved;
+  }
+  for (int q = 0; q < p.columns / 2; ++q) {
+    solved &= solve_removed(moments, p.columns, 2 * q, m, null, rest, p.scale[q], group.matrix, group.y);
+    for (int a = 0; a < m; ++a) {
+      const Complex weight = multiply(p.residues[q], group.y[a]);
+      weights[Index(a) * p.columns + 2 * q] = weight.re;
+      weights[Index(a) * p.columns + 2 * q + 1] = -weight.im;
+    }
+  }
+  return solved;
+}
+
+void write_coef(const Removal& p, Index first, Index blocks, Index begin, Index count, const Group& group) {
+  constexpr Index step = kVectors * kLanes;
+  for (Index row = 0; row < blocks * p.m; row += kTile) {
+    double* rows = group.rows + row * kChunk;
+    const double *weights = group.weights + row * p.columns, *offsets = group.offsets + row;
+    Index l = 0;
+    for (; l + step <= count; l += step)
+      tile_back<kVectors>(rows + l, p.table + begin + l, p.width, weights, offsets, p.columns);
+    for (; l < count; l += kLanes) tile_back<1>(rows + l, p.table + begin + l, p.width, weights, offsets, p.columns);
+  }
+  const Index live = p.r - begin < count ? p.r - begin : count;
+  for (Index block = 0; block < blocks; ++block) {
+    double* out = p.coef + (first + block) * p.r + begin;
+    const double* rows = group.rows + block * p.m * kChunk;
+    for (Index l = 0; l < live; ++l) out[l] = p.m ? rows[l] : 0;
+    for (int a = 1; a < p.m; ++a)
+      for (Index l = 0; l < live; ++l) out[l] += rows[a * kChunk + l];
+  }
+}
+
+Index scratch(const Removal& p) { return lay_out(p, nullptr, nullptr); }
+
+Index run(const Removal& p, Index begin, Index end, double* room) {
+  Group group;
+  const Index size = lay_out(p, room, &group), most = group_blocks(p);
+  for (Index i = 0; i < size; ++i) room[i] = 0;  // rows that only fill a tile stay zero
+  Index singular = 0;
+  for (Index first = begin; first < end; first += most) {
+    const Index blocks = end - first < most ? end - first : most, rows = blocks * p.m;
+    for (Index i = 0; i < blocks * features(p.m) * p.columns; ++i) group.moments[i] = 0;
+    for (Index l = 0; l < p.width; l += kChunk) {
+      const Index count = p.width - l < kChunk ? p.width - l : kChunk;
+      load_rows(p, first, rows, l, count, group.rows);
+      add_moments(p, blocks, l, count, group);
+    }
+    for (Index block = 0; block < blocks; ++block)
+      singular += !solve_block(p, first + block, group.moments + block * features(p.m) * p.columns,
+                               group.weights + block * p.m * p.columns, group.offsets + block * p.m, group);
+    for (Index l = 0; l < p.width; l += kChunk) {
+      const Index count = p.width - l < kChunk ? p.width - l : kChunk;
+      if (p.width > kChunk) load_rows(p, first, rows, l, count, group.rows);
+      write_coef(p, first, blocks, l, count, group);
+    }
+  }
+  return singular;
+}
+
+}  // namespace
+
+extern const Kernels SUI_JOIN(kernels_, SUI_VARIANT);
+const Kernels SUI_JOIN(kernels_, SUI_VARIANT) = {scratch, run};
+
+}  // namespace sui
