@@ -25,6 +25,8 @@ $(STAMP): $(SOURCES)
 	@$(PIP) install torch==2.13.0 -c constraints.txt
 	$(SAY) "building the C++ module, installing sui_fast and what its tests, demo and benchmarks need"
 	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@$(VENV)/bin/python -c 'from sui_fast import _cpu; print("==> C++ module for", _cpu.instruction_set())' \
+		|| echo "==> the C++ module was not built; PyTorch runs in its place"
 	@touch $@
 
 demo: $(STAMP)
