@@ -117,3 +117,9 @@ def test_source_archive_can_be_built_from(tmp_path, source):
         names = {name.split("/", 1)[-1] for name in files.getnames()}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert sources | {"CMakeLists.txt", "setup.py", "LICENSE", "constraints.txt", "sui_fast/py.typed"} <= names
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_help_lists_the_commands():
+    said = run("make", "--no-print-directory", "-C", str(ROOT), "help")
+    assert all(f"make {name} " in said for name in ("demo", "test", "lint", "bench", "clean"))

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -60,7 +61,13 @@ Index run(const Removal& p, int threads) {
   const auto part = [&](Index i) {
     singular[i] = kernels.run(p, p.blocks * i / parts, p.blocks * (i + 1) / parts, scratch.data() + i * room);
   };
-  for (Index i = 1; i < parts; ++i) others.emplace_back(part, i);
+  for (Index i = 1; i < parts; ++i) {
+    try {
+      others.emplace_back(part, i);
+    } catch (const std::system_error&) {  // no more threads to be had
+      part(i);
+    }
+  }
   part(0);
   for (std::thread& other : others) other.join();
   Index total = 0;
