@@ -1,0 +1,246 @@
+"""Samples: whatever a user calls a data set, as batches of model inputs with ids and targets, in a fixed order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import default_collate as collate
+
+from .._errors import DataError, complaint
+
+_TARGET_KEYS = ("labels", "label", "targets", "target", "y")
+_ID_KEYS = ("id", "ids", "idx")
+_SHUFFLED = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+class Samples:
+    """Inputs, targets and ids of a data set, checked.
+
+    Attributes:
+        ids: numpy [n]; 0..n-1 where the data name none.
+        targets: tensor [n] or [n, k], or None.
+        argument: the name of the argument the data came as, for error messages.
+    """
+
+    def __init__(self, chunks: list[Any], targets: Tensor | None, ids: np.ndarray | None, argument: str):
+        self._chunks = chunks
+        self.targets, self.argument = targets, argument
+        self.n = sum(batch_length(chunk) for chunk in chunks)
+        self.ids = np.arange(self.n) if ids is None else ids
+        if self.n == 0:
+            raise DataError(complaint(argument, "at least one sample", "an empty data set", "Check how it was filtered."))
+        for what, size in (("targets", None if targets is None else len(targets)), ("ids", len(self.ids))):
+            if size is not None and size != self.n:
+                raise DataError(complaint(argument, f"as many {what} as inputs ({self.n})", size, "Align them."))
+
+    def __len__(self) -> int:
+        return self.n
+
+    def batches(self, batch_size: int) -> Iterator[Any]:
+        """Model inputs, ``batch_size`` samples at a time, in order."""
+        for chunk in self._chunks:
+            length = batch_length(chunk)
+            for begin in range(0, length, batch_size):
+                yield _map(lambda x, b=begin: x[b : b + batch_size], chunk)
+
+
+def as_samples(data: Any, *, with_targets: bool | None, argument: str = "train") -> Samples:
+    """Samples of any data set that ``score`` takes.
+
+    Args:
+        data: Dataset, unshuffled DataLoader, (inputs, targets) tensors or arrays, Hugging Face Dataset, list of batches,
+            or a tensor, array or dict of tensors (one batch).
+        with_targets: True: they are required; False: everything is input; None: taken off where they are.
+        argument: its name in error messages.
+    Returns:
+        Samples.
+    Raises:
+        DataError: shuffled, empty, not finite (with the sample's number), of unequal lengths, or of an unknown kind.
+    """
+    if isinstance(data, Samples):
+        return data
+    if isinstance(data, DataLoader):
+        _refuse_shuffled(data, argument)
+        items = [_split(batch, with_targets, argument) for batch in data]
+    elif isinstance(data, Tensor | np.ndarray):
+        items = [(_tensor(data, argument), None, None)]
+    elif isinstance(data, Mapping):
+        items = [_split(data, with_targets, argument)]
+    elif isinstance(data, tuple) and with_targets is not False and len(data) == 2 and _is_arrays(data):
+        items = [_split(data, with_targets, argument)]
+    elif isinstance(data, tuple) and with_targets is False and _is_arrays(data):
+        items = [(_map(lambda x: _tensor(x, argument), data), None, None)]
+    elif isinstance(data, list) and data and not np.isscalar(data[0]):
+        items = [_split(batch, with_targets, argument) for batch in data]
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, str | bytes | list | tuple):
+        rows = range(len(data))
+        items = [
+            _split(collate([data[i] for i in rows[begin : begin + 256]]), with_targets, argument)
+            for begin in range(0, len(data), 256)
+        ]
+    else:
+        raise DataError(
+            complaint(
+                argument,
+                "a Dataset, an unshuffled DataLoader, (inputs, targets) or a list of batches",
+                "an empty list" if isinstance(data, list) and not data else type(data).__name__,
+                "Wrap the data in torch.utils.data.TensorDataset(inputs, targets).",
+            )
+        )
+    chunks = [inputs for inputs, _, _ in items]
+    samples = Samples(chunks, _join([t for _, t, _ in items]), _ids([i for _, _, i in items]), argument)
+    if with_targets and samples.targets is None:
+        raise DataError(complaint(argument, "samples with targets", "inputs only", "Pass (inputs, targets)."))
+    _check(samples)
+    return samples
+
+
+def batch_length(batch: Any) -> int:
+    """Samples in a batch: the length of its first tensor."""
+    if isinstance(batch, Tensor):
+        if batch.ndim == 0:
+            raise DataError(complaint("batch", "tensors with a sample dimension", "a scalar", "Add a leading dimension."))
+        return len(batch)
+    parts = batch.values() if isinstance(batch, Mapping) else batch
+    lengths = {batch_length(part) for part in parts if isinstance(part, Tensor | Mapping | tuple | list)}
+    if len(lengths) != 1:
+        raise DataError(
+            complaint("batch", "inputs of one length", f"lengths {sorted(lengths)}", "Every input needs a row per sample.")
+        )
+    return lengths.pop()
+
+
+def to_device(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """The batch on a device, its floating-point tensors in ``dtype``; never an inference tensor."""
+
+    def move(x: Tensor) -> Tensor:
+        x = x.clone() if x.is_inference() else x
+        return x.to(device, dtype) if dtype is not None and x.is_floating_point() else x.to(device)
+
+    return _map(move, batch)
+
+
+def _map(function, batch: Any) -> Any:
+    if isinstance(batch, Tensor | np.ndarray):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: _map(function, value) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return tuple(_map(function, value) for value in batch)
+    return batch
+
+
+def _is_arrays(data: Iterable[Any]) -> bool:
+    return all(isinstance(x, Tensor | np.ndarray | Mapping) or _is_nested(x) for x in data)
+
+
+def _is_nested(x: Any) -> bool:
+    return isinstance(x, Sequence) and not isinstance(x, str) and len(x) > 0 and np.asarray(x).dtype.kind in "fiub"
+
+
+def _split(batch: Any, with_targets: bool | None, argument: str) -> tuple[Any, Tensor | None, Any]:
+    """(inputs, targets, ids) of one batch."""
+    ids = target = None
+    if isinstance(batch, Mapping):
+        batch = dict(batch)
+        for key in _ID_KEYS:
+            if key in batch:
+                ids = batch.pop(key)
+                break
+        if with_targets is not False:
+            found = [key for key in _TARGET_KEYS if key in batch]
+            if found:
+                target = batch.pop(found[0])
+        inputs: Any = batch
+    elif isinstance(batch, tuple | list) and with_targets is not False and len(batch) >= 2:
+        *inputs, target = batch
+        inputs = inputs[0] if len(inputs) == 1 else tuple(inputs)
+    elif isinstance(batch, tuple | list) and len(batch) == 1:
+        inputs = batch[0]
+    else:
+        inputs = batch
+    if isinstance(inputs, list):
+        inputs = np.asarray(inputs)
+    inputs = _map(lambda x: _tensor(x, argument), inputs)
+    batch_length(inputs)
+    target = None if target is None else _tensor(target, argument)
+    if target is not None and target.ndim == 0:
+        raise DataError(complaint(argument, "one target per sample", "a scalar", "Pass a batch of targets."))
+    return inputs, target, ids
+
+
+def _tensor(x: Any, argument: str) -> Tensor:
+    if not isinstance(x, Tensor):
+        array = np.asarray(x)
+        if array.dtype.kind not in "fiub":
+            raise DataError(complaint(argument, "numbers", f"an array of {array.dtype}", "Encode it as numbers first."))
+        x = torch.from_numpy(np.array(array))  # a copy: read-only and reversed arrays are fine
+    if x.layout != torch.strided or x.is_quantized:
+        raise DataError(complaint(argument, "dense tensors", f"layout {x.layout}", "Call .to_dense() first."))
+    if x.device.type == "meta":
+        raise DataError(complaint(argument, "tensors with values", "a meta tensor", "Materialise the data first."))
+    return x.detach()
+
+
+def _refuse_shuffled(loader: DataLoader, argument: str) -> None:
+    samplers = [loader.sampler, getattr(loader.batch_sampler, "sampler", None)]
+    if any(isinstance(sampler, _SHUFFLED) for sampler in samplers):
+        raise DataError(
+            complaint(
+                argument,
+                "a DataLoader in a fixed order",
+                "a shuffled one",
+                "Pass shuffle=False, or the Dataset itself: scores are returned in the order of the data.",
+            )
+        )
+    if loader.drop_last:
+        raise DataError(complaint(argument, "every sample", "a DataLoader with drop_last=True", "Pass drop_last=False."))
+
+
+def _join(parts: list[Tensor | None]) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    return torch.cat([part.cpu() for part in found]) if len(found) == len(parts) and found else None
+
+
+def _ids(parts: list[Any]) -> np.ndarray | None:
+    found = [part.cpu().numpy() if isinstance(part, Tensor) else np.asarray(part) for part in parts if part is not None]
+    return np.concatenate(found) if len(found) == len(parts) and found else None
+
+
+def _check(samples: Samples) -> None:
+    offset = 0
+    for chunk in samples._chunks:
+        length = batch_length(chunk)
+
+        def look(x: Tensor, offset=offset) -> None:
+            if x.is_floating_point() and not torch.isfinite(x.sum()):
+                bad = torch.nonzero(~torch.isfinite(x.reshape(len(x), -1)).all(1)).flatten()
+                if len(bad):
+                    raise DataError(
+                        complaint(
+                            samples.argument,
+                            "finite inputs",
+                            f"NaN or infinity in the input of sample {offset + int(bad[0])}",
+                            "Remove or repair that sample.",
+                        )
+                    )
+
+        _map(look, chunk)
+        offset += length
+    targets = samples.targets
+    if targets is not None and targets.is_floating_point():
+        bad = torch.nonzero(~torch.isfinite(targets.reshape(len(targets), -1)).all(1)).flatten()
+        if len(bad):
+            raise DataError(
+                complaint(
+                    samples.argument,
+                    "finite targets",
+                    f"NaN or infinity in the target of sample {int(bad[0])}",
+                    "Remove or repair that sample.",
+                )
+            )
