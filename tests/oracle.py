@@ -172,7 +172,9 @@ def on_grid(x: np.ndarray, grid: float = GRID) -> np.ndarray:
     return np.round(x / grid) * grid
 
 
-def make_problem(n: int, k: int, d: int, duplicates: str = "no", m: int = 5, seed: int = 0, same: bool = False) -> Problem:
+def make_problem(
+    n: int, k: int, d: int, duplicates: str = "no", m: int = 5, seed: int = 0, same: bool = False
+) -> Problem:
     """Random features with a spread of scales; duplicates "no", "exact" or "near" (noise 1e-3) of the first third.
 
     Duplicates get residuals of their own, or (``same``) those of their originals.

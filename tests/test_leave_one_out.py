@@ -1,6 +1,6 @@
 """``leave_one_out`` against real refits in extended precision (tests/oracle.py), for every sample."""
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ SHAPES = {(1, "N<d"): (12, 24), (1, "N>d"): (16, 8), (3, "N<d"): (8, 36), (3, "N
 TIMES = [1, 50, 2000, 200_000, None]
 
 
-@lru_cache(maxsize=None)
+@cache
 def problem(k: int, shape: str, duplicates: str, same: bool = False) -> Problem:
     n, d = SHAPES[k, shape]
     return make_problem(n, k, d, duplicates, seed=k, same=same)
@@ -174,9 +174,8 @@ def test_arrays_in_arrays_out():
     arguments = dict(time=50, lr=stable_lr(case, 1e-3, 1.0), reg=1e-3)
     flat = leave_one_out(case.ntk, case.residual[:, 0], cross_ntk=case.cross_ntk, **arguments)
     column = run(case, **arguments)
-    tensors = leave_one_out(
-        torch.from_numpy(case.ntk), torch.from_numpy(case.residual), cross_ntk=torch.from_numpy(case.cross_ntk), **arguments
-    )
+    ntk, residual, cross = (torch.from_numpy(x) for x in (case.ntk, case.residual, case.cross_ntk))
+    tensors = leave_one_out(ntk, residual, cross_ntk=cross, **arguments)
     assert isinstance(flat.weight_sqnorm, np.ndarray) and isinstance(tensors.weight_sqnorm, torch.Tensor)
     assert tensors.weight_sqnorm.dtype == torch.float64 and flat.weight_sqnorm.dtype == np.float64
     for name in ("weight_sqnorm", "prediction_sqnorm", "prediction_change", "dual_change", "loo_residual", "leverage"):
