@@ -1,11 +1,13 @@
-"""Capture: ordinary batched forward and k backward passes, seen from a function mode; nothing is hooked to the model."""
+"""Capture: ordinary batched forward and k backward passes, seen from a function mode; the model gets no hooks."""
 
 from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -97,7 +99,9 @@ class Evaluator:
             raise ArgumentError(complaint("model", "a torch.nn.Module", type(model).__name__, "Wrap it in a module."))
         meta = [name for name, p in model.named_parameters() if p.device.type == "meta"]
         if meta:
-            raise ArgumentError(complaint("model", "parameters with values", f"{meta[0]} on the meta device", "Load it."))
+            raise ArgumentError(
+                complaint("model", "parameters with values", f"{meta[0]} on the meta device", "Load it.")
+            )
         devices = {str(p.device) for p in model.parameters()}
         if len(devices) > 1:
             raise ArgumentError(
@@ -137,11 +141,15 @@ class Evaluator:
         if not isinstance(out, Tensor) or out.ndim not in (1, 2) or len(out) != size or not out.is_floating_point():
             shape = f"shape {list(out.shape)}, {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
             raise ArgumentError(
-                complaint("outputs", f"a floating-point tensor [{size}, k]", shape, "Pass outputs=f(model, batch) -> [b, k].")
+                complaint(
+                    "outputs", f"a floating-point tensor [{size}, k]", shape, "Pass outputs=f(model, batch) -> [b, k]."
+                )
             )
         out = out[:, None] if out.ndim == 1 else out
         if out.shape[1] == 0:
-            raise ArgumentError(complaint("outputs", "at least one output per sample", "k = 0", "Check the last layer."))
+            raise ArgumentError(
+                complaint("outputs", "at least one output per sample", "k = 0", "Check the last layer.")
+            )
         if not _transformed(out):
             bad = torch.nonzero(~torch.isfinite(out.detach()).all(1)).flatten()
             if len(bad):
@@ -174,24 +182,14 @@ class Evaluator:
                         if not torch.equal(buffer, before):
                             buffer.copy_(before)
 
-    def capture(self, batch: Any, first: int, ruled: set[str]) -> tuple[Tensor, list[tuple[Use, Tensor]], dict[str, str]]:
-        """Outputs [b, k], (use, g [b, k, ...]) for every ruled use, and the parameters that no rule serves."""
+    def capture(self, batch: Any, first: int, ruled: set[str]) -> Captured:
+        """Forward pass of a batch with every use of the ruled parameters recorded; backward passes follow on demand."""
         names = {id(p): name for name, p in self.parameters.items() if name in ruled}
         recorder = Recorder(names, batch_length(batch))
         with recorder:
             out = self(batch, first)
         unruled = recorder.unruled | dict.fromkeys(recorder.spoiled(), "an input overwritten in place")
-        b, k = out.shape
-        grads = [out.new_zeros(b, k, *shape[1:]) for shape in recorder.shapes]
-        if recorder.edges and out.requires_grad:
-            for c in range(k):
-                found = torch.autograd.grad(
-                    out[:, c].sum(), recorder.edges, retain_graph=c + 1 < k, allow_unused=True
-                )
-                for buffer, gradient in zip(grads, found, strict=True):
-                    if gradient is not None:
-                        buffer[:, c] = gradient
-        return out.detach(), list(zip(recorder.uses, grads, strict=True)), unruled
+        return Captured(out.detach(), recorder.uses, unruled, recorder.shapes, _backward(out, recorder.edges))
 
     def general_rows(self, batch: Any, names: list[str], k: int) -> dict[str, Tensor]:
         """Rows [b, k, p] of parameters without a rule: torch.func one sample at a time, vectorised where it can be."""
@@ -202,7 +200,9 @@ class Evaluator:
             return functional_call(wrapper, parameters, (tree_map(lambda x: x[None], sample),), tie_weights=False)[0]
 
         try:
-            found = vmap(jacrev(of_sample), in_dims=(None, 0))(chosen, batch)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*performance drop.*")
+                found = vmap(jacrev(of_sample), in_dims=(None, 0))(chosen, batch)
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             _log.info("vmap does not take this model (%s); rows are formed one sample at a time", error)
             found = self._rows_one_by_one(wrapper, chosen, batch, k)
@@ -234,6 +234,28 @@ class Evaluator:
         found = torch.autograd.grad((out * cotangent).sum(), list(leaves.values()), allow_unused=True)
         pairs = zip(self.parameters.items(), found, strict=True)
         return {name: torch.zeros_like(p) if grad is None else grad for (name, p), grad in pairs}
+
+
+@dataclass
+class Captured:
+    """One batch: outputs [b, k], uses, parameters no rule serves, and per output the gradients [b, ...] of all uses."""
+
+    outputs: Tensor
+    uses: list[Use]
+    unruled: dict[str, str]
+    shapes: list[torch.Size]
+    gradients: Iterator[tuple[Tensor | None, ...]]
+
+
+def _backward(out: Tensor, edges: list[Any]) -> Iterator[tuple[Tensor | None, ...]]:
+    k = out.shape[1]
+    for c in range(k):
+        if edges and out.requires_grad:
+            seed = torch.zeros_like(out)
+            seed[:, c] = 1
+            yield torch.autograd.grad(out, edges, seed, retain_graph=c + 1 < k, allow_unused=True)
+        else:
+            yield (None,) * len(edges)
 
 
 class _Functional(nn.Module):
@@ -273,12 +295,18 @@ def choose_parameters(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
         chosen = {name: p for name, p in named.items() if name in chosen}
     else:
         raise ArgumentError(
-            complaint("params", "'trainable', 'all', a list of names or f(name, parameter)", repr(params), "Choose one.")
+            complaint(
+                "params", "'trainable', 'all', a list of names or f(name, parameter)", repr(params), "Choose one."
+            )
         )
     chosen = {name: p for name, p in chosen.items() if p.is_floating_point() and p.numel()}
     if not chosen:
         raise ArgumentError(
-            complaint("params", "at least one floating-point parameter", f"none of {len(named)} chosen by {params!r}",
-                      "Unfreeze parameters (requires_grad), or pass params='all'.")
+            complaint(
+                "params",
+                "at least one floating-point parameter",
+                f"none of {len(named)} chosen by {params!r}",
+                "Unfreeze parameters (requires_grad), or pass params='all'.",
+            )
         )
     return chosen

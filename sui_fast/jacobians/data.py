@@ -33,7 +33,9 @@ class Samples:
         self.n = sum(batch_length(chunk) for chunk in chunks)
         self.ids = np.arange(self.n) if ids is None else ids
         if self.n == 0:
-            raise DataError(complaint(argument, "at least one sample", "an empty data set", "Check how it was filtered."))
+            raise DataError(
+                complaint(argument, "at least one sample", "an empty data set", "Check how it was filtered.")
+            )
         for what, size in (("targets", None if targets is None else len(targets)), ("ids", len(self.ids))):
             if size is not None and size != self.n:
                 raise DataError(complaint(argument, f"as many {what} as inputs ({self.n})", size, "Align them."))
@@ -53,8 +55,8 @@ def as_samples(data: Any, *, with_targets: bool | None, argument: str = "train")
     """Samples of any data set that ``score`` takes.
 
     Args:
-        data: Dataset, unshuffled DataLoader, (inputs, targets) tensors or arrays, Hugging Face Dataset, list of batches,
-            or a tensor, array or dict of tensors (one batch).
+        data: Dataset, unshuffled DataLoader, (inputs, targets) tensors or arrays, Hugging Face Dataset, list of
+            batches, or a tensor, array or dict of tensors (one batch).
         with_targets: True: they are required; False: everything is input; None: taken off where they are.
         argument: its name in error messages.
     Returns:
@@ -104,13 +106,17 @@ def batch_length(batch: Any) -> int:
     """Samples in a batch: the length of its first tensor."""
     if isinstance(batch, Tensor):
         if batch.ndim == 0:
-            raise DataError(complaint("batch", "tensors with a sample dimension", "a scalar", "Add a leading dimension."))
+            raise DataError(
+                complaint("batch", "tensors with a sample dimension", "a scalar", "Add a leading dimension.")
+            )
         return len(batch)
     parts = batch.values() if isinstance(batch, Mapping) else batch
     lengths = {batch_length(part) for part in parts if isinstance(part, Tensor | Mapping | tuple | list)}
     if len(lengths) != 1:
         raise DataError(
-            complaint("batch", "inputs of one length", f"lengths {sorted(lengths)}", "Every input needs a row per sample.")
+            complaint(
+                "batch", "inputs of one length", f"lengths {sorted(lengths)}", "Every input needs a row per sample."
+            )
         )
     return lengths.pop()
 
@@ -199,7 +205,9 @@ def _refuse_shuffled(loader: DataLoader, argument: str) -> None:
             )
         )
     if loader.drop_last:
-        raise DataError(complaint(argument, "every sample", "a DataLoader with drop_last=True", "Pass drop_last=False."))
+        raise DataError(
+            complaint(argument, "every sample", "a DataLoader with drop_last=True", "Pass drop_last=False.")
+        )
 
 
 def _join(parts: list[Tensor | None]) -> Tensor | None:

@@ -21,60 +21,96 @@ def gram(left: Jacobian, right: Jacobian | None, *, memory: int, progress: bool)
     symmetric = right is None
     right = left if right is None else right
     if left._shapes != right._shapes or left.dtype != right.dtype:
-        raise ArgumentError(complaint("other", "a Jacobian of the same parameters and dtype", repr(right),
-                                      "Build both from one model with the same params= and dtype=."))
+        raise ArgumentError(
+            complaint(
+                "other",
+                "a Jacobian of the same parameters and dtype",
+                repr(right),
+                "Build both from one model with the same params= and dtype=.",
+            )
+        )
     theta = left.outputs.new_empty(left.n * left.k, right.n * right.k)
-    step = _tile(left, right, memory)
+    step, scratch = _tile(left, right, memory), _Scratch(left.outputs)
     starts = range(0, left.n, step)
-    bar = tqdm(total=sum(len(range(i if symmetric else 0, right.n, step)) for i in starts), desc="kernel", delay=2,
-               leave=False, disable=not progress)
+    total = sum(len(range(i if symmetric else 0, right.n, step)) for i in starts)
+    bar = tqdm(total=total, desc="kernel", delay=2, leave=False, disable=not progress)
     for i in starts:
         mine = left.factors(i, min(i + step, left.n))
         for j in range(i if symmetric else 0, right.n, step):
             theirs = mine if symmetric and i == j else right.factors(j, min(j + step, right.n))
-            tile = theta[i * left.k : (i + step) * left.k, j * right.k : (j + step) * right.k]
-            _fill(tile, mine, theirs)
+            rows = slice(i * left.k, min(i + step, left.n) * left.k)
+            columns = slice(j * right.k, min(j + step, right.n) * right.k)
+            shape = (rows.stop - rows.start, columns.stop - columns.start)
+            tile = _product(mine, theirs, scratch.take("tile", *shape), scratch)
             if symmetric and i == j:
-                tile.copy_((tile + tile.T) / 2)
+                tile = (tile + tile.T) / 2
             elif symmetric:
-                theta[j * left.k : (j + step) * left.k, i * left.k : (i + step) * left.k] = tile.T
+                theta[columns, rows] = scratch.take("mirror", *shape[::-1]).copy_(tile.T)
+            theta[rows, columns] = tile
             bar.update()
     bar.close()
     return theta
 
 
+class _Scratch:
+    """Buffers that all tiles share: fresh memory costs more than the arithmetic on it."""
+
+    def __init__(self, like: Tensor):
+        self._like, self._held = like, {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """Contiguous memory of a shape, what it held is lost."""
+        size = shape[0] * shape[1]
+        if name not in self._held or len(self._held[name]) < size:
+            self._held[name] = self._like.new_empty(size)
+        return self._held[name][:size].view(shape)
+
+
 def _tile(left: Jacobian, right: Jacobian, memory: int) -> int:
-    """Samples per tile: a tile of a few hundred rows stays in the cache; explicit rows stay within the memory."""
+    """Samples per tile: a tile of a few hundred rows stays in the cache; explicit rows amortise over larger tiles."""
+    positions = any(g.ndim > 3 for _, g in left._uses) or bool(left._rows)
     widest = max([1, *(shape.numel() for shape in left._shapes.values())])
-    per_sample = left.k * widest * left.outputs.element_size() * 3
-    return int(max(1, min(max(8, 768 // max(left.k, right.k)), memory // max(1, 2 * per_sample))))
+    per_sample = 4 * left.k * widest * left.outputs.element_size()
+    rows = 2048 if positions else 640
+    return int(max(1, min(rows // max(left.k, right.k), memory // per_sample if positions else rows)))
 
 
-def _fill(tile: Tensor, mine: list[Factor], theirs: list[Factor]) -> None:
-    tile.zero_()
+def _product(mine: list[Factor], theirs: list[Factor], tile: Tensor, scratch: _Scratch) -> Tensor:
+    """Sum of the layers' Gram blocks, written into ``tile``; products of a serve all pairs of outputs at once."""
+    fresh = True
     explicit: list[tuple[Tensor, Tensor]] = []
     for one, two in zip(mine, theirs, strict=True):
         if isinstance(one, Rows):
             explicit.append((one.rows.flatten(0, 1), two.rows.flatten(0, 1)))
-        elif isinstance(one, Index):
-            tile += _index_gram(one, two)
-        elif one.a.shape[1] == 1:
-            (b, k, _, o), (c, l) = one.g.shape, two.g.shape[:2]
+            continue
+        if isinstance(one, Index):
+            block = _index_gram(one, two)
+        elif one.a.shape[1] == 1 and tile.device.type == "cpu":
+            (b, k, _, o), (c, m, _, _) = one.g.shape, two.g.shape
             inner = one.a[:, 0] @ two.a[:, 0].T
-            if "bias" in one.names:
-                inner += 1
-            outer = one.g.reshape(b * k, o) @ two.g.reshape(c * l, o).T
-            tile.view(tile.shape).unflatten(0, (b, k)).unflatten(2, (c, l)).addcmul_(
-                outer.view(b, k, c, l), inner[:, None, :, None])
+            inner = (inner + 1 if "bias" in one.names else inner).repeat_interleave(m, 1)[:, None]
+            outer = scratch.take("outer", *tile.shape)
+            torch.mm(one.g.reshape(b * k, o), two.g.reshape(c * m, o).T, out=outer)
+            if fresh:
+                torch.mul(outer.view(b, k, c * m), inner, out=tile.view(b, k, c * m))
+            else:
+                tile.view(b, k, c * m).addcmul_(outer.view(b, k, c * m), inner)
+            fresh = False
+            continue
         else:
-            tile += ntk_gram(one.augmented(), one.g.contiguous(), two.augmented(), two.g.contiguous())
+            block = ntk_gram(one.augmented(), one.g.contiguous(), two.augmented(), two.g.contiguous())
+        tile = tile.copy_(block) if fresh else tile.add_(block)
+        fresh = False
+    if fresh:
+        tile.zero_()
     if explicit:
         tile.addmm_(torch.cat([a for a, _ in explicit], 1), torch.cat([b for _, b in explicit], 1).T)
+    return tile
 
 
 def _index_gram(one: Index, two: Index) -> Tensor:
     """sum over positions with equal tokens of g g'^T: only tokens that both sides hold take part."""
-    (b, k, s, o), (c, l, t, _) = one.g.shape, two.g.shape
+    (b, _, s, o), (c, _, t, _) = one.g.shape, two.g.shape
     tokens, place = torch.unique(torch.cat([one.token.reshape(-1), two.token.reshape(-1)]), return_inverse=True)
     keep = (tokens >= 0).to(one.g.dtype)
 

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
-from tqdm.auto import tqdm
+from torch import Tensor
 
-from .._errors import ArgumentError, CoverageError, complaint
 from ..ops import jvp, sketch, vjp
-from .capture import Evaluator
-from .data import as_samples, batch_length, to_device
 from .gram import gram
 from .layers import Factor, Index, Outer, Rows, Use, make_factors
-
-_log = logging.getLogger("sui_fast")
-_CHECKED = 8  # samples of the first batch on which the factors are compared with autograd
 
 
 class Jacobian:
@@ -35,8 +23,14 @@ class Jacobian:
 
     coverage = 1.0
 
-    def __init__(self, outputs: Tensor, shapes: dict[str, torch.Size], uses: list[tuple[Use, Tensor]],
-                 rows: dict[str, Tensor], general: dict[str, str]):
+    def __init__(
+        self,
+        outputs: Tensor,
+        shapes: dict[str, torch.Size],
+        uses: list[tuple[Use, Tensor]],
+        rows: dict[str, Tensor],
+        general: dict[str, str],
+    ):
         self.outputs, self.general = outputs, general
         self._shapes, self._uses, self._rows = shapes, uses, rows
         self.n, self.k = outputs.shape
@@ -86,7 +80,7 @@ class Jacobian:
         flat = flat[None] if tangent.ndim == 1 else flat
         total = self.outputs.new_zeros(self.n, self.k, len(flat))
         for factor in self.factors():
-            parts = {role: flat[:, self._columns(name)] for role, name in factor.names.items()}
+            parts = {role: flat[:, self.columns(name)] for role, name in factor.names.items()}
             if isinstance(factor, Rows):
                 total += factor.rows @ parts["rows"].T
             elif isinstance(factor, Index):
@@ -112,12 +106,12 @@ class Jacobian:
         if isinstance(factor, Outer):
             found = vjp(factor.augmented(), factor.g.contiguous(), c)
             i = factor.a.shape[2]
-            flat[:, self._columns(factor.names["weight"])] = found[..., :i].flatten(1)
+            flat[:, self.columns(factor.names["weight"])] = found[..., :i].flatten(1)
             if "bias" in factor.names:
-                flat[:, self._columns(factor.names["bias"])] = found[..., i]
+                flat[:, self.columns(factor.names["bias"])] = found[..., i]
             return
         rows = factor.rows if isinstance(factor, Rows) else _dense(factor, self._shapes)
-        flat[:, self._columns(next(iter(factor.names.values())))] = torch.einsum("nkp,nkr->rp", rows, c)
+        flat[:, self.columns(next(iter(factor.names.values())))] = torch.einsum("nkp,nkr->rp", rows, c)
 
     def rows(self, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
         """Explicit rows of samples start..stop, [(stop - start) k, d]; ``out`` is written where it is given."""
@@ -127,21 +121,21 @@ class Jacobian:
         view = result.view(count, self.k, -1)
         for name in self.parameter_names:
             if not any(name in use.names.values() for use, _ in self._uses) and name not in self._rows:
-                view[:, :, self._columns(name)] = 0
+                view[:, :, self.columns(name)] = 0
         for factor in self.factors(start, stop):
             if isinstance(factor, Outer):
                 self._write_outer(view, factor)
             else:
                 dense = factor.rows if isinstance(factor, Rows) else _dense(factor, self._shapes)
-                view[:, :, self._columns(next(iter(factor.names.values())))] = dense
+                view[:, :, self.columns(next(iter(factor.names.values())))] = dense
         return result
 
     def _write_outer(self, view: Tensor, factor: Outer) -> None:
         n, k, s, o = factor.g.shape
         i = factor.a.shape[2]
-        target = view[:, :, self._columns(factor.names["weight"])].unflatten(2, (o, i))
+        target = view[:, :, self.columns(factor.names["weight"])].unflatten(2, (o, i))
         if "bias" in factor.names:
-            torch.sum(factor.g, 2, out=view[:, :, self._columns(factor.names["bias"])])
+            torch.sum(factor.g, 2, out=view[:, :, self.columns(factor.names["bias"])])
         if s == 1:
             torch.mul(factor.g[:, :, 0, :, None], factor.a[:, None], out=target)
             return
@@ -163,7 +157,8 @@ class Jacobian:
             total += sketch(a.contiguous(), g.contiguous(), rank, seed, stream, kind)
         return total
 
-    def _columns(self, name: str) -> slice:
+    def columns(self, name: str) -> slice:
+        """Columns of a parameter in rows()."""
         return slice(self._begin[name], self._begin[name] + self._shapes[name].numel())
 
 
@@ -226,157 +221,3 @@ def _explicit(factor: Factor, shapes: dict[str, torch.Size]) -> dict[str, Tensor
     if "bias" in factor.names:
         found[factor.names["bias"]] = factor.g.sum(2)
     return found
-
-
-def jacobian(model: nn.Module, data: Any, *, outputs: Callable | None = None, params: Any = "trainable",
-             batch_size: int = 64, dtype: torch.dtype | None = None, progress: bool = False) -> Jacobian:
-    """Jacobian of a model's outputs for a data set, as per-layer factors.
-
-    One batched forward pass and k batched backward passes per batch, no weight gradients. The model runs in eval mode
-    (dropout off, BatchNorm with its running statistics) and is left exactly as found. Layers without a rule go through
-    torch.func; the factors are compared with autograd on the first samples.
-
-    Args:
-        model: any module. data: anything ``score`` takes; targets are ignored.
-        outputs: function (model, batch) -> [b, k]; default: the model's tensor, or its ``.logits``.
-        params: "trainable", "all", names or prefixes, or f(name, parameter) -> bool.
-        batch_size: samples per forward pass. dtype: compute in this type, on a private copy of the model.
-        progress: show a bar on runs longer than two seconds.
-    Returns:
-        Jacobian.
-    Raises:
-        ArgumentError, DataError (not finite, with the sample), CoverageError (with the parameter).
-    """
-    samples = as_samples(data, with_targets=None, argument="data")
-    evaluator = Evaluator(model, outputs, params, dtype)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ArgumentError(complaint("batch_size", "a whole number >= 1", repr(batch_size), "Pass 64, say."))
-    shapes = {name: p.shape for name, p in evaluator.parameters.items()}
-    general: dict[str, str] = {}
-    with evaluator.quiet():
-        batches = (to_device(b, evaluator.device, evaluator.dtype) for b in samples.batches(batch_size))
-        store: _Store | None = None
-        first = 0
-        for batch in tqdm(batches, total=-(-samples.n // batch_size), desc="jacobian", delay=2, leave=False,
-                          disable=not progress):
-            if store is None:
-                general = _general_parameters(evaluator, batch)
-            ruled = set(shapes) - set(general)
-            out, uses, unruled = evaluator.capture(batch, first, ruled)
-            if unruled:
-                raise CoverageError(complaint(
-                    "model", "the same use of every parameter in every batch",
-                    f"parameter {next(iter(unruled))!r} used by {next(iter(unruled.values()))} in the batch at {first}",
-                    "Pass a batch_size that divides the number of samples, or leave the parameter out with params=."))
-            rows = evaluator.general_rows(batch, list(general), out.shape[1]) if general else {}
-            store = store or _Store(samples.n)
-            store.add(first, out, uses, rows)
-            first += len(out)
-    return Jacobian(store.outputs, shapes, store.uses(), store.rows, general)
-
-
-class _Store:
-    """Factors of all batches, each written once into its place."""
-
-    def __init__(self, n: int):
-        self.n = n
-        self.outputs: Tensor | None = None
-        self.rows: dict[str, Tensor] = {}
-        self._uses: list[Use] = []
-        self._saved: list[Tensor] = []
-        self._grads: list[Tensor] = []
-
-    def add(self, first: int, out: Tensor, uses: list[tuple[Use, Tensor]], rows: dict[str, Tensor]) -> None:
-        if self.outputs is None:
-            self._uses = [use for use, _ in uses]
-            self.outputs = self._room(out)
-            self._saved = [self._room(use.saved) for use, _ in uses]
-            self._grads = [self._room(g) for _, g in uses]
-            self.rows = {name: self._room(value) for name, value in rows.items()}
-        same = [use.key for use in self._uses] == [use.key for use, _ in uses] and all(
-            use.saved.shape[1:] == saved.shape[1:] and g.shape[1:] == grads.shape[1:]
-            for (use, g), saved, grads in zip(uses, self._saved, self._grads, strict=True))
-        if not same or out.shape[1] != self.outputs.shape[1]:
-            raise CoverageError(complaint(
-                "model", "the same layers and shapes in every batch", f"others in the batch at sample {first}",
-                "Pad the inputs to one length, or remove control flow that depends on the data."))
-        part = slice(first, first + len(out))
-        self.outputs[part] = out
-        for (use, g), saved, grads in zip(uses, self._saved, self._grads, strict=True):
-            saved[part] = use.saved
-            grads[part] = g
-        for name, value in rows.items():
-            self.rows[name][part] = value
-
-    def _room(self, like: Tensor) -> Tensor:
-        return like.new_empty(self.n, *like.shape[1:])
-
-    def uses(self) -> list[tuple[Use, Tensor]]:
-        return [(Use(use.rule, use.names, saved, use.options), g)
-                for use, saved, g in zip(self._uses, self._saved, self._grads, strict=True)]
-
-
-def _general_parameters(evaluator: Evaluator, batch: Any) -> dict[str, str]:
-    """Parameters that need the general path, found on a few samples and proven by autograd.
-
-    Raises:
-        CoverageError: neither path agrees with autograd.
-    """
-    few = min(_CHECKED, batch_length(batch))
-    part = tree_map(lambda x: x[:few], batch)
-    shapes = {name: p.shape for name, p in evaluator.parameters.items()}
-    general: dict[str, str] = {}
-    for attempt in ("rules", "rules again", "last"):
-        ruled = set(shapes) - set(general)
-        out, uses, unruled = evaluator.capture(part, 0, ruled)
-        if unruled:
-            general |= unruled
-            out, uses, _ = evaluator.capture(part, 0, set(shapes) - set(general))
-        rows = evaluator.general_rows(part, list(general), out.shape[1]) if general else {}
-        found = Jacobian(out, shapes, uses, rows, general)
-        wrong = _disagreement(evaluator, part, found)
-        if not wrong:
-            return general
-        stubborn = [name for name in wrong if name in general]
-        if stubborn or attempt == "last":
-            raise CoverageError(complaint(
-                "model", "a Jacobian that agrees with autograd",
-                f"another one for parameter {(stubborn or wrong)[0]!r}",
-                "Check that outputs depend on one sample each and are deterministic in eval mode, or leave the parameter "
-                "out with params=."))
-        _log.warning("layer rules disagree with autograd for %s; using torch.func there", ", ".join(wrong))
-        general |= dict.fromkeys(wrong, "a use that the rules do not see")
-    return general
-
-
-def _disagreement(evaluator: Evaluator, batch: Any, found: Jacobian) -> list[str]:
-    """Parameters whose J^T c is not the one of autograd, for one random c."""
-    generator = torch.Generator().manual_seed(0)
-    c = torch.randn(found.n, found.k, generator=generator, dtype=torch.float64).to(found.outputs)
-    flat = found.vjp(c.reshape(-1))
-    true = evaluator.autograd_vjp(batch, c)
-    tolerance = 200 * torch.finfo(found.dtype).eps ** 0.75
-    largest = max(float(grad.abs().max()) for grad in true.values())
-    return [
-        name for name, grad in true.items()
-        if not float((flat[found._columns(name)] - grad.reshape(-1)).abs().max())
-        <= tolerance * max(float(grad.abs().max()), 1e-3 * largest)
-    ]
-
-
-def ntk(model: nn.Module, x1: Any, x2: Any = None, *, outputs: Callable | None = None, params: Any = "trainable",
-        batch_size: int = 64, dtype: torch.dtype | None = None) -> Tensor:
-    """Empirical neural tangent kernel Theta(x1, x2) = J(x1) J(x2)^T, exact.
-
-    Args:
-        model, outputs, params, batch_size, dtype: as in ``jacobian``.
-        x1, x2: samples (a tensor or a dict of tensors is one batch of inputs); x2 None: x1.
-    Returns:
-        [n1 * k, n2 * k]; row i * k + c is output c of sample i.
-    Source: Jacot et al. 2018; Harutyunyan et al., ICLR 2021.
-    """
-    common = dict(outputs=outputs, params=params, batch_size=batch_size, dtype=dtype)
-    first = jacobian(model, as_samples(x1, with_targets=False, argument="x1"), **common)
-    if x2 is None:
-        return first.gram()
-    return first.gram(jacobian(model, as_samples(x2, with_targets=False, argument="x2"), **common))

@@ -1,6 +1,7 @@
 """Rules: how each kind of layer turns its input and the gradient of its output into Jacobian rows.
 
-A ``Use`` is one call of a function that takes chosen parameters, with the input it saw. It yields factors of three kinds:
+A ``Use`` is one call of a function that takes chosen parameters, with the input it saw. It yields factors of
+three kinds:
 
 * ``outer``: rows sum_s g[n,k,s] a[n,s]^T of a weight [o, i], its bias as one more column of ones;
 * ``index``: the same for one-hot a (embeddings), as token numbers [n, s];

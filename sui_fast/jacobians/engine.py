@@ -1,0 +1,241 @@
+"""jacobian() and ntk(): a pass over the data, batch by batch, proven by autograd on first use."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+from tqdm.auto import tqdm
+
+from .._errors import ArgumentError, CoverageError, complaint
+from .capture import Captured, Evaluator
+from .data import Samples, as_samples, batch_length, to_device
+from .jacobian import Jacobian
+from .layers import Use
+
+_log = logging.getLogger("sui_fast")
+_CHECKED = 8  # samples of the first batch on which the factors are compared with autograd
+_proven: weakref.WeakKeyDictionary[nn.Module, dict[tuple, dict[str, str]]] = weakref.WeakKeyDictionary()
+
+
+def jacobian(
+    model: nn.Module,
+    data: Any,
+    *,
+    outputs: Callable | None = None,
+    params: Any = "trainable",
+    batch_size: int = 64,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> Jacobian:
+    """Jacobian of a model's outputs for a data set, as per-layer factors.
+
+    One batched forward pass and k batched backward passes per batch, no weight gradients. The model runs in eval mode
+    (dropout off, BatchNorm with its running statistics) and is left exactly as found. Layers without a rule go through
+    torch.func; on first use with a model the factors are compared with autograd.
+
+    Args:
+        model: any module.
+        data: anything ``score`` takes; targets are ignored.
+        outputs: function (model, batch) -> [b, k]; default: the model's tensor, or its ``.logits``.
+        params: "trainable", "all", names or prefixes, or f(name, parameter) -> bool.
+        batch_size: samples per forward pass.
+        dtype: compute in this type, on a private copy of the model; default: the model's.
+        progress: show a bar on runs longer than two seconds.
+    Returns:
+        Jacobian.
+    Raises:
+        ArgumentError, DataError (not finite, with the sample), CoverageError (with the parameter).
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ArgumentError(complaint("batch_size", "a whole number >= 1", repr(batch_size), "Pass 64, say."))
+    samples = as_samples(data, with_targets=None, argument="data")
+    evaluator = Evaluator(model, outputs, params, dtype)
+    with evaluator.quiet():
+        batch = to_device(next(samples.batches(_CHECKED)), evaluator.device, evaluator.dtype)
+        key = (tuple(evaluator.parameters), outputs, evaluator.dtype, _signature(batch))
+        known = _proven.setdefault(model, {})
+        if key not in known:
+            known[key] = _general_parameters(evaluator, batch)
+        for _ in range(2):
+            store = _run(evaluator, samples, batch_size, known[key], progress)
+            if isinstance(store, _Store):
+                break
+            known[key] = known[key] | store
+        else:
+            name, function = next(iter(store.items()))
+            raise CoverageError(
+                complaint(
+                    "model",
+                    "the same use of every parameter in every batch",
+                    f"parameter {name!r} used by {function} in some",
+                    "Remove control flow that depends on the batch, or leave the parameter out with params=.",
+                )
+            )
+    return store.jacobian({name: p.shape for name, p in evaluator.parameters.items()}, known[key])
+
+
+def _run(
+    evaluator: Evaluator, samples: Samples, batch_size: int, general: dict[str, str], progress: bool
+) -> _Store | dict[str, str]:
+    """All batches; or the parameters that turned out to need the general path."""
+    store, ruled = _Store(samples.n), set(evaluator.parameters) - set(general)
+    total = -(-samples.n // batch_size)
+    bar = tqdm(samples.batches(batch_size), total=total, desc="jacobian", delay=2, leave=False, disable=not progress)
+    for raw in bar:
+        batch = to_device(raw, evaluator.device, evaluator.dtype)
+        captured = evaluator.capture(batch, store.filled, ruled)
+        if captured.unruled:
+            return captured.unruled
+        k = captured.outputs.shape[1]
+        store.add(captured, evaluator.general_rows(batch, list(general), k) if general else {})
+    return store
+
+
+class _Store:
+    """Factors of all batches, each written once into its place."""
+
+    def __init__(self, n: int):
+        self.n, self.filled = n, 0
+        self._outputs: Tensor | None = None
+        self._uses: list[Use] = []
+        self._saved: list[Tensor] = []
+        self._grads: list[Tensor] = []
+        self._rows: dict[str, Tensor] = {}
+
+    def add(self, captured: Captured, rows: dict[str, Tensor]) -> None:
+        out, uses = captured.outputs, captured.uses
+        b, k = out.shape
+        if self._outputs is None:
+            self._uses = [Use(use.rule, use.names, use.saved[:0], use.options) for use in uses]
+            self._outputs = self._room(out)
+            # a single batch is kept as it is
+            self._saved = [use.saved if b == self.n else self._room(use.saved) for use in uses]
+            self._grads = [out.new_empty(self.n, k, *shape[1:]) for shape in captured.shapes]
+            self._rows = {name: self._room(value) for name, value in rows.items()}
+        same = len(uses) == len(self._uses) and all(
+            mine.key == use.key and use.saved.shape[1:] == saved.shape[1:] and shape[1:] == grads.shape[2:]
+            for mine, use, saved, grads, shape in zip(
+                self._uses, uses, self._saved, self._grads, captured.shapes, strict=True
+            )
+        )
+        if not same or k != self._outputs.shape[1]:
+            raise CoverageError(
+                complaint(
+                    "model",
+                    "the same layers and shapes in every batch",
+                    f"others in the batch at sample {self.filled}",
+                    "Pad the inputs to one length, or remove control flow that depends on the data.",
+                )
+            )
+        part = slice(self.filled, self.filled + b)
+        self._outputs[part] = out
+        for use, saved in zip(uses, self._saved, strict=True):
+            if use.saved is not saved:
+                saved[part] = use.saved
+        for c, found in enumerate(captured.gradients):
+            for grads, gradient in zip(self._grads, found, strict=True):
+                if gradient is None:
+                    grads[part, c] = 0
+                else:
+                    grads[part, c] = gradient
+        for name, value in rows.items():
+            self._rows[name][part] = value
+        self.filled += b
+
+    def _room(self, like: Tensor) -> Tensor:
+        return like.new_empty(self.n, *like.shape[1:])
+
+    def jacobian(self, shapes: dict[str, torch.Size], general: dict[str, str]) -> Jacobian:
+        uses = [
+            (Use(use.rule, use.names, saved, use.options), grads)
+            for use, saved, grads in zip(self._uses, self._saved, self._grads, strict=True)
+        ]
+        return Jacobian(self._outputs, shapes, uses, self._rows, dict(general))
+
+
+def _signature(batch: Any) -> tuple:
+    leaves, structure = tree_flatten(batch)
+    return str(structure), tuple((tuple(x.shape[1:]), x.dtype) if isinstance(x, Tensor) else x for x in leaves)
+
+
+def _general_parameters(evaluator: Evaluator, batch: Any) -> dict[str, str]:
+    """Parameters that need the general path, found on a few samples and proven by autograd.
+
+    Raises:
+        CoverageError: neither path agrees with autograd.
+    """
+    part = tree_map(lambda x: x[:_CHECKED] if isinstance(x, Tensor) else x, batch)
+    shapes = {name: p.shape for name, p in evaluator.parameters.items()}
+    general: dict[str, str] = {}
+    while True:
+        captured = evaluator.capture(part, 0, set(shapes) - set(general))
+        if captured.unruled:
+            general |= captured.unruled
+            continue
+        store = _Store(batch_length(part))
+        rows = evaluator.general_rows(part, list(general), captured.outputs.shape[1]) if general else {}
+        store.add(captured, rows)
+        wrong = _disagreement(evaluator, part, store.jacobian(shapes, general))
+        if not wrong:
+            return general
+        stubborn = [name for name in wrong if name in general]
+        if stubborn:
+            raise CoverageError(
+                complaint(
+                    "model",
+                    "a Jacobian that agrees with autograd",
+                    f"another one for parameter {stubborn[0]!r}",
+                    "Check that outputs depend on one sample each and are deterministic in eval mode, or leave the "
+                    "parameter out with params=.",
+                )
+            )
+        _log.warning("layer rules disagree with autograd for %s; torch.func serves there", ", ".join(wrong))
+        general |= dict.fromkeys(wrong, "a use that the rules do not see")
+
+
+def _disagreement(evaluator: Evaluator, batch: Any, found: Jacobian) -> list[str]:
+    """Parameters whose J^T c is not the one of autograd, for one random c."""
+    generator = torch.Generator().manual_seed(0)
+    c = torch.randn(found.n, found.k, generator=generator, dtype=torch.float64).to(found.outputs)
+    flat = found.vjp(c.reshape(-1))
+    true = evaluator.autograd_vjp(batch, c)
+    tolerance = 200 * torch.finfo(found.dtype).eps ** 0.75
+    largest = max(float(grad.abs().max()) for grad in true.values())
+    return [
+        name
+        for name, grad in true.items()
+        if not float((flat[found.columns(name)] - grad.reshape(-1)).abs().max())
+        <= tolerance * max(float(grad.abs().max()), 1e-3 * largest)
+    ]
+
+
+def ntk(
+    model: nn.Module,
+    x1: Any,
+    x2: Any = None,
+    *,
+    outputs: Callable | None = None,
+    params: Any = "trainable",
+    batch_size: int = 64,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Empirical neural tangent kernel Theta(x1, x2) = J(x1) J(x2)^T, exact.
+
+    Args:
+        model, outputs, params, batch_size, dtype: as in ``jacobian``.
+        x1, x2: samples (a tensor or a dict of tensors is one batch of inputs); x2 None: x1.
+    Returns:
+        [n1 * k, n2 * k]; row i * k + c is output c of sample i.
+    Source: Jacot et al. 2018; Harutyunyan et al., ICLR 2021.
+    """
+    common = dict(outputs=outputs, params=params, batch_size=batch_size, dtype=dtype)
+    first = jacobian(model, as_samples(x1, with_targets=False, argument="x1"), **common)
+    if x2 is None:
+        return first.gram()
+    return first.gram(jacobian(model, as_samples(x2, with_targets=False, argument="x2"), **common))
