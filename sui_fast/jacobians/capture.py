@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from .._errors import ArgumentError, CoverageError, DataError, complaint
 from .data import batch_length
@@ -37,15 +37,14 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        flat = tree_flatten((args, kwargs))[0]
-        met = [x for x in flat if isinstance(x, Tensor) and id(x) in self.names]
+        met = [x for x in _flat((args, kwargs.values())) if isinstance(x, Tensor) and id(x) in self.names]
         if not met:
             return function(*args, **kwargs)
         use = self._match(function, args, kwargs)
-        args, kwargs = tree_map(lambda x: x.detach() if _is(x, self.names) else x, (args, kwargs))
+        args, kwargs = self._detach(args), {key: self._detach(x) for key, x in kwargs.items()}
         out = function(*args, **kwargs)
         if not isinstance(out, Tensor):
-            if any(isinstance(x, Tensor) for x in tree_flatten(out)[0]):
+            if any(isinstance(x, Tensor) for x in _flat((out,))):
                 self._give_up(met, function)
             return out
         if use is None or out.ndim == 0 or len(out) != self.batch or not out.is_floating_point():
@@ -77,6 +76,12 @@ class Recorder(TorchFunctionMode):
             options["rows"] = len(given["weight"])
         return Use(rule, names, saved.detach(), options)
 
+    def _detach(self, x: Any) -> Any:
+        """The argument with chosen parameters detached, so that no weight gradient is ever formed."""
+        if isinstance(x, tuple | list) and not isinstance(x, torch.Size):
+            return type(x)(self._detach(part) for part in x)
+        return x.detach() if isinstance(x, Tensor) and id(x) in self.names else x
+
     def _give_up(self, met: list[Tensor], function: Callable) -> None:
         for tensor in met:
             self.unruled.setdefault(self.names[id(tensor)], getattr(function, "__name__", repr(function)))
@@ -85,6 +90,15 @@ class Recorder(TorchFunctionMode):
         """Parameters of uses whose saved input was overwritten later."""
         pairs = zip(self.uses, self.versions, strict=True)
         return {name for use, version in pairs if use.saved._version != version for name in use.names.values()}
+
+
+def _flat(parts: Any) -> Iterator[Any]:
+    """Arguments of a call, lists and tuples opened."""
+    for x in parts:
+        if isinstance(x, tuple | list | type({}.values())):
+            yield from _flat(x)
+        else:
+            yield x
 
 
 def _is(x: Any, names: dict[int, str]) -> bool:
