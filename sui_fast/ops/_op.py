@@ -1,0 +1,402 @@
+"""Ops are declared once: a plain PyTorch function becomes an op that checks, chooses, registers and differentiates.
+
+    @op(shapes={"a": "n s i", "g": "n k s o"}, result="n k", examples=examples)
+    def name(a: Tensor, g: Tensor) -> Tensor: ...
+
+The signature is the schema, the docstring the contract and the body the reference. What a call does:
+
+- arguments are checked at the border: kind, layout, device, dtype and the sizes that share a letter;
+- the first kernel that accepts the arguments runs, else the body. CUDA tensors try triton, then cuda; CPU tensors try cpu.
+  Triton's interpreter is never an automatic choice;
+- a backend named by ``use_backend`` or SUI_FAST_BACKEND runs, or BackendError tells why it cannot, also where the op
+  has no kernel for it ("reference" always can; "ntk_gram=triton" names a backend for one op only);
+- a kernel must agree with the body on small examples the first time it is used on a device, else it is put aside;
+- inside torch.compile, and where a kernel meets autograd, the call is the custom op sui_fast::name, whose derivative is
+  that of the body. Under torch.func transforms and forward-mode tangents the body itself runs, whatever was named.
+
+A kernel for the op ``name`` lives in ``_<backend>.py`` beside its declaration: a function ``name`` with the op's arguments,
+and ``refuse_name``, which returns None or the reason why it cannot take them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import logging
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .._errors import ArgumentError, BackendError, complaint
+from ._backends import BACKENDS, refuse_backend
+
+_log = logging.getLogger("sui_fast")
+_named: ContextVar[str] = ContextVar("sui_fast_backend", default="")
+_lock = threading.RLock()
+_ENVIRONMENT = "SUI_FAST_BACKEND"
+_AUTOMATIC = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+
+OPS: dict[str, Op] = {}
+
+
+@functools.lru_cache(maxsize=64)
+def _parse(names: str) -> dict[str, str]:
+    """{"*" or op: backend} of a text like "triton" or "triton,jvp=reference"; later parts win, "auto" names nothing."""
+    chosen: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in names.split(","))):
+        name, _, backend = part.rpartition("=")
+        if backend not in (*BACKENDS, "auto") or (name and name not in OPS):
+            raise ArgumentError(complaint("backend", f"one of {', '.join(BACKENDS)}, auto, or op=backend with an op of "
+                                          f"{', '.join(OPS)}", repr(part), f"Correct use_backend() or {_ENVIRONMENT}."))
+        if not name:
+            chosen.clear()
+        chosen[name or "*"] = backend
+    return chosen
+
+
+@contextlib.contextmanager
+def use_backend(name: str):
+    """Run ops with the named backend inside the ``with`` block, or raise with the reason why it cannot.
+
+    Args:
+        name: "reference" | "cpu" | "triton" | "cuda" | "auto", or "ntk_gram=triton" for one op (several: comma between).
+            An op without a kernel for the named backend raises. SUI_FAST_BACKEND takes the same text for a whole
+            process; the block wins over it. Holds in this thread and its async tasks only.
+    Raises:
+        ArgumentError: no such backend or op. BackendError: from the op, when the backend cannot run it.
+    """
+    _parse(name)
+    token = _named.set(f"{_named.get()},{name}")
+    try:
+        yield
+    finally:
+        _named.reset(token)
+
+
+class Op:
+    """One declared op: its border, its kernels, its registration. ``op`` makes it; users call the function it returns."""
+
+    def __init__(self, body: Callable, shapes: dict[str, str], result: str, examples: Callable, *, dtypes: dict,
+                 result_dtype: torch.dtype | None, check: Callable | None):
+        self.name, self.body, self.examples, self._check = body.__name__, body, examples, check
+        self.signature = inspect.signature(body)
+        self.parameters = list(self.signature.parameters)
+        self.tensors = [(self.parameters.index(name), name, spec.split(), dtypes.get(name))
+                        for name, spec in shapes.items()]
+        self._result = [shape.split() for shape in result.split(",")]
+        self._result_dtype = result_dtype
+        self._package = sys.modules[body.__module__].__package__
+        folder = Path(sys.modules[body.__module__].__file__).parent
+        self.kernels = [name for name in BACKENDS if (folder / f"_{name}.py").is_file()]
+        self._automatic = {device: [name for name in names if name in self.kernels]
+                           for device, names in _AUTOMATIC.items()}
+        self._loaded: dict[str, Any] = {}
+        self._trusted: dict[tuple, str | None] = {}
+        self._logged: set[str] = set()
+        self.registered = self._register()
+
+    # border ---------------------------------------------------------------------------------------------------------
+    def complain(self, argument: str, expected: str, got: object, todo: str) -> ArgumentError:
+        return ArgumentError(complaint(f"{argument} of {self.name}", expected, got, todo))
+
+    def border(self, args: tuple) -> bool:
+        """Check the arguments; True when all tensors are ordinary (no subclass such as a fake tensor)."""
+        sizes: dict[str, int] = {}
+        device = dtype = None
+        ordinary = True
+        for position, name, letters, dtypes in self.tensors:
+            tensor = args[position]
+            kind = type(tensor)
+            if kind is not Tensor and kind is not torch.nn.Parameter:
+                if not isinstance(tensor, Tensor):
+                    raise self.complain(name, "a torch.Tensor", kind.__name__, "Convert it with torch.as_tensor().")
+                ordinary = False
+            shape = tensor.shape
+            if len(shape) != len(letters):
+                raise self.complain(name, f"{len(letters)} dimensions [{', '.join(letters)}]", f"shape {list(shape)}",
+                                    "Reshape it.")
+            for letter, size in zip(letters, shape, strict=True):
+                if sizes.setdefault(letter, size) != size:
+                    raise self.complain(name, f"[{', '.join(letters)}] with {letter} = {sizes[letter]} as before",
+                                        f"shape {list(shape)}", "Pass arguments that describe the same samples and layer.")
+            if device is None:
+                device = tensor.device
+                if device.type == "meta":
+                    raise self.complain(name, "a tensor with data", "a meta tensor", "Move the model to a real device.")
+            elif tensor.device != device:
+                raise self.complain(name, f"device {device}, as the arguments before it", f"device {tensor.device}",
+                                    "Move all arguments to one device.")
+            if tensor.layout is not torch.strided:
+                raise self.complain(name, "a dense tensor", f"layout {tensor.layout}", "Call .to_dense() first.")
+            found = tensor.dtype
+            if dtypes is not None:
+                if found not in dtypes:
+                    raise self.complain(name, " or ".join(map(str, dtypes)), f"dtype {found}", "Convert it.")
+            elif dtype is None:
+                dtype = found
+                if not found.is_floating_point:
+                    raise self.complain(name, "a real floating-point tensor", f"dtype {found}", "Convert it.")
+            elif found is not dtype:
+                raise self.complain(name, f"{dtype}, as the arguments before it", f"dtype {found}",
+                                    "Convert all arguments to one dtype.")
+        if self._check is not None:
+            self._check(*args)
+        return ordinary
+
+    # choice ---------------------------------------------------------------------------------------------------------
+    def named(self) -> str | None:
+        """Backend named for this op by use_backend or the environment, or None."""
+        text = _named.get()
+        outer = os.environ.get(_ENVIRONMENT)
+        if outer:
+            text = f"{outer},{text}"
+        if not text:
+            return None
+        chosen = _parse(text)
+        name = chosen.get(self.name) or chosen.get("*")
+        return None if name == "auto" else name
+
+    def kernel(self, backend: str) -> Any:
+        """The module with this op's kernel for a backend, or the reason (a str) why there is none."""
+        if backend not in self._loaded:
+            if backend not in self.kernels:
+                return f"{self.name} has no {backend} kernel"
+            try:
+                module = importlib.import_module(f"{self._package}._{backend}")
+                if not hasattr(module, self.name):
+                    module = f"{self.name} has no {backend} kernel"
+            except (ImportError, OSError) as error:
+                module = f"its kernel cannot be loaded ({type(error).__name__}: {error})"
+            self._loaded[backend] = module
+        return self._loaded[backend]
+
+    def refusal(self, backend: str, args: tuple) -> str | None:
+        """Why a backend cannot run this call; None when it can."""
+        if backend == "reference":
+            return None
+        if backend not in self.kernels:
+            return f"{self.name} has no {backend} kernel"
+        device = args[self.tensors[0][0]].device
+        reason = refuse_backend(backend, device.type)
+        if reason is not None:
+            return reason
+        module = self.kernel(backend)
+        if isinstance(module, str):
+            return module
+        reason = getattr(module, f"refuse_{self.name}")(*args)
+        return reason if reason is not None else self.distrust(backend, device)
+
+    def distrust(self, backend: str, device: torch.device) -> str | None:
+        """Run the kernel against the body on the examples, once per device; the reason not to use it, or None."""
+        key = (backend, device)
+        if key not in self._trusted:
+            with _lock:
+                if key not in self._trusted:
+                    self._trusted[key] = reason = self._compare(backend, device)
+                    if reason is not None:
+                        warnings.warn(f"sui_fast: the {backend} kernel of {self.name} is put aside on {device}: {reason}",
+                                      RuntimeWarning, stacklevel=3)
+        return self._trusted[key]
+
+    def _compare(self, backend: str, device: torch.device) -> str | None:
+        module = self.kernel(backend)
+        try:
+            with torch.no_grad():
+                for example in self.examples(device):
+                    if getattr(module, f"refuse_{self.name}")(*example) is not None:
+                        continue
+                    got, want = getattr(module, self.name)(*example), self.body(*example)
+                    for mine, theirs in zip(_tuple(got), _tuple(want), strict=True):
+                        if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
+                            return (f"it returns {mine.dtype} {list(mine.shape)}, the reference "
+                                    f"{theirs.dtype} {list(theirs.shape)}")
+                        error = (mine - theirs).norm() / (theirs.norm() + torch.finfo(theirs.dtype).tiny)
+                        if not error <= (1e-9 if theirs.dtype == torch.float64 else 1e-4):
+                            return f"it differs from the reference by {error:.1e} relative"
+        except Exception as error:  # whatever a driver or compiler throws, the body still gives the right number
+            return f"it fails ({type(error).__name__}: {str(error)[:300]})"
+        return None
+
+    def choose(self, args: tuple) -> tuple[str, Callable]:
+        """(backend, function) for these arguments; BackendError when a named backend refuses them."""
+        backend = self.named()
+        if backend is None:
+            for candidate in self._automatic.get(args[self.tensors[0][0]].device.type, ()):
+                if self.refusal(candidate, args) is None:
+                    backend = candidate
+                    break
+            else:
+                backend = "reference"
+        elif backend != "reference":
+            reason = self.refusal(backend, args)
+            if reason is not None:
+                raise BackendError(complaint(f"backend of {self.name}", f"{backend}, as named", f"a refusal: {reason}",
+                                             "Use use_backend('auto') or another backend; sui-fast doctor lists them."))
+        if backend not in self._logged:
+            self._logged.add(backend)
+            _log.info("%s runs on backend %s", self.name, backend)
+        return backend, self.body if backend == "reference" else getattr(self._loaded[backend], self.name)
+
+    # call -----------------------------------------------------------------------------------------------------------
+    def bind(self, args: tuple, kwargs: dict) -> tuple:
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.args
+
+    def call(self, args: tuple) -> Any:
+        ordinary = self.border(args)
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return self._run(self.body, args)
+        if not ordinary or torch._C._len_torch_dispatch_stack():
+            return self.registered(*args)
+        backend, function = self.choose(args)
+        if backend != "reference" and torch.is_grad_enabled():
+            if any(args[position].requires_grad for position, *_ in self.tensors):
+                return self.registered(*args)
+        return self._run(function, args)
+
+    def _run(self, function: Callable, args: tuple) -> Any:
+        device = args[self.tensors[0][0]].device.type
+        if torch.is_autocast_enabled(device):  # the accumulation dtype is part of the contract
+            with torch.autocast(device, enabled=False):
+                return function(*args)
+        return function(*args)
+
+    # registration ---------------------------------------------------------------------------------------------------
+    def _register(self) -> Callable:
+        schema = torch.library.infer_schema(self.body, mutates_args=())
+
+        def implementation(*args):
+            args = self.bind(args, {})
+            return self._run(self.choose(args)[1], args)
+
+        def fake(*args):
+            args = self.bind(args, {})  # the dispatcher drops arguments that equal their defaults
+            self.border(args)
+            sizes = {name: value for name, value in zip(self.parameters, args, strict=True) if isinstance(value, int | torch.SymInt)}
+            for position, _, letters, _ in self.tensors:
+                sizes.update(zip(letters, args[position].shape, strict=True))
+            first = args[self.tensors[0][0]]
+            dtype = self._result_dtype or wide_dtype(first.dtype)
+            outputs = [first.new_empty([_product(size, sizes) for size in shape], dtype=dtype) for shape in self._result]
+            return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*(inputs[position] for position, *_ in self.tensors))
+            ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+
+        def backward(ctx, *gradients):
+            args = list(ctx.others)
+            for (position, *_), tensor in zip(self.tensors, ctx.saved_tensors, strict=True):
+                args[position] = tensor
+            needs = [bool(ctx.needs_input_grad[position]) for position, *_ in self.tensors]
+            parts = iter(backward_op(list(gradients), needs, *args))
+            result = [None] * len(args)
+            for (position, *_), needed in zip(self.tensors, needs, strict=True):
+                result[position] = next(parts) if needed else None
+            return tuple(result)
+
+        def backward_implementation(gradients, needs, *args):
+            args = list(args)
+            with _autograd_again(), torch.enable_grad():
+                inputs = []
+                for (position, *_), needed in zip(self.tensors, needs, strict=True):
+                    args[position] = args[position].detach().requires_grad_(needed)
+                    inputs += [args[position]] if needed else []
+                outputs = [output for output in _tuple(self._run(self.body, tuple(args)))]
+                pairs = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True)
+                         if output.requires_grad]
+                parts = torch.autograd.grad([p[0] for p in pairs], inputs, [p[1] for p in pairs],
+                                            allow_unused=True) if pairs else [None] * len(inputs)
+            return [torch.zeros_like(tensor, memory_format=torch.contiguous_format) if part is None
+                    else part.detach().clone(memory_format=torch.contiguous_format)
+                    for part, tensor in zip(parts, inputs, strict=True)]
+
+        def backward_fake(gradients, needs, *args):
+            return [torch.empty_like(args[position], memory_format=torch.contiguous_format)
+                    for (position, *_), needed in zip(self.tensors, needs, strict=True) if needed]
+
+        def vmap(info, in_dims, *args):
+            count = len(self._result)
+            return torch.vmap(self.body, in_dims=tuple(in_dims))(*args), 0 if count == 1 else (0,) * count
+
+        definition = torch.library.custom_op(f"sui_fast::{self.name}", implementation, mutates_args=(), schema=schema)
+        definition.register_fake(fake)
+        definition.register_autograd(backward, setup_context=setup_context)
+        definition.register_vmap(vmap)
+        inside = schema[1 : schema.index(") ->")]
+        backward_op = torch.library.custom_op(
+            f"sui_fast::{self.name}_backward", backward_implementation, mutates_args=(),
+            schema=f"(Tensor[] gradients, bool[] needs, {inside}) -> Tensor[]")
+        backward_op.register_fake(backward_fake)
+        return getattr(torch.ops.sui_fast, self.name).default
+
+
+def op(*, shapes: dict[str, str], result: str, examples: Callable, dtypes: dict[str, tuple] | None = None,
+       result_dtype: torch.dtype | None = None, check: Callable | None = None) -> Callable[[Callable], Callable]:
+    """Declare the decorated function as an op.
+
+    Args:
+        shapes: {argument: "letters"} of every tensor argument; equal letters are equal sizes.
+        result: shapes of the results, a comma between two; letters, integer arguments, products like "n1*k1".
+        examples: device -> argument tuples for the self-test of kernels, milliseconds of work.
+        dtypes: {argument: dtypes} of arguments outside the rule "all of one real floating dtype".
+        result_dtype: dtype of the results; default: that of the first tensor, float32 where it is half precision.
+        check: called with all arguments; raises for values that cannot give a right number.
+    """
+
+    def declare(body: Callable) -> Callable:
+        declared = OPS[body.__name__] = Op(body, shapes, result, examples, dtypes=dtypes or {},
+                                           result_dtype=result_dtype, check=check)
+        arity, registered, run = len(declared.parameters), declared.registered, declared.call
+
+        @functools.wraps(body)
+        def call(*args, **kwargs):
+            if torch.compiler.is_compiling():
+                return registered(*args, **kwargs)
+            if kwargs or len(args) != arity:
+                args = declared.bind(args, kwargs)
+            return run(args)
+
+        call.op = declared
+        return call
+
+    return declare
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Accumulation and result dtype: float32 for half precision, else the dtype itself."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def writable(*tensors: Tensor) -> bool:
+    """Whether a body may write into fresh memory: nothing differentiates, transforms or traces this call."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+                or forward_ad._current_level >= 0
+                or torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
+def _tuple(value: Any) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _product(term: str, sizes: dict[str, int]) -> int:
+    return functools.reduce(lambda a, b: a * b, (sizes[name] for name in term.split("*")))
+
+
+def _autograd_again() -> Any:
+    """Lift the exclusion of autograd that surrounds the implementation of a custom op."""
+    return torch._C._ForceDispatchKeyGuard(
+        torch._C._dispatch_tls_local_include_set(),
+        torch._C._dispatch_tls_local_exclude_set() & torch._C._after_autograd_keyset)

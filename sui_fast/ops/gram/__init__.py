@@ -1,0 +1,72 @@
+"""A layer's block of the neural tangent kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._op import op, wide_dtype
+
+_ELEMENTS = 1 << 24  # of one intermediate of the s x s' form
+
+
+def _examples(device):
+    rng = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng).to(device)
+
+    return [
+        (draw(5, 1, 6), draw(5, 2, 1, 4), draw(3, 1, 6), draw(3, 2, 1, 4)),
+        (draw(5, 3, 17), draw(5, 2, 3, 9), draw(4, 2, 17), draw(4, 1, 2, 9)),
+    ]
+
+
+@op(
+    shapes={"a1": "n1 s1 i", "g1": "n1 k1 s1 o", "a2": "n2 s2 i", "g2": "n2 k2 s2 o"},
+    result="n1*k1 n2*k2",
+    examples=_examples,
+)
+def ntk_gram(a1: Tensor, g1: Tensor, a2: Tensor, g2: Tensor) -> Tensor:
+    """Gram matrix of the Jacobian rows of one layer.
+
+    ::
+
+        result[(n, k), (m, l)] = sum_{s, t} (a1[n, s] . a2[m, t]) (g1[n, k, s] . g2[m, l, t])
+
+    One position: the product of the a, computed once for all pairs of outputs, times the product of the g. Several: the
+    cheaper of the s x t products and of forming the [o, i] rows.
+
+    Args:
+        a1, a2: layer inputs [n1, s1, i], [n2, s2, i]. g1, g2: output gradients [n1, k1, s1, o], [n2, k2, s2, o].
+    Returns:
+        [n1 * k1, n2 * k2], float32 for half precision, else the dtype of the arguments.
+    Raises:
+        ArgumentError: shapes, dtypes or devices that disagree.
+    Source: Novak et al. 2022, structured derivatives; docs/math.md.
+    """
+    wide = wide_dtype(a1.dtype)
+    a1, g1, a2, g2 = (x.to(wide) for x in (a1, g1, a2, g2))
+    (n1, k1, s1, o), (n2, k2, s2, _), i = g1.shape, g2.shape, a1.shape[2]
+    if s1 == 1 and s2 == 1:
+        outer = (g1.reshape(n1 * k1, o) @ g2.reshape(n2 * k2, o).T).reshape(n1, k1, n2, k2)
+        inner = a1[:, 0] @ a2[:, 0].T
+        return (outer * inner[:, None, :, None]).reshape(n1 * k1, n2 * k2)
+    if o * i <= s1 * s2 * (o + i / max(k1 * k2, 1) + 2):
+        return _rows(a1, g1) @ _rows(a2, g2).T
+    step = max(1, _ELEMENTS // max(1, k1 * s1 * n2 * k2 * s2))
+    parts = [_positions(a1[b : b + step], g1[b : b + step], a2, g2) for b in range(0, n1, step)]
+    return torch.cat(parts) if parts else a1.new_zeros(0, n2 * k2)
+
+
+def _rows(a: Tensor, g: Tensor) -> Tensor:
+    """sum_s g a^T as rows [n k, o i]."""
+    n, k, s, o = g.shape
+    return (g.transpose(2, 3).reshape(n, k * o, s) @ a).reshape(n * k, o * a.shape[2])
+
+
+def _positions(a1: Tensor, g1: Tensor, a2: Tensor, g2: Tensor) -> Tensor:
+    (n1, k1, s1, o), (n2, k2, s2, _) = g1.shape, g2.shape
+    inner = (a1.reshape(n1 * s1, -1) @ a2.reshape(n2 * s2, -1).T).reshape(n1, 1, s1, n2, 1, s2)
+    outer = (g1.reshape(n1 * k1 * s1, o) @ g2.reshape(n2 * k2 * s2, o).T).reshape(n1, k1, s1, n2, k2, s2)
+    return (outer * inner).sum((2, 5)).reshape(n1 * k1, n2 * k2)

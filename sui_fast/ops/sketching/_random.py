@@ -1,0 +1,47 @@
+"""Philox4x32-10 (Salmon et al. 2011) in PyTorch integers: the same numbers for the same counter on every backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLY = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox(index: Tensor, word: int, stream: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit words, as int64 tensors, of counter (index low, index high, word, stream) under the key seed.
+
+    Args:
+        index: int64 tensor of any shape, >= 0.
+        word, stream: 32-bit numbers that tell tables and layers apart. seed: 64-bit key.
+    """
+    c = [
+        index & _MASK,
+        (index >> 32) & _MASK,
+        torch.full_like(index, word & _MASK),
+        torch.full_like(index, stream & _MASK),
+    ]
+    key = [seed & _MASK, (seed >> 32) & _MASK]
+    for _ in range(10):
+        left, right = c[0] * _MULTIPLY[0], c[2] * _MULTIPLY[1]  # wraps at 64 bits, as it should
+        high = [(left >> 32) & _MASK, (right >> 32) & _MASK]
+        c = [high[1] ^ c[1] ^ key[0], right & _MASK, high[0] ^ c[3] ^ key[1], left & _MASK]
+        key = [(k + w) & _MASK for k, w in zip(key, _WEYL, strict=True)]
+    return c[0], c[1], c[2], c[3]
+
+
+def bucket_and_sign(size: int, buckets: int, word: int, stream: int, seed: int, device, dtype) -> tuple[Tensor, Tensor]:
+    """A hash of 0..size-1 to buckets (int64) and a random sign (dtype) of each."""
+    words = philox(torch.arange(size, dtype=torch.int64, device=device), word, stream, seed)
+    return (words[0] * buckets) >> 32, (1 - 2 * (words[1] & 1)).to(dtype)
+
+
+def signs(rows: int, columns: int, word: int, stream: int, seed: int, device, dtype) -> Tensor:
+    """Random signs [rows, columns]; entry (i, j) depends on (i, j) alone, whatever the size asked for."""
+    i = torch.arange(rows, dtype=torch.int64, device=device)[:, None]
+    j = torch.arange(-(-columns // 128), dtype=torch.int64, device=device)[None]
+    words = torch.stack(philox((i << 32) | j, word, stream, seed), 2)  # 128 bits serve 128 columns
+    bits = (words[..., None] >> torch.arange(32, device=device)) & 1
+    return (1 - 2 * bits.reshape(rows, -1)[:, :columns]).to(dtype)
