@@ -61,7 +61,8 @@ def training_filter(x: np.ndarray, time: float | None, eta: float, dynamics: str
     small = -np.expm1(REAL(time) * np.log1p(-np.where(z < 1, z, 0)))
     sign = -1 if int(time) % 2 else 1
     base = np.abs(1 - z)
-    big = 1 - sign * np.exp(REAL(time) * np.log(np.where(base > 0, base, 1))) * (base > 0)
+    power = REAL(time) * np.log(np.where((z >= 1) & (base > 0), base, 1))  # exp(power) = base^t where it is needed
+    big = 1 - sign * np.exp(power) * (base > 0)
     return np.where(x > 0, np.where(z < 1, small, big) / safe, REAL(eta) * REAL(time))
 
 
