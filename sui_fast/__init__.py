@@ -1,0 +1,42 @@
+"""sui_fast: how much does each training sample teach my model?
+
+Smooth unique information of samples (Harutyunyan et al., ICLR 2021), exact and fast, from a linearised network.
+"""
+
+from ._errors import (
+    ArgumentError,
+    BackendError,
+    CoverageError,
+    DataError,
+    SpectrumError,
+    StabilityError,
+    SuiError,
+)
+from .doctor import doctor
+from .jacobians import Jacobian, jacobian, ntk
+from .loo import Removal, leave_one_out
+from .ops import explain, use_backend
+from .scores import Scores
+from .scoring import score
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "BackendError",
+    "CoverageError",
+    "DataError",
+    "Jacobian",
+    "Removal",
+    "Scores",
+    "SpectrumError",
+    "StabilityError",
+    "SuiError",
+    "doctor",
+    "explain",
+    "jacobian",
+    "leave_one_out",
+    "ntk",
+    "score",
+    "use_backend",
+]

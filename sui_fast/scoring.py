@@ -40,7 +40,7 @@ class _Stages:
 
     @contextmanager
     def __call__(self, name: str):
-        self._bar.set_description(f"score: {name}")
+        self._bar.set_description(f"score: {name}", refresh=False)
         start = clock.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + clock.perf_counter() - start

@@ -1,0 +1,170 @@
+"""Scores: one row per sample, a column per measure, with settings and diagnostics; Parquet in and out."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ._errors import ArgumentError, DataError, complaint
+
+_MAGIC = b"sui_fast.scores"
+_FORMAT = 1
+
+
+class Scores:
+    """Result of ``score``.
+
+    Attributes:
+        ids: id of each sample (or group), numpy [n].
+        values: {measure: float64 [n]}; ``scores["si"]`` for short.
+        settings: arguments of the run. diagnostics: method, rank, effective dimension, condition, coverage, seconds ...
+        units: {measure: unit}.
+        labels: class of each sample, int64 [n], or None.
+        inputs: small inputs for the report [n, ...], or None; not saved.
+    """
+
+    def __init__(
+        self,
+        ids: np.ndarray,
+        values: dict[str, np.ndarray],
+        settings: dict[str, Any],
+        diagnostics: dict[str, Any],
+        *,
+        units: dict[str, str] | None = None,
+        labels: np.ndarray | None = None,
+        inputs: np.ndarray | None = None,
+    ):
+        self.ids = np.asarray(ids)
+        self.values = {name: np.asarray(column, dtype=np.float64) for name, column in values.items()}
+        self.settings, self.diagnostics, self.units = settings, diagnostics, units or {}
+        self.labels, self.inputs = labels, inputs
+        for name, column in {**self.values, "labels": labels}.items():
+            if column is not None and np.shape(column) != (len(self.ids),):
+                raise ArgumentError(
+                    complaint(name, f"one value per id ({len(self.ids)})", f"shape {list(np.shape(column))}", "Align them.")
+                )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, measure: str) -> np.ndarray:
+        if measure not in self.values:
+            raise ArgumentError(
+                complaint("measure", f"one of {', '.join(self.values)}", repr(measure), "Ask score() for it with measures=.")
+            )
+        return self.values[measure]
+
+    def __repr__(self) -> str:
+        parts = [f"{name} {column.min():.3g}..{column.max():.3g}" for name, column in self.values.items() if len(self)]
+        return f"Scores({len(self)} rows: {', '.join(parts)}; {self.diagnostics.get('form', '')})"
+
+    @property
+    def table(self) -> pa.Table:
+        """pyarrow table: id, label where known, one float64 column per measure with its unit as field metadata."""
+        columns, fields = [pa.array(self.ids)], [pa.field("id", pa.array(self.ids).type)]
+        if self.labels is not None:
+            columns.append(pa.array(self.labels))
+            fields.append(pa.field("label", columns[-1].type))
+        for name, column in self.values.items():
+            columns.append(pa.array(column))
+            fields.append(pa.field(name, pa.float64(), metadata={"unit": self.units.get(name, "")}))
+        about = {
+            "format": _FORMAT,
+            "settings": self.settings,
+            "diagnostics": self.diagnostics,
+            "scale": "SI = ||dw||^2 / (2 sigma^2), F-SI = mean ||df||^2 / (2 sigma^2), in nats",
+        }
+        schema = pa.schema(fields, metadata={_MAGIC: json.dumps(about, default=str).encode()})
+        return pa.Table.from_arrays(columns, schema=schema)
+
+    def to_pandas(self):
+        """The table as a pandas DataFrame (pandas must be installed)."""
+        return self.table.to_pandas()
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the table with settings and units to a Parquet file; the file appears whole or not at all."""
+        path = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        os.close(handle)
+        try:
+            pq.write_table(self.table, temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Scores:
+        """Read what ``save`` wrote.
+
+        Raises:
+            DataError: not a Parquet file, not written by sui_fast, or damaged.
+        """
+        try:
+            table = pq.read_table(path, page_checksum_verification=True)
+            about = json.loads((table.schema.metadata or {})[_MAGIC])
+            units = {
+                field.name: (field.metadata or {}).get(b"unit", b"").decode()
+                for field in table.schema
+                if field.name not in ("id", "label")
+            }
+            ids = _numpy(table["id"])
+            values = {name: _numpy(table[name]) for name in units}
+            labels = _numpy(table["label"]) if "label" in table.column_names else None
+            return cls(ids, values, about["settings"], about["diagnostics"], units=units, labels=labels)
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                complaint("path", "a Parquet file written by Scores.save", f"{path} ({error})", "Score the data again.")
+            ) from error
+
+    def top(self, m: int, by: str | None = None) -> Scores:
+        """The m rows with the largest value of a measure (default "fsi", else the first), largest first."""
+        return self._ranked(m, by, -1)
+
+    def bottom(self, m: int, by: str | None = None) -> Scores:
+        """The m rows with the smallest value of a measure (default "fsi", else the first), smallest first."""
+        return self._ranked(m, by, 1)
+
+    def _ranked(self, m: int, by: str | None, direction: int) -> Scores:
+        if isinstance(m, bool) or not isinstance(m, int | np.integer) or m < 0:
+            raise ArgumentError(complaint("m", "a whole number >= 0", repr(m), "Pass the number of rows."))
+        column = self[by or self.default_measure]
+        return self.select(np.argsort(direction * column, kind="stable")[:m])
+
+    @property
+    def default_measure(self) -> str:
+        """The measure that ranks rows unless another is named."""
+        return "fsi" if "fsi" in self.values else next(iter(self.values))
+
+    def select(self, rows: np.ndarray) -> Scores:
+        """The rows with the given numbers, in that order."""
+        return Scores(
+            self.ids[rows],
+            {name: column[rows] for name, column in self.values.items()},
+            self.settings,
+            self.diagnostics,
+            units=self.units,
+            labels=None if self.labels is None else self.labels[rows],
+            inputs=None if self.inputs is None else self.inputs[rows],
+        )
+
+    def report(self, path: str | os.PathLike, *, title: str = "Unique information of samples") -> Path:
+        """Write one self-contained HTML file: distributions, SI against F-SI, samples, classes, run card."""
+        from .report import write_report  # the room to the right: drawn only when asked for
+
+        return write_report(self, path, title=title)
+
+
+def _numpy(column: pa.ChunkedArray) -> np.ndarray:
+    return column.to_numpy(zero_copy_only=False) if not pa.types.is_string(column.type) else np.array(column.to_pylist())
