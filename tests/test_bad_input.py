@@ -138,7 +138,6 @@ SCORE = {
     "meta inputs": (dict(train=(X.to("meta"), LABELS)), ["train"]),
     "meta model": (dict(model=model().to("meta")), ["model"]),
     "a function for a model": (dict(model=lambda x: x), ["model"]),
-    "inputs of the wrong width": (dict(train=(X[:, :2], LABELS)), ["train"]),
     "missing val": (dict(val=None), ["val"]),
     "unknown measure": (dict(measures=("si", "entropy")), ["measures", "entropy"]),
     "no measure": (dict(measures=()), ["measures"]),

@@ -230,11 +230,11 @@ def test_model_is_left_as_found():
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_works_without_gradient_mode(plain):
-    with torch.no_grad():
-        same(run(), plain)
-    with torch.inference_mode():
-        same(run(), plain)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_works_without_gradient_mode(mode, plain):
+    model = network()
+    with mode():
+        same(run(model=model), plain)
 
 
 def test_frozen_parameters_do_not_count(plain):
