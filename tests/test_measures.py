@@ -99,7 +99,7 @@ def test_steady_state_of_sgd(case, time):
 
 
 def test_sgd_share_of_the_jitter_is_reported():
-    """Orthogonal samples: H is a multiple of I, so Sigma has the rank n - 1 of L; the last direction is the jitter's."""
+    """Orthogonal samples: H is a multiple of I, Sigma has the rank n - 1 of L, the last direction is the jitter's."""
     model = torch.nn.Linear(6, 1, bias=False).double()
     data = (torch.eye(6, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1, 0]))
     arguments = dict(measures="si_sgd", reg=0.01, progress=False)
