@@ -13,6 +13,10 @@ class DataError(ArgumentError):
     """The data (samples, targets, order, finiteness) cannot be scored as given."""
 
 
+class ModelError(DataError, RuntimeError):
+    """The model itself fails on the samples it is given."""
+
+
 class StabilityError(ArgumentError):
     """Gradient descent with this learning rate diverges."""
 

@@ -42,5 +42,9 @@ def _print(found: dict[str, Any]) -> None:
     for name, reason in found["backends"].items():
         print(f"backend   {name:10} {'live' if reason is None else 'not here: ' + reason}")
     for op, tests in found["self_test"].items():
-        print(f"op        {op:18} reference" + "".join(f", {where} {reason or 'ok'}" for where, reason in tests.items()))
-    print("all well" if found["healthy"] else "a kernel disagrees with its reference: it is put aside, please report it")
+        print(
+            f"op        {op:18} reference" + "".join(f", {where} {reason or 'ok'}" for where, reason in tests.items())
+        )
+    print(
+        "all well" if found["healthy"] else "a kernel disagrees with its reference: it is put aside, please report it"
+    )

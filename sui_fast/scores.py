@@ -48,7 +48,9 @@ class Scores:
         for name, column in {**self.values, "labels": labels}.items():
             if column is not None and np.shape(column) != (len(self.ids),):
                 raise ArgumentError(
-                    complaint(name, f"one value per id ({len(self.ids)})", f"shape {list(np.shape(column))}", "Align them.")
+                    complaint(
+                        name, f"one value per id ({len(self.ids)})", f"shape {list(np.shape(column))}", "Align them."
+                    )
                 )
 
     def __len__(self) -> int:
@@ -57,7 +59,9 @@ class Scores:
     def __getitem__(self, measure: str) -> np.ndarray:
         if measure not in self.values:
             raise ArgumentError(
-                complaint("measure", f"one of {', '.join(self.values)}", repr(measure), "Ask score() for it with measures=.")
+                complaint(
+                    "measure", f"one of {', '.join(self.values)}", repr(measure), "Ask score() for it with measures=."
+                )
             )
         return self.values[measure]
 
@@ -167,4 +171,6 @@ class Scores:
 
 
 def _numpy(column: pa.ChunkedArray) -> np.ndarray:
-    return column.to_numpy(zero_copy_only=False) if not pa.types.is_string(column.type) else np.array(column.to_pylist())
+    return (
+        column.to_numpy(zero_copy_only=False) if not pa.types.is_string(column.type) else np.array(column.to_pylist())
+    )

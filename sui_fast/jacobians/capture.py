@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
-from .._errors import ArgumentError, CoverageError, DataError, complaint
+from .._errors import ArgumentError, CoverageError, DataError, ModelError, complaint
 from .data import batch_length
 from .layers import RULES, Use
 
@@ -121,6 +121,10 @@ class Evaluator:
             raise ArgumentError(
                 complaint("model", "parameters on one device", " and ".join(sorted(devices)), "Move the model to one.")
             )
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ArgumentError(
+                complaint("dtype", "a real floating torch.dtype", repr(dtype), "Pass torch.float64, say.")
+            )
         floating = [p for p in model.parameters() if p.is_floating_point()]
         if dtype is not None and any(p.dtype != dtype for p in floating):
             model = copy.deepcopy(model).to(dtype)
@@ -141,14 +145,19 @@ class Evaluator:
 
     def __call__(self, batch: Any, first: int = 0) -> Tensor:
         """Outputs [b, k], checked."""
-        if self._outputs is not None:
-            out = self._outputs(self.model, batch)
-        elif isinstance(batch, dict):
-            out = self.model(**batch)
-        elif isinstance(batch, tuple):
-            out = self.model(*batch)
-        else:
-            out = self.model(batch)
+        try:
+            out = self._forward(batch)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if _transformed_any(batch) or type(error) not in (RuntimeError, ValueError, TypeError, IndexError):
+                raise
+            raise ModelError(
+                complaint(
+                    "model",
+                    "a forward pass on the given inputs",
+                    f"{type(error).__name__}: {error}",
+                    "Check the shape and dtype of the inputs, or pass outputs=f(model, batch).",
+                )
+            ) from error
         if not isinstance(out, Tensor):
             out = getattr(out, "logits", out)
         size = batch_length(batch)
@@ -176,6 +185,13 @@ class Evaluator:
                     )
                 )
         return out
+
+    def _forward(self, batch: Any) -> Any:
+        if self._outputs is not None:
+            return self._outputs(self.model, batch)
+        if isinstance(batch, dict):
+            return self.model(**batch)
+        return self.model(*batch) if isinstance(batch, tuple) else self.model(batch)
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -282,6 +298,10 @@ class _Functional(nn.Module):
 
     def forward(self, batch):
         return self.evaluator(batch)
+
+
+def _transformed_any(batch: Any) -> bool:
+    return any(isinstance(x, Tensor) and _transformed(x) for x in tree_flatten(batch)[0])
 
 
 def _transformed(x: Tensor) -> bool:

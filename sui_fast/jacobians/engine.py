@@ -54,8 +54,9 @@ def jacobian(
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ArgumentError(complaint("batch_size", "a whole number >= 1", repr(batch_size), "Pass 64, say."))
-    samples = as_samples(data, with_targets=None, argument="data")
-    evaluator = Evaluator(model, outputs, params, dtype)
+    with torch.inference_mode(False):
+        samples = as_samples(data, with_targets=None, argument="data")
+        evaluator = Evaluator(model, outputs, params, dtype)
     with evaluator.quiet():
         batch = to_device(next(samples.batches(_CHECKED)), evaluator.device, evaluator.dtype)
         key = (tuple(evaluator.parameters), outputs, evaluator.dtype, _signature(batch))

@@ -15,6 +15,7 @@ import numpy as np
 from .filters import TrainingFilter
 
 _EPS = np.finfo(np.float64).eps
+_RINGS = ((16, 1.0), (16, 1.5), (16, 2.5), (28, 0.75), (40, 0.65), (64, 0.57))  # few steps: a polynomial without poles
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def fit_rational(phi: TrainingFilter, top: float) -> Rational:
     points = _sample_points(phi, top)
     values = phi(points)
     best = _fit_residues(points, values, _aaa_poles(points, values), top)
-    for count, radius in ((16, 1.0), (16, 1.5), (16, 2.5), (28, 0.75)):  # few steps: a polynomial, no poles of its own
+    for count, radius in _RINGS:
         if best.error < 1e-13:
             break
         angles = np.pi * (np.arange(count) + 0.5) / count

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral
+from numbers import Integral, Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,9 @@ from .removal import Removal
 from .spectral import SpectralRemoval
 
 METHODS = ("auto", "dual", "spectral")
-_WELL_CONDITIONED = 1e7  # digits lost by the Cholesky form ~ condition x 1e-16: above this the spectrum is used
+# Above these condition numbers (1-norm) the spectrum is used: with shift > 0 the Cholesky form takes ||dw||^2 as a
+# difference and loses the square of the condition, without it the first power (figures: docs/accuracy.md).
+_WELL_CONDITIONED, _WELL_CONDITIONED_RIDGELESS = 1e5, 1e10
 
 
 def leave_one_out(
@@ -91,7 +94,8 @@ def leave_one_out(
         )
     if dual_fits and method != "spectral":
         found = _cholesky_inverse(theta, phi.shift)
-        if found is not None and (found[1] <= _WELL_CONDITIONED or method == "dual"):
+        limit = _WELL_CONDITIONED if phi.shift > 0 else _WELL_CONDITIONED_RIDGELESS
+        if found is not None and (found[1] <= limit or method == "dual"):
             return DualRemoval(theta, found[0], phi.shift, found[1], blocks, r0, cross, as_numpy)
         if method == "dual":
             raise ArgumentError(
@@ -126,7 +130,7 @@ def remove_from_spectrum(
     idle: Tensor,
 ) -> SpectralRemoval:
     """The same from a spectrum in hand; ``idle`` marks rows of the kernel that are exactly zero, bool [N]."""
-    check_stability(phi, spectrum.top, blocks, convention)
+    check_stability(phi, spectrum.top, len(r0))
     return SpectralRemoval(spectrum, phi, convention, blocks, r0, cross, as_numpy, idle)
 
 
@@ -136,9 +140,9 @@ def make_filter(
     """The training filter of the summed loss from the arguments of the mean loss: lambda = n reg, eta = lr / n."""
     _one_of("dynamics", dynamics, DYNAMICS)
     reg = _number("reg", reg)
-    if time is None or time == math.inf:
+    time = math.inf if time is None else _number("time", time, infinite=True)
+    if time == math.inf:
         return TrainingFilter(shift=n * reg)
-    time = _number("time", time)
     if dynamics == "gd":
         if time != int(time):
             raise ArgumentError(
@@ -162,24 +166,18 @@ def make_filter(
     return TrainingFilter(shift=n * reg, eta=lr / n, time=time, dynamics=dynamics)
 
 
-def check_stability(phi: TrainingFilter, top: float, blocks, convention: str) -> None:
-    """Raises StabilityError where gradient descent diverges on all samples or on what is left after a removal."""
+def check_stability(phi: TrainingFilter, top: float, n: int) -> None:
+    """Raises StabilityError where gradient descent on all n samples diverges."""
     if phi.converged or phi.dynamics != "gd" or phi.time == 0:
         return
-    step, factor = phi.eta * (top + phi.shift), 1.0
-    for removed in blocks.by_size():
-        if removed < blocks.n:
-            changed = phi.without(removed, blocks.n, convention)
-            if changed.eta * (top + changed.shift) > step:
-                step, factor = changed.eta * (top + changed.shift), changed.eta / phi.eta
+    step = phi.eta * (top + phi.shift)
     if step >= 2:
-        largest = phi.eta * blocks.n * 2 / step
+        lr = phi.eta * n
         raise StabilityError(
             complaint(
                 "lr",
-                f"a stable step size, lr < {largest:.6g} (2 / the largest curvature of the mean loss"
-                + (", with a sample left out)" if factor > 1 else ")"),
-                f"{phi.eta * blocks.n:.6g}",
+                f"a stable step size, below {2 * lr / step:.6g} = 2 / (largest curvature of the mean loss)",
+                f"{lr:.6g}",
                 "Lower lr; training with this one diverges, so no score exists.",
             )
         )
@@ -273,12 +271,11 @@ def _cholesky_inverse(theta: Tensor, shift: float) -> tuple[Tensor, float] | Non
     return inverse, size * float(torch.linalg.matrix_norm(inverse, 1))
 
 
-def _number(argument: str, value: object) -> float:
-    try:
+def _number(argument: str, value: object, *, infinite: bool = False) -> float:
+    number = math.nan
+    if isinstance(value, Real | np.generic | Tensor) and not isinstance(value, bool) and np.size(value) == 1:
         number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not (math.isfinite(number) and number >= 0) or isinstance(value, bool):
+    if not number >= 0 or (number == math.inf and not infinite):
         raise ArgumentError(complaint(argument, "a finite number >= 0", repr(value), "Pass a non-negative number."))
     return number
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._errors import StabilityError, complaint
 from ..ops import converged_removal, rational_removal
 from ..spectra import Spectrum
 from .blocks import Blocks
@@ -15,6 +16,8 @@ from .converged import ridgeless_removal
 from .filters import TrainingFilter
 from .rational import Rational, fit_rational
 from .removal import CHUNK, Removal
+
+_REDUCED_WORK = 1e11  # operations that a look at every reduced spectrum may take
 
 
 class SpectralRemoval(Removal):
@@ -53,13 +56,16 @@ class SpectralRemoval(Removal):
             elif changed.time == 0 or changed.eta == 0 or spectrum.top == 0:
                 self._left_out[rows] = residual.reshape(-1)[rows]
             else:
-                fit = fit_rational(changed, spectrum.top)
+                reduced = self._reduced_top(numbers, changed)
+                fit = fit_rational(changed, reduced)
                 fit_error, pole_count = max(fit_error, fit.error), max(pole_count, len(fit.poles))
                 self._remove_rational(numbers, rows, changed, fit)
             still = torch.from_numpy(numbers).to(u.device)[idle[rows].all(1)]
             self._change[still] = 0.0  # rows of zeros act on nothing: the value is exact, not a rounding of zero
             if changed != phi and not settled or changed.shift != phi.shift:
-                other = _on(s, changed(s.cpu().numpy()))
+                # above the reduced spectra the filter may diverge: there the fit stands for itself and cancels
+                beyond = not settled and fit_error > 0 and reduced < spectrum.top
+                other = _on(s, (fit if beyond else changed)(s.cpu().numpy()))
                 self._change[numbers] += (other - self._scale) * self._gain
             if not settled:
                 self._left_out[rows] = self._residual_after(numbers, rows)
@@ -72,6 +78,38 @@ class SpectralRemoval(Removal):
             filter_error=fit_error,
             poles=pole_count,
         )
+
+    def _reduced_top(self, numbers: np.ndarray, changed: TrainingFilter) -> float:
+        """Upper bound of the spectra that are left: that of all samples, unless ``changed`` is unstable there."""
+        top, limit = self.spectrum.top, 2 / changed.eta - changed.shift
+        if changed.dynamics != "gd" or top < limit:
+            return top
+        size = len(self.spectrum.s)
+        if size**3 * len(numbers) > _REDUCED_WORK:
+            raise StabilityError(
+                complaint(
+                    "lr",
+                    f"a step below {limit / top:.6g} times its present value",
+                    "one at the edge of stability",
+                    "With a sample left out the step size grows and may diverge; lower lr a little.",
+                )
+            )
+        theta = (self.spectrum.u * self.spectrum.s) @ self.spectrum.u.T
+        largest = 0.0
+        for rows in self._blocks.rows(numbers, theta.device):
+            keep = torch.ones(size, dtype=torch.bool, device=theta.device)
+            keep[rows] = False
+            largest = max(largest, float(torch.linalg.eigvalsh(theta[keep][:, keep])[-1]))
+        if largest >= limit:
+            raise StabilityError(
+                complaint(
+                    "lr",
+                    "a step that is stable with a sample left out",
+                    f"{changed.eta / self._phi.eta:.6g} times the step of all samples, which diverges",
+                    "Lower lr, or use convention='sum'.",
+                )
+            )
+        return largest * (1 + 1e-12)
 
     def _chunks(self, numbers: np.ndarray, rows: Tensor):
         step = max(1, CHUNK // max(1, rows.shape[1] * self.spectrum.u.shape[1]))

@@ -57,8 +57,14 @@ def _parse(names: str) -> dict[str, str]:
     for part in filter(None, (part.strip() for part in names.split(","))):
         name, _, backend = part.rpartition("=")
         if backend not in (*BACKENDS, "auto") or (name and name not in OPS):
-            raise ArgumentError(complaint("backend", f"one of {', '.join(BACKENDS)}, auto, or op=backend with an op of "
-                                          f"{', '.join(OPS)}", repr(part), f"Correct use_backend() or {_ENVIRONMENT}."))
+            raise ArgumentError(
+                complaint(
+                    "backend",
+                    f"one of {', '.join(BACKENDS)}, auto, or op=backend with an op of {', '.join(OPS)}",
+                    repr(part),
+                    f"Correct use_backend() or {_ENVIRONMENT}.",
+                )
+            )
         if not name:
             chosen.clear()
         chosen[name or "*"] = backend
@@ -87,20 +93,31 @@ def use_backend(name: str):
 class Op:
     """One declared op: its border, its kernels, its registration. ``op`` makes it; users call the function it returns."""
 
-    def __init__(self, body: Callable, shapes: dict[str, str], result: str, examples: Callable, *, dtypes: dict,
-                 result_dtype: torch.dtype | None, check: Callable | None):
+    def __init__(
+        self,
+        body: Callable,
+        shapes: dict[str, str],
+        result: str,
+        examples: Callable,
+        *,
+        dtypes: dict,
+        result_dtype: torch.dtype | None,
+        check: Callable | None,
+    ):
         self.name, self.body, self.examples, self._check = body.__name__, body, examples, check
         self.signature = inspect.signature(body)
         self.parameters = list(self.signature.parameters)
-        self.tensors = [(self.parameters.index(name), name, spec.split(), dtypes.get(name))
-                        for name, spec in shapes.items()]
+        self.tensors = [
+            (self.parameters.index(name), name, spec.split(), dtypes.get(name)) for name, spec in shapes.items()
+        ]
         self._result = [shape.split() for shape in result.split(",")]
         self._result_dtype = result_dtype
         self._package = sys.modules[body.__module__].__package__
         folder = Path(sys.modules[body.__module__].__file__).parent
         self.kernels = [name for name in BACKENDS if (folder / f"_{name}.py").is_file()]
-        self._automatic = {device: [name for name in names if name in self.kernels]
-                           for device, names in _AUTOMATIC.items()}
+        self._automatic = {
+            device: [name for name in names if name in self.kernels] for device, names in _AUTOMATIC.items()
+        }
         self._loaded: dict[str, Any] = {}
         self._trusted: dict[tuple, str | None] = {}
         self._logged: set[str] = set()
@@ -124,19 +141,28 @@ class Op:
                 ordinary = False
             shape = tensor.shape
             if len(shape) != len(letters):
-                raise self.complain(name, f"{len(letters)} dimensions [{', '.join(letters)}]", f"shape {list(shape)}",
-                                    "Reshape it.")
+                raise self.complain(
+                    name, f"{len(letters)} dimensions [{', '.join(letters)}]", f"shape {list(shape)}", "Reshape it."
+                )
             for letter, size in zip(letters, shape, strict=True):
                 if sizes.setdefault(letter, size) != size:
-                    raise self.complain(name, f"[{', '.join(letters)}] with {letter} = {sizes[letter]} as before",
-                                        f"shape {list(shape)}", "Pass arguments that describe the same samples and layer.")
+                    raise self.complain(
+                        name,
+                        f"[{', '.join(letters)}] with {letter} = {sizes[letter]} as before",
+                        f"shape {list(shape)}",
+                        "Pass arguments that describe the same samples and layer.",
+                    )
             if device is None:
                 device = tensor.device
                 if device.type == "meta":
                     raise self.complain(name, "a tensor with data", "a meta tensor", "Move the model to a real device.")
             elif tensor.device != device:
-                raise self.complain(name, f"device {device}, as the arguments before it", f"device {tensor.device}",
-                                    "Move all arguments to one device.")
+                raise self.complain(
+                    name,
+                    f"device {device}, as the arguments before it",
+                    f"device {tensor.device}",
+                    "Move all arguments to one device.",
+                )
             if tensor.layout is not torch.strided:
                 raise self.complain(name, "a dense tensor", f"layout {tensor.layout}", "Call .to_dense() first.")
             found = tensor.dtype
@@ -148,8 +174,12 @@ class Op:
                 if not found.is_floating_point:
                     raise self.complain(name, "a real floating-point tensor", f"dtype {found}", "Convert it.")
             elif found is not dtype:
-                raise self.complain(name, f"{dtype}, as the arguments before it", f"dtype {found}",
-                                    "Convert all arguments to one dtype.")
+                raise self.complain(
+                    name,
+                    f"{dtype}, as the arguments before it",
+                    f"dtype {found}",
+                    "Convert all arguments to one dtype.",
+                )
         if self._check is not None:
             self._check(*args)
         return ordinary
@@ -205,8 +235,11 @@ class Op:
                 if key not in self._trusted:
                     self._trusted[key] = reason = self._compare(backend, device)
                     if reason is not None:
-                        warnings.warn(f"sui_fast: the {backend} kernel of {self.name} is put aside on {device}: {reason}",
-                                      RuntimeWarning, stacklevel=3)
+                        warnings.warn(
+                            f"sui_fast: the {backend} kernel of {self.name} is put aside on {device}: {reason}",
+                            RuntimeWarning,
+                            stacklevel=3,
+                        )
         return self._trusted[key]
 
     def _compare(self, backend: str, device: torch.device) -> str | None:
@@ -219,8 +252,10 @@ class Op:
                     got, want = getattr(module, self.name)(*example), self.body(*example)
                     for mine, theirs in zip(_tuple(got), _tuple(want), strict=True):
                         if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
-                            return (f"it returns {mine.dtype} {list(mine.shape)}, the reference "
-                                    f"{theirs.dtype} {list(theirs.shape)}")
+                            return (
+                                f"it returns {mine.dtype} {list(mine.shape)}, the reference "
+                                f"{theirs.dtype} {list(theirs.shape)}"
+                            )
                         error = (mine - theirs).norm() / (theirs.norm() + torch.finfo(theirs.dtype).tiny)
                         if not error <= (1e-9 if theirs.dtype == torch.float64 else 1e-4):
                             return f"it differs from the reference by {error:.1e} relative"
@@ -241,8 +276,14 @@ class Op:
         elif backend != "reference":
             reason = self.refusal(backend, args)
             if reason is not None:
-                raise BackendError(complaint(f"backend of {self.name}", f"{backend}, as named", f"a refusal: {reason}",
-                                             "Use use_backend('auto') or another backend; sui-fast doctor lists them."))
+                raise BackendError(
+                    complaint(
+                        f"backend of {self.name}",
+                        f"{backend}, as named",
+                        f"a refusal: {reason}",
+                        "Use use_backend('auto') or another backend; sui-fast doctor lists them.",
+                    )
+                )
         if backend not in self._logged:
             self._logged.add(backend)
             _log.info("%s runs on backend %s", self.name, backend)
@@ -284,12 +325,18 @@ class Op:
         def fake(*args):
             args = self.bind(args, {})  # the dispatcher drops arguments that equal their defaults
             self.border(args)
-            sizes = {name: value for name, value in zip(self.parameters, args, strict=True) if isinstance(value, int | torch.SymInt)}
+            sizes = {
+                name: value
+                for name, value in zip(self.parameters, args, strict=True)
+                if isinstance(value, int | torch.SymInt)
+            }
             for position, _, letters, _ in self.tensors:
                 sizes.update(zip(letters, args[position].shape, strict=True))
             first = args[self.tensors[0][0]]
             dtype = self._result_dtype or wide_dtype(first.dtype)
-            outputs = [first.new_empty([_product(size, sizes) for size in shape], dtype=dtype) for shape in self._result]
+            outputs = [
+                first.new_empty([_product(size, sizes) for size in shape], dtype=dtype) for shape in self._result
+            ]
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
         def setup_context(ctx, inputs, output):
@@ -315,17 +362,29 @@ class Op:
                     args[position] = args[position].detach().requires_grad_(needed)
                     inputs += [args[position]] if needed else []
                 outputs = [output for output in _tuple(self._run(self.body, tuple(args)))]
-                pairs = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True)
-                         if output.requires_grad]
-                parts = torch.autograd.grad([p[0] for p in pairs], inputs, [p[1] for p in pairs],
-                                            allow_unused=True) if pairs else [None] * len(inputs)
-            return [torch.zeros_like(tensor, memory_format=torch.contiguous_format) if part is None
-                    else part.detach().clone(memory_format=torch.contiguous_format)
-                    for part, tensor in zip(parts, inputs, strict=True)]
+                pairs = [
+                    (output, gradient)
+                    for output, gradient in zip(outputs, gradients, strict=True)
+                    if output.requires_grad
+                ]
+                parts = (
+                    torch.autograd.grad([p[0] for p in pairs], inputs, [p[1] for p in pairs], allow_unused=True)
+                    if pairs
+                    else [None] * len(inputs)
+                )
+            return [
+                torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+                if part is None
+                else part.detach().clone(memory_format=torch.contiguous_format)
+                for part, tensor in zip(parts, inputs, strict=True)
+            ]
 
         def backward_fake(gradients, needs, *args):
-            return [torch.empty_like(args[position], memory_format=torch.contiguous_format)
-                    for (position, *_), needed in zip(self.tensors, needs, strict=True) if needed]
+            return [
+                torch.empty_like(args[position], memory_format=torch.contiguous_format)
+                for (position, *_), needed in zip(self.tensors, needs, strict=True)
+                if needed
+            ]
 
         def vmap(info, in_dims, *args):
             count = len(self._result)
@@ -337,14 +396,24 @@ class Op:
         definition.register_vmap(vmap)
         inside = schema[1 : schema.index(") ->")]
         backward_op = torch.library.custom_op(
-            f"sui_fast::{self.name}_backward", backward_implementation, mutates_args=(),
-            schema=f"(Tensor[] gradients, bool[] needs, {inside}) -> Tensor[]")
+            f"sui_fast::{self.name}_backward",
+            backward_implementation,
+            mutates_args=(),
+            schema=f"(Tensor[] gradients, bool[] needs, {inside}) -> Tensor[]",
+        )
         backward_op.register_fake(backward_fake)
         return getattr(torch.ops.sui_fast, self.name).default
 
 
-def op(*, shapes: dict[str, str], result: str, examples: Callable, dtypes: dict[str, tuple] | None = None,
-       result_dtype: torch.dtype | None = None, check: Callable | None = None) -> Callable[[Callable], Callable]:
+def op(
+    *,
+    shapes: dict[str, str],
+    result: str,
+    examples: Callable,
+    dtypes: dict[str, tuple] | None = None,
+    result_dtype: torch.dtype | None = None,
+    check: Callable | None = None,
+) -> Callable[[Callable], Callable]:
     """Declare the decorated function as an op.
 
     Args:
@@ -357,8 +426,9 @@ def op(*, shapes: dict[str, str], result: str, examples: Callable, dtypes: dict[
     """
 
     def declare(body: Callable) -> Callable:
-        declared = OPS[body.__name__] = Op(body, shapes, result, examples, dtypes=dtypes or {},
-                                           result_dtype=result_dtype, check=check)
+        declared = OPS[body.__name__] = Op(
+            body, shapes, result, examples, dtypes=dtypes or {}, result_dtype=result_dtype, check=check
+        )
         arity, registered, run = len(declared.parameters), declared.registered, declared.call
 
         @functools.wraps(body)
@@ -382,9 +452,13 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def writable(*tensors: Tensor) -> bool:
     """Whether a body may write into fresh memory: nothing differentiates, transforms or traces this call."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-                or forward_ad._current_level >= 0
-                or torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in tensors)
+    )
 
 
 def _tuple(value: Any) -> tuple:
@@ -399,4 +473,5 @@ def _autograd_again() -> Any:
     """Lift the exclusion of autograd that surrounds the implementation of a custom op."""
     return torch._C._ForceDispatchKeyGuard(
         torch._C._dispatch_tls_local_include_set(),
-        torch._C._dispatch_tls_local_exclude_set() & torch._C._after_autograd_keyset)
+        torch._C._dispatch_tls_local_exclude_set() & torch._C._after_autograd_keyset,
+    )
