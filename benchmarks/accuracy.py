@@ -44,6 +44,15 @@ of their own. Above 1e-8: **bold**.
 
 """
 
+FORMS = """
+## The two converged forms
+
+weight_sqnorm at convergence with regularisation, worst over problems as above, by the condition number of
+Theta + lambda I (1-norm). The dual form takes ||dw||^2 as a difference of two numbers s_max / lambda times as large;
+`method="auto"` therefore changes to the spectrum where the condition number is large.
+
+"""
+
 REASON = """eps s_max / s_min is the relative change of the smallest positive eigenvalue when the entries of the kernel
 are rounded to float64: an eigendecomposition in float64 errs by as much, and the more so the scores of near duplicates
 late in training without regularisation, which go with powers of 1/s_min. The last column is the error of brute force in
@@ -119,6 +128,24 @@ def conventions() -> str:
     return table(["convention", "removed", "gd, t = 50", "gd, t = 2000", "flow, 50", "flow, 2000", "infinity"], rows)
 
 
+def forms() -> str:
+    """Largest error of either converged form, by the condition number of Theta + lambda I (1-norm)."""
+    worst: dict[int, list[float]] = {}
+    for seed in range(3):
+        for (k, _), (n, d) in SHAPES.items():
+            case = make_problem(n, k, d, DUPLICATES[seed], m=1, seed=100 + seed) if k < 10 else None
+            for reg in np.logspace(-7, -1, 13) if case else ():
+                found = []
+                for method in ("dual", "spectral"):
+                    got = leave_one_out(case.ntk, case.residual, outputs=k, reg=reg, method=method)
+                    found.append(relative_error(got.weight_sqnorm, case.refit(reg=reg).weight_sqnorm))
+                    if method == "dual":
+                        decade = int(np.log10(got.diagnostics["condition"]))
+                worst[decade] = [max(pair) for pair in zip(worst.get(decade, (0, 0)), found, strict=True)]
+    rows = [[f"1e{key} to 1e{key + 1}", *(f"{value:.0e}" for value in worst[key])] for key in sorted(worst)]
+    return table(["condition", "dual", "spectral"], rows)
+
+
 def brute_force(case: Problem, *, reg: float, time: float | None, lr: float | None) -> np.ndarray:
     """||dw||^2 from an eigendecomposition in float64 of every reduced kernel, convention "sum"."""
     n, r0, theta = len(case.residual), case.residual.ravel(), case.ntk
@@ -167,7 +194,7 @@ def main() -> None:
         + "\n## Conventions, groups, gradient flow\n\nk = 3, near duplicates, reg = 1e-3.\n\n"
         + conventions()
     )
-    text += "\n## Cells above 1e-8\n\n"
+    text += FORMS + forms() + "\n## Cells above 1e-8\n\n"
     if failures:
         text += REASON + reasons(failures)
     else:

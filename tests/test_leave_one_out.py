@@ -77,10 +77,11 @@ def test_gradient_flow(time, convention):
     compare(run(case, **arguments), case.refit(**arguments))
 
 
+@pytest.mark.parametrize("convention", ["sum", "mean", "iclr2021"])
 @pytest.mark.parametrize("time", [1, 7, 50, 2000])
-def test_close_to_the_stability_limit(time):
-    case = problem(1, "N<d", "near")
-    arguments = dict(time=time, reg=1e-3, lr=stable_lr(case, 1e-3, 1.9))
+def test_close_to_the_stability_limit(time, convention):
+    case = problem(1, "N>d", "near")
+    arguments = dict(time=time, reg=1e-3, lr=stable_lr(case, 1e-3, 1.85), convention=convention)
     compare(run(case, **arguments), case.refit(**arguments))
 
 
