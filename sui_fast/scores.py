@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +94,14 @@ class Scores:
     def save(self, path: str | os.PathLike) -> Path:
         """Write the table with settings and units to a Parquet file; the file appears whole or not at all."""
         path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        os.close(handle)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             pq.write_table(self.table, temporary)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         return path
 
     @classmethod

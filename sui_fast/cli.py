@@ -1,0 +1,136 @@
+"""Command line: sui-fast demo | score | report | doctor."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+from ._errors import ArgumentError, SuiError, complaint
+from .demo import run_demo
+from .doctor import doctor
+from .measures import MEASURES
+from .scores import Scores
+from .scoring import score
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 where doctor finds a fault, 2 for an error the user can mend."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (SuiError, FileNotFoundError, ImportError) as error:
+        if arguments.traceback:
+            raise
+        print(f"sui-fast: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sui-fast", description="What does each training sample teach the model?")
+    parser.add_argument("--version", action="version", version=f"sui-fast {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    commands = parser.add_subparsers(required=True, metavar="demo | score | report | doctor")
+
+    demo = commands.add_parser("demo", help="score scikit-learn's digits with wrong labels mixed in")
+    demo.add_argument("--out", default="demo_out", help="folder for scores.parquet and report.html")
+    demo.set_defaults(run=lambda a: 0 if run_demo(a.out) is not None else 1)
+
+    run = commands.add_parser("score", help="score your own model and data")
+    run.add_argument("source", metavar="module:function", help="a function that returns (model, train, val)")
+    run.add_argument("--out", default="scores.parquet", help="Parquet file to write")
+    run.add_argument("--report", help="HTML file to write as well")
+    run.add_argument("--measures", nargs="+", default=["si", "fsi"], help=f"of {', '.join(MEASURES)}")
+    run.add_argument("--reg", default="0", help="regularisation of the mean loss, or auto")
+    run.add_argument("--time", type=float, help="training steps or time; left out: to convergence")
+    run.add_argument("--lr", type=float, help="step size of the mean loss")
+    run.add_argument("--dynamics", default="gd", help="gd or flow")
+    run.add_argument("--sigma", type=float, default=1.0, help="standard deviation of the noise")
+    run.add_argument("--method", default="auto", help="auto or dense")
+    run.add_argument("--params", nargs="+", help="parameter names or prefixes, or trainable, or all")
+    run.add_argument("--convention", default="sum", help="sum, mean or iclr2021")
+    run.add_argument("--batch-size", type=int, default=64)
+    run.add_argument("--device", help="where to compute, as cuda:0")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--sgd-batch-size", type=int, default=1, help="noise of si_sgd")
+    run.add_argument("--sgd-lr", type=float, help="noise of si_sgd")
+    run.set_defaults(run=_score)
+
+    report = commands.add_parser("report", help="draw a report from saved scores")
+    report.add_argument("scores", help="Parquet file written by score")
+    report.add_argument("-o", "--out", default="report.html", help="HTML file to write")
+    report.set_defaults(run=_report)
+
+    commands.add_parser("doctor", help="versions, backends, self-tests").set_defaults(
+        run=lambda a: 0 if doctor()["healthy"] else 1
+    )
+    return parser
+
+
+def _score(a: argparse.Namespace) -> int:
+    model, train, val = _load(a.source)
+    params = "trainable" if a.params is None else a.params[0] if a.params in (["all"], ["trainable"]) else a.params
+    try:
+        reg = a.reg if a.reg == "auto" else float(a.reg)
+    except ValueError:
+        raise ArgumentError(complaint("--reg", "a number or auto", repr(a.reg), "Pass one of them.")) from None
+    scores = score(
+        model,
+        train,
+        val,
+        measures=tuple(a.measures),
+        reg=reg,
+        time=a.time,
+        lr=a.lr,
+        dynamics=a.dynamics,
+        sigma=a.sigma,
+        method=a.method,
+        params=params,
+        convention=a.convention,
+        batch_size=a.batch_size,
+        device=a.device,
+        seed=a.seed,
+        sgd_batch_size=a.sgd_batch_size,
+        sgd_lr=a.sgd_lr,
+    )
+    print(scores)
+    print(f"wrote {scores.save(a.out)}")
+    if a.report:
+        print(f"wrote {scores.report(a.report)}")
+    return 0
+
+
+def _report(a: argparse.Namespace) -> int:
+    print(f"wrote {Scores.load(a.scores).report(a.out)}")
+    return 0
+
+
+def _load(source: str):
+    module, _, function = source.partition(":")
+    if not module or not function:
+        raise ArgumentError(complaint("source", "module:function", repr(source), "As in: sui-fast score my_task:build"))
+    sys.path.insert(0, os.getcwd())
+    try:
+        build = getattr(importlib.import_module(module), function, None)
+    finally:
+        sys.path.remove(os.getcwd())
+    if not callable(build):
+        raise ArgumentError(complaint("source", f"a function {function} in {module}", repr(build), "Check the name."))
+    found = build()
+    if not isinstance(found, tuple) or len(found) != 3:
+        raise ArgumentError(
+            complaint(
+                "source",
+                "a function that returns (model, train, val)",
+                type(found).__name__,
+                "val may be None where fsi is not asked for.",
+            )
+        )
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
