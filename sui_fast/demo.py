@@ -74,7 +74,7 @@ def auroc(score_of: np.ndarray, positive: np.ndarray) -> float:
     return float((ranks[positive].sum() - p * (p + 1) / 2) / (p * n))
 
 
-def run_demo(out: str | Path = "demo_out", *, reg: float = 0.01, progress: bool = True) -> Scores:
+def run_demo(out: str | Path = "demo_out", *, reg: float = 0.05, progress: bool = True) -> Scores:
     """Score the digits, print what was found, write scores.parquet and report.html.
 
     Args:

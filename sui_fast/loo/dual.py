@@ -16,7 +16,6 @@ class DualRemoval(Removal):
 
     def __init__(
         self,
-        ntk: Tensor,
         inverse: Tensor,
         shift: float,
         condition: float,
@@ -24,9 +23,10 @@ class DualRemoval(Removal):
         residual: Tensor,
         cross: Tensor | None,
         as_numpy: bool,
+        idle: Tensor,
     ):
         super().__init__(blocks, residual, cross, as_numpy, {})
-        self._ntk, self._inverse, self._shift = ntk, inverse, shift
+        self._inverse, self._shift, self._idle = inverse, shift, idle
         alpha = inverse @ residual.reshape(-1)
         self._left_out = torch.empty_like(alpha)
         for _, rows in self._by_size():
@@ -63,8 +63,8 @@ class DualRemoval(Removal):
         return change
 
     @cached_property
-    def _norms(self) -> tuple[Tensor, Tensor]:
-        """v^T (A - shift A^2)_bb v = ||dw||^2 and v^T (I - shift A)_bb v, digits kept where the leverage is small."""
+    def _norms(self) -> tuple[Tensor, Tensor, float]:
+        """v^T (A - shift A^2)_bb v = ||dw||^2, v^T (I - shift A)_bb v, and the rounding error of the worst ||dw||^2."""
         change = self._change
         explained = self._inverse.new_empty(len(self))  # v^T A_bb v
         for numbers, rows in self._by_size():
@@ -74,14 +74,18 @@ class DualRemoval(Removal):
         total = self.sum_over_blocks(self._left_out.square().reshape(self.residual.shape).sum(1))
         weight = explained - self._shift * change.square().sum(1)
         hessian = total - self._shift * explained
-        weak = torch.nonzero((hessian <= 1e-4 * total) | (weight <= 1e-4 * explained)).flatten()
-        step = max(1, CHUNK // max(1, len(self._inverse)))
-        for begin in range(0, len(weak), step):
-            part = weak[begin : begin + step]
-            moved = change[part] @ self._ntk
-            weight[part] = (change[part] * moved).sum(1)
-            hessian[part] = moved.square().sum(1) + self._shift * weight[part]
-        return weight.clamp_min(0.0), hessian.clamp_min(0.0)
+        moves = self.sum_over_blocks((~self._idle).reshape(self.residual.shape).any(1).to(weight)) > 0
+        weight, hessian = (
+            torch.where(moves, x.clamp_min(0.0), 0.0) for x in (weight, hessian)
+        )  # rows of zeros: exactly 0
+        cancelled = explained[moves] / weight[moves].clamp_min(torch.finfo(weight.dtype).tiny)
+        worst = float(cancelled.max()) if len(cancelled) else 1.0
+        return weight, hessian, worst * self.diagnostics["condition"] * torch.finfo(weight.dtype).eps
+
+    @property
+    def rounding(self) -> float:
+        """Estimated relative error of the worst ||dw||^2: the condition times what cancels in A - shift A^2."""
+        return self._norms[2]
 
     def _weight_sqnorm(self) -> Tensor:
         return self._norms[0]

@@ -56,7 +56,7 @@ def fit_rational(phi: TrainingFilter, top: float) -> Rational:
     values = phi(points)
     best = _fit_residues(points, values, _aaa_poles(points, values), top)
     for count, radius in _RINGS:
-        if best.error < 1e-13:
+        if best.error < 2e-12:
             break
         angles = np.pi * (np.arange(count) + 0.5) / count
         ring = top * (0.5 + radius * np.exp(1j * angles))

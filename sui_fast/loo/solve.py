@@ -19,9 +19,9 @@ from .removal import Removal
 from .spectral import SpectralRemoval
 
 METHODS = ("auto", "dual", "spectral")
-# Above these condition numbers (1-norm) the spectrum is used: with shift > 0 the Cholesky form takes ||dw||^2 as a
-# difference and loses the square of the condition, without it the first power (figures: docs/accuracy.md).
-_WELL_CONDITIONED, _WELL_CONDITIONED_RIDGELESS = 1e5, 1e10
+# The dual form takes ||dw||^2 as a difference; where the estimate of what that costs is larger, the spectrum is used.
+_ROUNDING = 2e-9
+_RIDGELESS_CONDITION = 1e10  # without regularisation nothing cancels: the spectrum is needed only for a singular kernel
 
 
 def leave_one_out(
@@ -81,7 +81,7 @@ def leave_one_out(
                 "The dual form holds only for training to convergence (time=None).",
             )
         )
-    blocks = make_blocks(n, k, groups)
+    blocks, idle = make_blocks(n, k, groups), (theta == 0).all(1)
     dual_fits = phi.converged and len(blocks) > 1 and (convention != "mean" or phi.shift == 0)
     if method == "dual" and not dual_fits:
         raise ArgumentError(
@@ -94,9 +94,11 @@ def leave_one_out(
         )
     if dual_fits and method != "spectral":
         found = _cholesky_inverse(theta, phi.shift)
-        limit = _WELL_CONDITIONED if phi.shift > 0 else _WELL_CONDITIONED_RIDGELESS
-        if found is not None and (found[1] <= limit or method == "dual"):
-            return DualRemoval(theta, found[0], phi.shift, found[1], blocks, r0, cross, as_numpy)
+        if found is not None:
+            removal = DualRemoval(found[0], phi.shift, found[1], blocks, r0, cross, as_numpy, idle)
+            sound = removal.rounding <= _ROUNDING if phi.shift > 0 else found[1] <= _RIDGELESS_CONDITION
+            if sound or method == "dual":
+                return removal
         if method == "dual":
             raise ArgumentError(
                 complaint(
@@ -114,7 +116,7 @@ def leave_one_out(
         blocks=blocks,
         convention=convention,
         as_numpy=as_numpy,
-        idle=(theta == 0).all(1),
+        idle=idle,
     )
 
 

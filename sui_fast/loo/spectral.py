@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cached_property
 
 import numpy as np
@@ -69,6 +70,13 @@ class SpectralRemoval(Removal):
                 self._change[numbers] += (other - self._scale) * self._gain
             if not settled:
                 self._left_out[rows] = self._residual_after(numbers, rows)
+        if fit_error > 1e-9:
+            warnings.warn(
+                f"sui_fast: the training filter is fitted to {fit_error:.1e} only; scores may err by more (lr at the edge "
+                "of stability, or an extreme training time)",
+                RuntimeWarning,
+                stacklevel=4,
+            )
         self.diagnostics.update(
             form="converged, primal" if settled else "finite time, rational",
             rank=spectrum.rank,

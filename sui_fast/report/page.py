@@ -56,14 +56,14 @@ def write_report(scores: Scores, path: str | os.PathLike, *, title: str) -> Path
     for name in ranks:
         sections.append(
             _gallery(
-                scores.top(16, by=name),
+                scores.top(18, by=name),
                 f"Most informative by {_NAMES[name]}",
                 "What the model would miss most: rare, hard or wrongly labelled samples.",
             )
         )
         sections.append(
             _gallery(
-                scores.bottom(16, by=name),
+                scores.bottom(18, by=name),
                 f"Least informative by {_NAMES[name]}",
                 "What the other samples already teach: typical or duplicated ones.",
             )
