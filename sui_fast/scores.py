@@ -96,7 +96,7 @@ class Scores:
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            pq.write_table(self.table, temporary)
+            pq.write_table(self.table, temporary, write_page_checksum=True)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)

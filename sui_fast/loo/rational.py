@@ -54,13 +54,14 @@ def fit_rational(phi: TrainingFilter, top: float) -> Rational:
         return Rational(np.array([-phi.shift + 0j]), np.array([1.0 + 0j]), 0.0, _EPS)
     points = _sample_points(phi, top)
     values = phi(points)
-    best = _fit_residues(points, values, _aaa_poles(points, values), top)
+    scale = np.maximum(np.abs(values), 0.01 / (points + phi.shift + 1 / (phi.eta * phi.time)))  # phi may touch zero
+    best = _fit_residues(points, values, scale, _aaa_poles(points, values, scale), top)
     for count, radius in _RINGS:
         if best.error < 2e-12:
             break
         angles = np.pi * (np.arange(count) + 0.5) / count
         ring = top * (0.5 + radius * np.exp(1j * angles))
-        best = min(best, _fit_residues(points, values, ring, top), key=lambda fit: fit.error)
+        best = min(best, _fit_residues(points, values, scale, ring, top), key=lambda fit: fit.error)
     return best
 
 
@@ -76,9 +77,9 @@ def _sample_points(phi: TrainingFilter, top: float) -> np.ndarray:
     return np.unique(np.clip(np.concatenate(parts), 0.0, top))
 
 
-def _aaa_poles(x: np.ndarray, f: np.ndarray, most: int = 36) -> np.ndarray:
+def _aaa_poles(x: np.ndarray, f: np.ndarray, scale: np.ndarray, most: int = 36) -> np.ndarray:
     """Poles of the AAA approximant of f on the points x, relative weights."""
-    weight = 1 / np.abs(f)
+    weight = 1 / scale
     free = np.ones(len(x), dtype=bool)
     approx = np.full_like(f, f.mean())
     support: list[int] = []
@@ -121,7 +122,7 @@ def _barycentric_poles(nodes: np.ndarray, weights: np.ndarray) -> np.ndarray:
         return np.zeros(0, dtype=complex)
 
 
-def _fit_residues(x: np.ndarray, f: np.ndarray, poles: np.ndarray, top: float) -> Rational:
+def _fit_residues(x: np.ndarray, f: np.ndarray, scale: np.ndarray, poles: np.ndarray, top: float) -> Rational:
     outside = np.maximum(np.maximum(-poles.real, poles.real - top), 0.0)
     spread = np.maximum(np.abs(poles.imag), outside)
     gap = np.min(np.abs(x[:, None] - poles), axis=0, initial=np.inf) if len(poles) else np.zeros(0)
@@ -131,19 +132,19 @@ def _fit_residues(x: np.ndarray, f: np.ndarray, poles: np.ndarray, top: float) -
     real = np.abs(poles.imag) <= 1e-12 * np.abs(poles)
     poles = np.where(real, poles.real, poles)
     terms = 1 / (x[:, None] - poles)
-    columns = np.concatenate([np.ones((len(x), 1)), terms.real, -terms[:, ~real].imag], axis=1) / f[:, None]
-    scale = np.linalg.norm(columns, axis=0)
-    columns /= scale
+    columns = np.concatenate([np.ones((len(x), 1)), terms.real, -terms[:, ~real].imag], axis=1) / scale[:, None]
+    norms = np.linalg.norm(columns, axis=0)
+    columns /= norms
     u, s, vt = np.linalg.svd(columns, full_matrices=False)
     inverse = np.where(s > 1e-15 * s[0], 1 / s, 0.0)
     coefficients = np.zeros(columns.shape[1])
     for _ in range(3):  # iterative refinement: the Cauchy columns are nearly dependent, their span is what counts
-        rest = 1 - columns @ coefficients
+        rest = f / scale - columns @ coefficients
         coefficients = coefficients + vt.T @ (inverse * (u.T @ rest))
-    coefficients /= scale
+    coefficients /= norms
     residues = coefficients[1 : 1 + len(poles)].astype(complex)
     residues[~real] += 1j * coefficients[1 + len(poles) :]
     fit = Rational(poles, residues, float(coefficients[0]), 0.0)
-    size = np.max((abs(fit.constant) + np.abs(residues * terms).sum(1)) / np.abs(f))
-    error = np.max(np.abs(fit(x) / f - 1)) + _EPS * size
+    size = np.max((abs(fit.constant) + np.abs(residues * terms).sum(1)) / scale)
+    error = np.max(np.abs(fit(x) - f) / scale) + _EPS * size
     return Rational(poles, residues, fit.constant, float(error))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import cached_property
 
 import numpy as np
@@ -70,12 +69,14 @@ class SpectralRemoval(Removal):
                 self._change[numbers] += (other - self._scale) * self._gain
             if not settled:
                 self._left_out[rows] = self._residual_after(numbers, rows)
-        if fit_error > 1e-9:
-            warnings.warn(
-                f"sui_fast: the training filter is fitted to {fit_error:.1e} only; scores may err by more (lr at the edge "
-                "of stability, or an extreme training time)",
-                RuntimeWarning,
-                stacklevel=4,
+        if fit_error > 1e-6:
+            raise StabilityError(
+                complaint(
+                    "lr",
+                    "a training filter that can be resolved",
+                    f"one fitted to {fit_error:.1e} only",
+                    "Lower lr, which is at the edge of stability, or shorten time.",
+                )
             )
         self.diagnostics.update(
             form="converged, primal" if settled else "finite time, rational",

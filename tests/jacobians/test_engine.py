@@ -1,0 +1,348 @@
+"""The Jacobian engine against autograd, module by module, and its promise to leave the model alone."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sui_fast import ArgumentError, CoverageError, DataError, jacobian, ntk
+from sui_fast.jacobians import as_samples
+
+
+class Tied(nn.Module):
+    """Embedding used as output layer too, and a bare parameter added without a batch dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(11, 6, padding_idx=3), nn.LayerNorm(6)
+        self.position = nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, tokens):
+        hidden = self.norm(self.embed(tokens) + self.position)
+        return F.linear(hidden.mean(1), self.embed.weight)[:, :3]
+
+
+class Twice(nn.Module):
+    """One layer called twice, an elementwise scale, an in-place function, a parameter that is never used."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.out, self.unused = nn.Linear(6, 6), nn.Linear(6, 2), nn.Linear(3, 3)
+        self.scale = nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        return self.out(torch.relu_(self.layer(torch.tanh(self.layer(x))) * self.scale) + x)
+
+
+class Position(nn.Module):
+    """A position embedding: its result [s, o] has no sample dimension, and s may equal the batch size."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.position, self.out = nn.Embedding(9, 4), nn.Embedding(4, 4), nn.Linear(4, 2)
+
+    def forward(self, tokens):
+        return self.out(torch.tanh(self.embed(tokens) + self.position(torch.arange(tokens.shape[1]))).sum(1))
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.out = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.out(self.layer(x).mean(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.out = nn.GRU(4, 5, batch_first=True), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.out(self.cell(x)[0][:, -1])
+
+
+def sequence(*layers):
+    return nn.Sequential(*layers)
+
+
+CASES = {
+    "mlp": lambda: (
+        sequence(nn.Linear(6, 7), nn.ReLU(inplace=True), nn.Linear(7, 7, bias=False), nn.GELU(), nn.Linear(7, 3)),
+        torch.randn(7, 6),
+    ),
+    "positions": lambda: (
+        sequence(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Flatten(), nn.Linear(12, 2)),
+        torch.randn(5, 3, 6),
+    ),
+    "conv2d": lambda: (
+        sequence(
+            nn.Conv2d(2, 4, 3, stride=2, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(4, 4, (3, 1), padding="same", dilation=2, groups=2),
+            nn.BatchNorm2d(4),
+            nn.GroupNorm(2, 4),
+            nn.Conv2d(4, 3, 1, padding_mode="circular", padding=1),
+            nn.Flatten(),
+            nn.Dropout(0.5),
+            nn.LazyLinear(2),
+        ),
+        torch.randn(7, 2, 7, 6),
+    ),
+    "reflect": lambda: (
+        sequence(nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        torch.randn(5, 2, 7, 6),
+    ),
+    "replicate": lambda: (
+        sequence(nn.Conv1d(2, 3, 4, padding=2, padding_mode="replicate"), nn.Flatten()),
+        torch.randn(3, 2, 5),
+    ),
+    "conv1d": lambda: (
+        sequence(
+            nn.Conv1d(2, 4, 3, padding="same"), nn.Tanh(), nn.Conv1d(4, 4, 3, groups=4), nn.Flatten(), nn.LazyLinear(2)
+        ),
+        torch.randn(7, 2, 9),
+    ),
+    "even kernel": lambda: (
+        sequence(nn.Conv1d(2, 3, 4, padding="same", dilation=3), nn.Flatten()),
+        torch.randn(3, 2, 8),
+    ),
+    "conv3d": lambda: (
+        sequence(nn.Conv3d(1, 3, 2, padding=(1, 0, 1)), nn.Tanh(), nn.Flatten(), nn.LazyLinear(1)),
+        torch.randn(6, 1, 3, 4, 3),
+    ),
+    "transposed": lambda: (
+        sequence(nn.ConvTranspose2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.LazyLinear(2)),
+        torch.randn(5, 2, 3, 3),
+    ),
+    "norms": lambda: (
+        sequence(
+            nn.Linear(6, 8), nn.LayerNorm(8), nn.RMSNorm(8), nn.Tanh(), nn.BatchNorm1d(8), nn.PReLU(), nn.Linear(8, 2)
+        ),
+        torch.randn(7, 6),
+    ),
+    "tied": lambda: (Tied(), torch.randint(0, 11, (7, 5))),
+    "twice": lambda: (Twice(), torch.randn(7, 6)),
+    "position": lambda: (Position(), torch.randint(0, 9, (6, 4))),
+    "position, batch = length": lambda: (Position(), torch.randint(0, 9, (4, 4))),
+    "encoder": lambda: (Encoder(), torch.randn(5, 4, 8)),
+    "recurrent": lambda: (Recurrent(), torch.randn(5, 4, 4)),
+    "single": lambda: (sequence(nn.Linear(3, 2)), torch.randn(1, 3)),
+}
+
+
+def build(name):
+    torch.manual_seed(0)
+    model, x = CASES[name]()
+    model(x)
+    model = model.double()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return model, x.double() if x.is_floating_point() else x
+
+
+def autograd_rows(model, x):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    modes = [m.training for m in model.modules()]
+    out = model.eval()(x)
+    for module, mode in zip(model.modules(), modes, strict=True):
+        module.training = mode
+    rows = []
+    for value in out.reshape(-1):
+        grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+        rows.append(
+            torch.cat(
+                [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, grads, strict=True)]
+            )
+        )
+    return torch.stack(rows)
+
+
+def close(a, b):
+    assert a.shape == b.shape
+    assert float((a - b).abs().max()) <= 1e-12 * max(float(b.abs().max()), 1e-30)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("batch_size", [64, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_autograd(name, batch_size):
+    model, x = build(name)
+    model.train()
+    true = autograd_rows(model, x)
+    jac = jacobian(model, x, batch_size=batch_size)
+    assert jac.shape == true.shape and jac.coverage == 1.0
+    close(jac.rows(), true)
+    close(jac.gram(), true @ true.T)
+    assert torch.equal(jac.gram(), jac.gram().T)
+    tangents, cotangents = torch.randn(2, true.shape[1]).double(), torch.randn(true.shape[0], 3).double()
+    close(jac.jvp(tangents), true @ tangents.T)
+    close(jac.vjp(cotangents), cotangents.T @ true)
+    part = x[: max(1, len(x) // 2)]
+    close(ntk(model, x, part), true @ true[: len(part) * jac.k].T)
+    close(jac.outputs, model.eval()(x).detach())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CASES)
+def test_model_is_left_as_found(name):
+    model, x = build(name)
+    model.train()
+    next(model.modules()).custom = 1
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    needs, rng = [p.requires_grad for p in model.parameters()], torch.get_rng_state()
+    hooks = [(len(m._forward_hooks), len(m._backward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    jacobian(model, x).gram()
+    assert torch.equal(rng, torch.get_rng_state())
+    assert all(m.training for m in model.modules())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == needs and all(p.grad is None for p in model.parameters())
+    assert hooks == [
+        (len(m._forward_hooks), len(m._backward_hooks), len(m._forward_pre_hooks)) for m in model.modules()
+    ]
+    assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
+
+
+class Fails(nn.Module):
+    def __init__(self, after):
+        super().__init__()
+        self.layer, self.drop, self.after = nn.Linear(3, 2), nn.Dropout(0.3), after
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls > self.after:
+            raise RuntimeError("on purpose")
+        return self.drop(self.layer(x))
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+def test_model_is_left_as_found_after_an_exception(after):
+    model = Fails(after).train()
+    rng = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="on purpose"):
+        jacobian(model, torch.randn(9, 3, generator=torch.Generator().manual_seed(0)), batch_size=2)
+    assert model.training and model.drop.training and float(model.calls) == 0
+    assert torch.equal(rng, torch.get_rng_state()) and model.layer.weight.grad is None
+
+
+def test_buffers_that_the_forward_pass_changes_are_restored():
+    model = Fails(10**9)
+    jacobian(model, torch.randn(9, 3), batch_size=2)
+    assert float(model.calls) == 0
+
+
+@pytest.mark.parametrize("params", [["0"], ["2.bias"], lambda name, p: name.endswith("weight"), "all"])
+def test_chosen_parameters(params):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    model[0].bias.requires_grad_(False)
+    x = torch.randn(5, 3).double()
+    jac = jacobian(model, x, params=params)
+    for p in model.parameters():
+        p.requires_grad_(True)
+    true, begin, columns = autograd_rows(model, x), 0, []
+    for name, p in model.named_parameters():
+        if name in jac.parameter_names:
+            columns += range(begin, begin + p.numel())
+        begin += p.numel()
+    assert columns
+    close(jac.rows(), true[:, columns])
+
+
+def test_sketch_keeps_inner_products():
+    model, x = build("mlp")
+    jac = jacobian(model, x)
+    theta, total = jac.gram(), 0
+    for seed in range(200):
+        z = jac.sketch(64, seed).reshape(len(theta), -1)
+        total = total + z @ z.T / 200
+    assert float((total - theta).abs().max()) < 0.15 * float(theta.abs().max())
+
+
+def test_dtype_works_on_a_private_copy():
+    model = nn.Linear(3, 2)
+    jac = jacobian(model, torch.randn(4, 3), dtype=torch.float64)
+    assert jac.dtype == torch.float64 and model.weight.dtype == torch.float32
+
+
+def test_the_general_path_is_taken_where_rules_do_not_see():
+    model, x = build("position, batch = length")
+    assert "position.weight" in jacobian(model, x).general
+
+
+class Mixes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y - y.mean(0)
+
+
+def test_samples_that_interact_are_refused():
+    with pytest.raises(CoverageError, match="layer"):
+        jacobian(Mixes(), torch.randn(6, 3))
+    with pytest.raises(CoverageError, match="running statistics"):
+        jacobian(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False)), torch.randn(6, 3))
+
+
+class Random(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.layer(x) * torch.rand(())
+
+
+def test_random_models_are_refused():
+    with pytest.raises(CoverageError):
+        jacobian(Random(), torch.randn(6, 3))
+
+
+def test_bad_outputs():
+    with pytest.raises(ArgumentError, match="outputs"):
+        jacobian(nn.Linear(3, 2), torch.randn(4, 5, 3))
+    bad = torch.randn(30, 3)
+    model = nn.Sequential(nn.Linear(3, 2))
+    with pytest.raises(DataError, match="sample 17"):
+        jacobian(model, torch.where(torch.arange(30)[:, None] == 17, torch.nan, bad))
+    with pytest.raises(DataError, match="sample 17"):
+        jacobian(model, bad, outputs=lambda m, b: m(b) + torch.log(1 - (b[:, :1] == bad[17, 0]).float()))
+    with pytest.raises(ArgumentError, match="params"):
+        jacobian(model, bad, params=["nothing"])
+
+
+def test_golden_rows(golden):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 1))
+    model.load_state_dict({k[7:]: torch.tensor(golden[k]) for k in golden if k.startswith("param__")})
+    rows = jacobian(model, golden["x_train"][:5], dtype=torch.float64).rows().numpy()
+    np.testing.assert_allclose(rows, golden["jac_train_first5"], rtol=2e-6, atol=1e-7)
+
+
+def test_samples_from_every_kind_of_data():
+    x, y = torch.randn(7, 3), torch.arange(7)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=3)
+    kinds = [
+        (x, y),
+        (x.numpy()[::-1][::-1], y.numpy()),
+        loader,
+        loader.dataset,
+        list(loader),
+        {"x": x, "labels": y},
+        [{"x": x[:4], "labels": y[:4]}, {"x": x[4:], "labels": y[4:]}],
+    ]
+    for data in kinds:
+        samples = as_samples(data, with_targets=True)
+        got = [b["x"] if isinstance(b, dict) else b for b in samples.batches(2)]
+        assert samples.n == 7 and torch.equal(torch.cat(got), x) and torch.equal(samples.targets, y)
+    shuffled = torch.utils.data.DataLoader(loader.dataset, batch_size=3, shuffle=True)
+    with pytest.raises(DataError, match="shuffle"):
+        as_samples(shuffled, with_targets=True)
+    with pytest.raises(DataError, match="at least one"):
+        as_samples((x[:0], y[:0]), with_targets=True)
