@@ -6,7 +6,8 @@
 The signature is the schema, the docstring the contract and the body the reference. What a call does:
 
 - arguments are checked at the border: kind, layout, device, dtype and the sizes that share a letter;
-- the first kernel that accepts the arguments runs, else the body. CUDA tensors try triton, then cuda; CPU tensors try cpu.
+- the first kernel that accepts the arguments runs, else the body. CUDA tensors try triton, then cuda; CPU tensors
+  try cpu.
   Triton's interpreter is never an automatic choice;
 - a backend named by ``use_backend`` or SUI_FAST_BACKEND runs, or BackendError tells why it cannot, also where the op
   has no kernel for it ("reference" always can; "ntk_gram=triton" names a backend for one op only);
@@ -14,8 +15,8 @@ The signature is the schema, the docstring the contract and the body the referen
 - inside torch.compile, and where a kernel meets autograd, the call is the custom op sui_fast::name, whose derivative is
   that of the body. Under torch.func transforms and forward-mode tangents the body itself runs, whatever was named.
 
-A kernel for the op ``name`` lives in ``_<backend>.py`` beside its declaration: a function ``name`` with the op's arguments,
-and ``refuse_name``, which returns None or the reason why it cannot take them.
+A kernel for the op ``name`` lives in ``_<backend>.py`` beside its declaration: a function ``name`` with the op's
+arguments, and ``refuse_name``, which returns None or the reason why it cannot take them.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def use_backend(name: str):
     """Run ops with the named backend inside the ``with`` block, or raise with the reason why it cannot.
 
     Args:
-        name: "reference" | "cpu" | "triton" | "cuda" | "auto", or "ntk_gram=triton" for one op (several: comma between).
+        name: "reference" | "cpu" | "triton" | "cuda" | "auto", or "ntk_gram=triton" for one op (comma between).
             An op without a kernel for the named backend raises. SUI_FAST_BACKEND takes the same text for a whole
             process; the block wins over it. Holds in this thread and its async tasks only.
     Raises:
@@ -91,7 +92,7 @@ def use_backend(name: str):
 
 
 class Op:
-    """One declared op: its border, its kernels, its registration. ``op`` makes it; users call the function it returns."""
+    """One declared op: its border, its kernels, its registration. ``op`` makes it; users call what that returns."""
 
     def __init__(
         self,

@@ -88,7 +88,8 @@ def scatter(
     for i, title in enumerate(titles):
         colour = 0 if classes is None else int(classes[i]) % 10
         parts.append(
-            f'<circle class="c{colour}" cx="{px[i]:.1f}" cy="{py[i]:.1f}" r="2.6"><title>{escape(title)}</title></circle>'
+            f'<circle class="c{colour}" cx="{px[i]:.1f}" cy="{py[i]:.1f}" r="2.6">'
+            f"<title>{escape(title)}</title></circle>"
         )
     return _frame(f"{y_label} against {x_label}", "".join(parts))
 

@@ -15,23 +15,16 @@ if TYPE_CHECKING:
     from ..scores import Scores
 
 _MOST_POINTS = 10_000
-_STYLE = """
-:root{--ink:#1d2733;--soft:#5b6775;--line:#dde3ea;--paper:#fff;--card:#f6f8fa;--accent:#2563a8}
-@media(prefers-color-scheme:dark){:root{--ink:#e6ebf1;--soft:#9aa7b5;--line:#313b47;--paper:#12181f;--card:#1a222c;--accent:#6aa9e9}}
-*{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:28px 20px 60px}h1{font-size:26px;margin:0 0 4px}h2{font-size:18px;margin:34px 0 10px}
-p{margin:4px 0 12px;color:var(--soft);max-width:76ch}.row{display:grid;gap:16px;grid-template-columns:repeat(auto-fit,minmax(320px,1fr))}
-.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px}svg{width:100%;height:auto;display:block}
-svg text{font-size:11px;fill:var(--soft)}.grid{stroke:var(--line)}.bar{fill:var(--accent)}circle{fill-opacity:.75}
-circle:hover{stroke:var(--ink);stroke-width:2}.samples{display:flex;flex-wrap:wrap;gap:10px}
-.sample{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:8px;font-size:12px;width:102px;color:var(--soft)}
-.sample b{color:var(--ink)}.sample img{width:84px;height:84px;image-rendering:pixelated;border-radius:4px;display:block;margin-bottom:4px}
-table{border-collapse:collapse;font-size:13px;width:100%}th,td{padding:4px 10px;text-align:right;border-bottom:1px solid var(--line)}
-th{color:var(--soft);font-weight:600}th:first-child,td:first-child{text-align:left}.wide{overflow-x:auto}
-""" + "".join(
-    f".c{i}{{fill:{c};background:{c}}}"
-    for i, c in enumerate("#2f6db3 #e07b28 #3a9a4b #c63f3f #7d5fb2 #8a5a44 #d06bb0 #6f7780 #a8a021 #21a5b8".split())
-)
+_STYLE = Path(__file__).with_name("report.css")
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title><style>{style}</style></head>
+<body><main><h1>{title}</h1>
+<p>How much each of {n} training samples informs the final weights (SI) and the predictions (F-SI) of the linearised
+network, in nats, by exact leave-one-out removal.</p>
+{sections}</main></body></html>
+"""
 _NAMES = {
     "si": "SI",
     "fsi": "F-SI",
@@ -82,13 +75,7 @@ def write_report(scores: Scores, path: str | os.PathLike, *, title: str) -> Path
     if scores.labels is not None and len(scores):
         sections.append(_classes(scores))
     sections.append(_run_card(scores))
-    page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main><h1>{escape(title)}</h1>"
-        f"<p>How much each of {len(scores)} training samples informs the final weights (SI) and the predictions (F-SI) of "
-        f"the linearised network, in nats, by exact leave-one-out removal.</p>{''.join(sections)}</main></body></html>"
-    )
+    page = _PAGE.format(title=escape(title), style=_STYLE.read_text(), n=len(scores), sections="".join(sections))
     path = Path(path)
     path.write_text(page, encoding="utf-8")
     return path
