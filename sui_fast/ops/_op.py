@@ -41,6 +41,7 @@ from torch.autograd import forward_ad
 
 from .._errors import ArgumentError, BackendError, complaint
 from ._backends import BACKENDS, refuse_backend
+from ._register import as_tuple, register
 
 _log = logging.getLogger("sui_fast")
 _named: ContextVar[str] = ContextVar("sui_fast_backend", default="")
@@ -122,7 +123,7 @@ class Op:
         self._loaded: dict[str, Any] = {}
         self._trusted: dict[tuple, str | None] = {}
         self._logged: set[str] = set()
-        self.registered = self._register()
+        self.registered = register(self)
 
     # border ---------------------------------------------------------------------------------------------------------
     def complain(self, argument: str, expected: str, got: object, todo: str) -> ArgumentError:
@@ -251,7 +252,7 @@ class Op:
                     if getattr(module, f"refuse_{self.name}")(*example) is not None:
                         continue
                     got, want = getattr(module, self.name)(*example), self.body(*example)
-                    for mine, theirs in zip(_tuple(got), _tuple(want), strict=True):
+                    for mine, theirs in zip(as_tuple(got), as_tuple(want), strict=True):
                         if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
                             return (
                                 f"it returns {mine.dtype} {list(mine.shape)}, the reference "
@@ -315,96 +316,6 @@ class Op:
                 return function(*args)
         return function(*args)
 
-    # registration ---------------------------------------------------------------------------------------------------
-    def _register(self) -> Callable:
-        schema = torch.library.infer_schema(self.body, mutates_args=())
-
-        def implementation(*args):
-            args = self.bind(args, {})
-            return self._run(self.choose(args)[1], args)
-
-        def fake(*args):
-            args = self.bind(args, {})  # the dispatcher drops arguments that equal their defaults
-            self.border(args)
-            sizes = {
-                name: value
-                for name, value in zip(self.parameters, args, strict=True)
-                if isinstance(value, int | torch.SymInt)
-            }
-            for position, _, letters, _ in self.tensors:
-                sizes.update(zip(letters, args[position].shape, strict=True))
-            first = args[self.tensors[0][0]]
-            dtype = self._result_dtype or wide_dtype(first.dtype)
-            outputs = [
-                first.new_empty([_product(size, sizes) for size in shape], dtype=dtype) for shape in self._result
-            ]
-            return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-        def setup_context(ctx, inputs, output):
-            ctx.save_for_backward(*(inputs[position] for position, *_ in self.tensors))
-            ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
-
-        def backward(ctx, *gradients):
-            args = list(ctx.others)
-            for (position, *_), tensor in zip(self.tensors, ctx.saved_tensors, strict=True):
-                args[position] = tensor
-            needs = [bool(ctx.needs_input_grad[position]) for position, *_ in self.tensors]
-            parts = iter(backward_op(list(gradients), needs, *args))
-            result = [None] * len(args)
-            for (position, *_), needed in zip(self.tensors, needs, strict=True):
-                result[position] = next(parts) if needed else None
-            return tuple(result)
-
-        def backward_implementation(gradients, needs, *args):
-            args = list(args)
-            with _autograd_again(), torch.enable_grad():
-                inputs = []
-                for (position, *_), needed in zip(self.tensors, needs, strict=True):
-                    args[position] = args[position].detach().requires_grad_(needed)
-                    inputs += [args[position]] if needed else []
-                outputs = [output for output in _tuple(self._run(self.body, tuple(args)))]
-                pairs = [
-                    (output, gradient)
-                    for output, gradient in zip(outputs, gradients, strict=True)
-                    if output.requires_grad
-                ]
-                parts = (
-                    torch.autograd.grad([p[0] for p in pairs], inputs, [p[1] for p in pairs], allow_unused=True)
-                    if pairs
-                    else [None] * len(inputs)
-                )
-            return [
-                torch.zeros_like(tensor, memory_format=torch.contiguous_format)
-                if part is None
-                else part.detach().clone(memory_format=torch.contiguous_format)
-                for part, tensor in zip(parts, inputs, strict=True)
-            ]
-
-        def backward_fake(gradients, needs, *args):
-            return [
-                torch.empty_like(args[position], memory_format=torch.contiguous_format)
-                for (position, *_), needed in zip(self.tensors, needs, strict=True)
-                if needed
-            ]
-
-        def vmap(info, in_dims, *args):
-            count = len(self._result)
-            return torch.vmap(self.body, in_dims=tuple(in_dims))(*args), 0 if count == 1 else (0,) * count
-
-        definition = torch.library.custom_op(f"sui_fast::{self.name}", implementation, mutates_args=(), schema=schema)
-        definition.register_fake(fake)
-        definition.register_autograd(backward, setup_context=setup_context)
-        definition.register_vmap(vmap)
-        inside = schema[1 : schema.index(") ->")]
-        backward_op = torch.library.custom_op(
-            f"sui_fast::{self.name}_backward",
-            backward_implementation,
-            mutates_args=(),
-            schema=f"(Tensor[] gradients, bool[] needs, {inside}) -> Tensor[]",
-        )
-        backward_op.register_fake(backward_fake)
-        return getattr(torch.ops.sui_fast, self.name).default
-
 
 def op(
     *,
@@ -444,35 +355,3 @@ def op(
         return call
 
     return declare
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Accumulation and result dtype: float32 for half precision, else the dtype itself."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def writable(*tensors: Tensor) -> bool:
-    """Whether a body may write into fresh memory: nothing differentiates, transforms or traces this call."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch.is_grad_enabled()
-        and any(tensor.requires_grad for tensor in tensors)
-    )
-
-
-def _tuple(value: Any) -> tuple:
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _product(term: str, sizes: dict[str, int]) -> int:
-    return functools.reduce(lambda a, b: a * b, (sizes[name] for name in term.split("*")))
-
-
-def _autograd_again() -> Any:
-    """Lift the exclusion of autograd that surrounds the implementation of a custom op."""
-    return torch._C._ForceDispatchKeyGuard(
-        torch._C._dispatch_tls_local_include_set(),
-        torch._C._dispatch_tls_local_exclude_set() & torch._C._after_autograd_keyset,
-    )

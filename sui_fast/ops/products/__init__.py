@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._op import op, wide_dtype
+from .._op import op
+from .._register import wide_dtype
 
 
 def _examples(right: str):

@@ -55,9 +55,7 @@ def rational_removal(
     return coef
 
 
-def refuse_converged_removal(
-    u: Tensor, s: Tensor, g: Tensor, rest: Tensor, null: Tensor, shift: float
-) -> str | None:
+def refuse_converged_removal(u: Tensor, s: Tensor, g: Tensor, rest: Tensor, null: Tensor, shift: float) -> str | None:
     return _refuse(u, s, g, rest, null)
 
 

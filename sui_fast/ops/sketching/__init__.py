@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..._errors import ArgumentError, complaint
-from .._op import op, wide_dtype
+from .._op import op
+from .._register import wide_dtype
 from ._random import bucket_and_sign, signs
 
 KINDS = ("tensor", "sjlt", "rademacher", "two_sided")
