@@ -34,6 +34,7 @@ class Recorder(TorchFunctionMode):
         self.shapes: list[torch.Size] = []
         self.versions: list[int] = []
         self.unruled: dict[str, str] = {}
+        self._anchor = torch.zeros(1, requires_grad=True)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -51,7 +52,7 @@ class Recorder(TorchFunctionMode):
             self._give_up(met, function)
             return out
         if not out.requires_grad:
-            out = out.requires_grad_().clone()  # a leaf of its own, and a copy: in-place functions may follow
+            out = _Attach.apply(out, self._anchor)
         self.uses.append(use)
         self.edges.append(torch.autograd.graph.get_gradient_edge(out))
         self.shapes.append(out.shape)
@@ -90,6 +91,19 @@ class Recorder(TorchFunctionMode):
         """Parameters of uses whose saved input was overwritten later."""
         pairs = zip(self.uses, self.versions, strict=True)
         return {name for use, version in pairs if use.saved._version != version for name in use.names.values()}
+
+
+class _Attach(torch.autograd.Function):
+    """Puts a result that needs no gradient on the tape, without a copy; in-place functions may still follow."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, anchor: Tensor) -> Tensor:
+        ctx.mark_dirty(out)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient, None
 
 
 def _flat(parts: Any) -> Iterator[Any]:

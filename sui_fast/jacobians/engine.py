@@ -139,6 +139,10 @@ class _Store:
         for use, saved in zip(uses, self._saved, strict=True):
             if use.saved is not saved:
                 saved[part] = use.saved
+        if b == self.n and k == 1:
+            found = next(captured.gradients)
+            pairs = zip(self._grads, found, strict=True)
+            self._grads = [empty.zero_() if gradient is None else gradient[:, None] for empty, gradient in pairs]
         for c, found in enumerate(captured.gradients):
             for grads, gradient in zip(self._grads, found, strict=True):
                 if gradient is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -119,31 +121,78 @@ class Jacobian:
         count = max(stop - start, 0)
         result = self.outputs.new_empty(count * self.k, self.shape[1]) if out is None else out
         view = result.view(count, self.k, -1)
-        for name in self.parameter_names:
-            if not any(name in use.names.values() for use, _ in self._uses) and name not in self._rows:
-                view[:, :, self.columns(name)] = 0
-        for factor in self.factors(start, stop):
-            if isinstance(factor, Outer):
-                self._write_outer(view, factor)
-            else:
-                dense = factor.rows if isinstance(factor, Rows) else _dense(factor, self._shapes)
-                view[:, :, self.columns(next(iter(factor.names.values())))] = dense
+        self._clear_unused(view)
+        if count:
+            for write in self._writers(view, self.factors(start, stop)):
+                write(0)
         return result
 
-    def _write_outer(self, view: Tensor, factor: Outer) -> None:
-        n, k, s, o = factor.g.shape
-        i = factor.a.shape[2]
+    def iter_rows(self, samples: int | None = None) -> Iterator[Tensor]:
+        """Explicit rows, a few samples at a time, in one buffer that the next step overwrites: [samples k, d] each.
+
+        Args:
+            samples: per step; default: as many as a cache of 2 MB holds.
+        """
+        size = self.k * self.shape[1] * self.outputs.element_size()
+        step = max(1, min(self.n, (3 << 19) // size)) if samples is None else samples
+        buffer = self.outputs.new_empty(step, self.k, self.shape[1])
+        self._clear_unused(buffer)
+        block = step * max(1, 256 // step)
+        for begin in range(0, self.n, block):
+            end = min(begin + block, self.n)
+            writers = self._writers(buffer, self.factors(begin, end))
+            for number, first in enumerate(range(begin, end, step)):
+                for write in writers:
+                    write(number)
+                yield buffer[: min(step, end - first)].view(-1, self.shape[1])
+
+    def _clear_unused(self, view: Tensor) -> None:
+        used = {name for use, _ in self._uses for name in use.names.values()} | set(self._rows)
+        for name in self.parameter_names:
+            if name not in used:
+                view[:, :, self.columns(name)] = 0
+
+    def _writers(self, view: Tensor, factors: list[Factor]) -> list[Callable[[int], None]]:
+        """Functions that write the rows of the numbered portion of the factors, as long as ``view`` or what is left."""
+        writers = []
+        for factor in factors:
+            if isinstance(factor, Outer):
+                writers.append(self._write_outer(view, factor))
+                if "bias" in factor.names:
+                    bias = factor.g[:, :, 0] if factor.g.shape[2] == 1 else factor.g.sum(2)
+                    writers.append(_copier(view[:, :, self.columns(factor.names["bias"])], bias))
+            else:
+                dense = factor.rows if isinstance(factor, Rows) else _dense(factor, self._shapes)
+                writers.append(_copier(view[:, :, self.columns(next(iter(factor.names.values())))], dense))
+        return writers
+
+    def _write_outer(self, view: Tensor, factor: Outer) -> Callable[[int], None]:
+        step, (_, k, s, o), i = len(view), factor.g.shape, factor.a.shape[2]
         target = view[:, :, self.columns(factor.names["weight"])].unflatten(2, (o, i))
-        if "bias" in factor.names:
-            torch.sum(factor.g, 2, out=view[:, :, self.columns(factor.names["bias"])])
         if s == 1:
-            torch.mul(factor.g[:, :, 0, :, None], factor.a[:, None], out=target)
-            return
-        turned = factor.g.transpose(2, 3)
-        buffer = view.new_empty(k * o, i)
-        for sample in range(n):
-            torch.mm(turned[sample].reshape(k * o, s), factor.a[sample], out=buffer)
-            target[sample] = buffer.view(k, o, i)
+            left, right = factor.g[:, :, 0, :, None].split(step), factor.a[:, None].split(step)
+
+            def write(number: int) -> None:
+                g = left[number]
+                torch.mul(g, right[number], out=target if len(g) == step else target[: len(g)])
+
+        elif k == 1:  # the row itself is the result of the product
+            products = list(zip(factor.g[:, 0].transpose(1, 2).unbind(), factor.a.unbind(), strict=True))
+            places = target[:, 0].unbind()
+
+            def write(number: int) -> None:
+                for place, (g, a) in zip(places, products[number * step : (number + 1) * step], strict=False):
+                    torch.mm(g, a, out=place)
+
+        else:
+            turned, buffer = factor.g.transpose(2, 3), view.new_empty(k * o, i)
+
+            def write(number: int) -> None:
+                for place, g, a in zip(target, turned[number * step :], factor.a[number * step :], strict=False):
+                    torch.mm(g.reshape(k * o, s), a, out=buffer)
+                    place.copy_(buffer.view(k, o, i))
+
+        return write
 
     def sketch(self, rank: int, seed: int = 0, kind: str = "tensor") -> Tensor:
         """Rows times one fixed random matrix [d, rank], summed over layers: [n, k, rank], E<Px, Py> = <x, y>."""
@@ -160,6 +209,16 @@ class Jacobian:
     def columns(self, name: str) -> slice:
         """Columns of a parameter in rows()."""
         return slice(self._begin[name], self._begin[name] + self._shapes[name].numel())
+
+
+def _copier(target: Tensor, source: Tensor) -> Callable[[int], None]:
+    parts = source.split(len(target))
+
+    def write(number: int) -> None:
+        part = parts[number]
+        (target if len(part) == len(target) else target[: len(part)]).copy_(part)
+
+    return write
 
 
 def join_factors(factors: list[Factor], shapes: dict[str, torch.Size]) -> list[Factor]:

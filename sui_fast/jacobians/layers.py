@@ -175,14 +175,16 @@ def _conv_factors(use: Use, g: Tensor) -> list[Factor]:
     ):
         x = x.unfold(2 + axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
     dim, groups = len(options["kernel"]), options["groups"]
-    x = x.permute(0, *range(2, 2 + dim), 1, *range(2 + dim, 2 + 2 * dim)).flatten(1, dim)  # [n, s, c, *kernel]
+    # positions innermost: the copy runs along the image, and a is its transpose without another one
+    a = x.permute(0, 1, *range(2 + dim, 2 + 2 * dim), *range(2, 2 + dim)).flatten(2 + dim).flatten(1, 1 + dim)
+    a = a.transpose(1, 2)  # [n, s, c *kernel]
     g = g.flatten(3).transpose(2, 3)  # [n, k, s, o]
     if groups == 1:
-        return _outer(use, x.flatten(2), g)
+        return _outer(use, a, g)
     found: list[Factor] = []
     if "weight" in use.names:
-        a = x.reshape(n, x.shape[1], groups, -1)
-        rows = torch.einsum("nksqo,nsqi->nkqoi", g.unflatten(3, (groups, out // groups)), a)
+        split = g.unflatten(3, (groups, out // groups)), a.unflatten(2, (groups, -1))
+        rows = torch.einsum("nksqo,nsqi->nkqoi", *split)
         found.append(Rows({"rows": use.names["weight"]}, rows.reshape(n, k, -1)))
     if "bias" in use.names:
         found.append(Rows({"rows": use.names["bias"]}, g.sum(2)))

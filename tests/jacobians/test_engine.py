@@ -177,6 +177,8 @@ def test_agrees_with_autograd(name, batch_size):
     jac = jacobian(model, x, batch_size=batch_size)
     assert jac.shape == true.shape and jac.coverage == 1.0
     close(jac.rows(), true)
+    for samples in (None, 2):
+        close(torch.cat([part.clone() for part in jac.iter_rows(samples)]), true)
     close(jac.gram(), true @ true.T)
     assert torch.equal(jac.gram(), jac.gram().T)
     tangents, cotangents = torch.randn(2, true.shape[1]).double(), torch.randn(true.shape[0], 3).double()

@@ -1,0 +1,106 @@
+"""python -m benchmarks: measure, write results/<machine>.json, refresh the tables in the READMEs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+NAMES = {
+    "test_capture": "capture of all factors",
+    "test_rows": "explicit rows, one reused buffer",
+    "test_ntk_mlp": "exact NTK",
+    "test_ntk_cnn": "exact NTK",
+    "test_gradient_descent": "all leave-one-out removals, gradient descent",
+    "test_converged": "all leave-one-out removals, converged",
+    "test_scaling": "growth with n",
+    "test_rational_kernel": "rational removal, C++ against its body",
+}
+FLOORS = {
+    "test_capture": "forward + k backward passes",
+    "test_rows": "forward + k backward passes",
+    "test_ntk_mlp": "bare matrix products",
+    "test_ntk_cnn": "bare matrix products",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("-k", default="", help="only the benchmarks that match, tables left alone")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "raw.json"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *sorted(map(str, HERE.glob("bench_*.py"))),
+            f"--benchmark-json={raw}",
+            "-k",
+            arguments.k,
+        ]
+        status = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode
+        if not raw.exists():
+            return status or 1
+        runs = json.loads(raw.read_text())["benchmarks"]
+    rows = [{"name": run["name"], **run["extra_info"]} for run in runs]
+    table = markdown(rows)
+    print("\n" + table)
+    if not arguments.k:
+        result = {"machine": machine(), "rows": rows}
+        (HERE / "results").mkdir(exist_ok=True)
+        (HERE / "results" / "cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+        note = f"{machine()['cpu']}, one thread, torch {torch.__version__}, Python {platform.python_version()}"
+        for path, mark in ((HERE / "README.md", "table"), (HERE.parent / "README.md", "speed")):
+            refresh(path, mark, f"{table}\n\n{note}")
+    return status
+
+
+def machine() -> dict[str, str]:
+    """Processor and versions; nothing that names the host."""
+    model = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        named = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        model = named[0] if named else model
+    return {
+        "cpu": model or platform.machine(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": "1",
+    }
+
+
+def markdown(rows: list[dict]) -> str:
+    lines = ["| what | shapes | seconds | floor | multiple of the floor | target |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        test = row["name"].split("[")[0]
+        shape, _, floor = row["shape"].partition("; floor: ")
+        floor = floor or FLOORS.get(test, "the smaller size")
+        lines.append(
+            f"| {NAMES.get(test, test)} | {shape} | {row['seconds']:.3g} | {floor}, {row['floor_seconds']:.3g} s | "
+            f"**{row['ratio']:.2f}** | {row['target']:g} |"
+        )
+    return "\n".join(lines)
+
+
+def refresh(path: Path, mark: str, text: str) -> None:
+    """Replace what stands between <!-- mark --> and <!-- /mark -->."""
+    before, _, rest = path.read_text().partition(f"<!-- {mark} -->")
+    _, _, after = rest.partition(f"<!-- /{mark} -->")
+    path.write_text(f"{before}<!-- {mark} -->\n{text}\n<!-- /{mark} -->{after}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
