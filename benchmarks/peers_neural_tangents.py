@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 ENVIRONMENT = HERE.parent / ".venv-peers"
 NEEDS = ["jax==0.4.25", "jaxlib==0.4.25", "neural-tangents==0.6.5", "numpy<2", "scipy<1.13"]
 
-WORKER = '''
+WORKER = """
 import sys, time
 import numpy as np, jax, jax.numpy as jnp, neural_tangents as nt
 data = np.load(sys.argv[1])
@@ -28,14 +28,14 @@ params = [jnp.array(data[f"p{i}"]) for i in range(len(data.files) - 1)]
 x = jnp.array(data["x"])
 def mlp(p, x):
     for i in range(0, 4, 2):
-        x = jax.nn.relu(x @ p[i].T + p[i + 1])
-    return x @ p[4].T + p[5]
+        x = jax.nn.relu(x @ p[i] + p[i + 1])
+    return x @ p[4] + p[5]
 def cnn(p, x):
     for i, stride in ((0, 1), (2, 2), (4, 1)):
         x = jax.lax.conv_general_dilated(x, p[i], (stride, stride), ((1, 1), (1, 1)),
                                          dimension_numbers=("NCHW", "OIHW", "NCHW"))
         x = jax.nn.relu(x + p[i + 1][:, None, None])
-    return x.reshape(len(x), -1) @ p[6].T + p[7]
+    return x.reshape(len(x), -1) @ p[6] + p[7]
 kernel = jax.jit(nt.empirical_ntk_fn({"mlp": mlp, "cnn": cnn}[kind], trace_axes=axes, vmap_axes=0,
                                      implementation=nt.NtkImplementation.STRUCTURED_DERIVATIVES))
 for line in sys.stdin:
@@ -45,7 +45,7 @@ for line in sys.stdin:
     if line.startswith("save"):
         np.save(sys.argv[4], np.asarray(out[:20, :20]))
         print("saved", flush=True)
-'''
+"""
 
 
 def main() -> int:
@@ -57,22 +57,19 @@ def main() -> int:
         subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
         subprocess.run([ENVIRONMENT / "bin" / "pip", "install", "-q", *NEEDS], check=True)
     sys.path[:0] = [str(HERE), str(HERE.parent)]
+    import torch
     from conftest import cnn, mlp  # torch is loaded after the thread count is set
     from sklearn.datasets import load_digits
-
-    import torch
 
     torch.set_num_threads(1)
     digits = torch.tensor(load_digits().data / 16).float()
     rows = []
     for kind, model, x, axes, rounds in (
         ("mlp", mlp(), digits[:1000], "", 3),
-        ("cnn", cnn(), digits[:300].view(-1, 1, 8, 8), "-1", 1),
+        ("cnn", cnn(), digits[:300].view(-1, 1, 8, 8), "", 1),
     ):
         rows.append(against(kind, model, x, axes, rounds))
         print(json.dumps(rows[-1]), flush=True)
-    from __main__ import machine_note
-
     result = {"machine": machine_note(), "needs": NEEDS, "rows": rows}
     (HERE / "results" / "neural_tangents.json").write_text(json.dumps(result, indent=1) + "\n")
     return 0
@@ -96,12 +93,16 @@ def against(kind, model, x, axes, rounds) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         data, kept = Path(folder) / "data.npz", Path(folder) / "kernel.npy"
-        weights = {f"p{i}": p.detach().numpy() for i, p in enumerate(model.parameters())}
+        # its rules look for a plain x @ W: matrices go over transposed
+        arrays = [p.detach().numpy() for p in model.parameters()]
+        weights = {f"p{i}": p.T.copy() if p.ndim == 2 else p for i, p in enumerate(arrays)}
         np.savez(data, x=x.numpy(), **weights)
-        flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
         worker = subprocess.Popen(
-            [ENVIRONMENT / "bin" / "python", "-c", WORKER, data, kind, axes, kept], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True, env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            [ENVIRONMENT / "bin" / "python", "-c", WORKER, data, kind, axes, kept],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
         )
 
         def ask(what: str) -> float:
@@ -122,8 +123,14 @@ def against(kind, model, x, axes, rounds) -> dict:
             ours.append(time.process_time() - start)
         worker.stdin.close()
         worker.wait()
-    return dict(model=kind, n=len(x), theirs=min(theirs), ours=min(ours), ratio=min(ours) / min(theirs),
-                what="all pairs of outputs" if axes == "" else "theirs: trace over outputs; ours: all pairs of outputs")
+    return dict(
+        model=kind,
+        n=len(x),
+        theirs=min(theirs),
+        ours=min(ours),
+        ratio=min(ours) / min(theirs),
+        what="all pairs of outputs" if axes == "" else "theirs: trace over outputs; ours: all pairs of outputs",
+    )
 
 
 if __name__ == "__main__":
