@@ -115,7 +115,7 @@ def score(
         Scores, one row per sample in the order of ``train``.
     Raises:
         ArgumentError, DataError, StabilityError, CoverageError, SpectrumError; each names the argument and the remedy.
-    Source: Harutyunyan et al., ICLR 2021.
+    Source: Harutyunyan et al., ICLR 2021, Definitions 3.1 and 4.1, eqs. 5 and 16.
     """
     wanted = _check_arguments(measures, loss, sigma, method, rank, store, val, convention, sgd_batch_size, sgd_jitter)
     sgd_lr = sgd_lr if sgd_lr is not None else (lr if lr is not None else 1.0)

@@ -2,8 +2,11 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <string>
 
 #include "removal.h"
+#include "rows.h"
+#include "variant.h"
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
@@ -15,10 +18,49 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+using sui::Index;
+
+// name_float32, name_float64
+template <class T>
+void define_rows(py::module_& module, const char* type) {
+  const auto define = [&](const char* name, const auto& function, const auto&... more) {
+    module.def((std::string(name) + "_" + type).c_str(), function, more...);
+  };
+  const py::call_guard<py::gil_scoped_release> release;
+  define("write_rows", [](Address pieces, Index count, Index first, Index samples, Index k, Address out, Index pitch) {
+    sui::row_kernels<T>().write(at<sui::Piece<T>>(pieces), count, first, samples, k, at<T>(out), pitch);
+  });  // a step takes microseconds: the GIL is kept
+  define("hash", [](unsigned word, unsigned stream, unsigned long long seed, Index begin, Index count, Index buckets,
+                    Address place, Address sign) {
+    sui::row_kernels<T>().hash({word, stream, seed}, begin, count, buckets, at<int>(place), at<T>(sign));
+  }, release);
+  define("signs", [](unsigned word, unsigned stream, unsigned long long seed, Index begin, Index rows, Index columns,
+                     double size, Address out) {
+    sui::row_kernels<T>().signs({word, stream, seed}, begin, rows, columns, static_cast<T>(size), at<T>(out));
+  }, release);
+  define("count_sketch", [](Address x, Index rows, Index length, Address place, Index rank, Address out, int threads) {
+    sui::count_sketch(at<const T>(x), rows, length, at<int>(place), rank, at<T>(out), threads);
+  }, release);
+  define("multiply_sum", [](Address left, Address right, Index samples, Index k, Index s, Index width, Address out,
+                            int threads) {
+    sui::multiply_sum(at<const T>(left), at<const T>(right), samples, k, s, width, at<T>(out), threads);
+  }, release);
+  define("scatter", [](Address x, Index rows, Index o, Index i, Address place_o, Address place_i, Index rank,
+                       Address out, int threads) {
+    sui::scatter(at<const T>(x), rows, o, i, at<int>(place_o), at<int>(place_i), rank, at<T>(out), threads);
+  }, release);
+  define("sjlt", [](unsigned word, unsigned stream, unsigned long long seed, Address x, Index rows, Index begin,
+                    Index length, Index pitch, Index rank, Address out, int threads) {
+    sui::sjlt({word, stream, seed}, at<const T>(x), rows, begin, length, pitch, rank, at<T>(out), threads);
+  }, release);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
-  module.doc() = "C++ kernels of sui_fast. Arguments are addresses of dense float64 arrays (u: float32 where `single`).";
+  module.doc() =
+      "C++ kernels of sui_fast. Arguments are addresses of dense arrays (removal: float64, u float32 where `single`); "
+      "word, stream and seed name the random numbers.";
   module.attr("MOST_ROWS") = sui::kMostRows;
   module.def("instruction_set", &sui::instruction_set);
   module.def(
@@ -39,4 +81,6 @@ PYBIND11_MODULE(_cpu, module) {
                                      at<sui::Complex>(residues), constant, at<double>(coef), threads);
       },
       py::call_guard<py::gil_scoped_release>());
+  define_rows<float>(module, "float32");
+  define_rows<double>(module, "float64");
 }

@@ -1,75 +1,35 @@
-// Tables of the eigenvalues, choice of the instruction set, threads.
-//
-// Threads are started only where they earn more than their start, and are the standard library's: an OpenMP runtime of
-// our own beside PyTorch's makes the two pools spin against each other.
+// Tables of the eigenvalues, and blocks shared among threads.
 #include "removal.h"
 
-#include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 #include "sui/resolvent.h"
+#include "variant.h"
 
 namespace sui {
 
 extern const Kernels kernels_baseline;
 #if SUI_X86
-extern const Kernels kernels_avx2;
-extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx2, kernels_avx512;
 #endif
 
 namespace {
 
-struct Choice {
-  const char* name;
-  const Kernels* kernels;
-};
-
-// The best this machine has; SUI_FAST_CPU=baseline or avx2 asks for less (tests, comparisons).
-Choice choose() {
 #if SUI_X86
-  const char* asked = std::getenv("SUI_FAST_CPU");
-  const auto within = [&](const char* name) { return !asked || !*asked || !std::strcmp(asked, name); };
-  __builtin_cpu_init();
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx512 && within("avx512")) return {"avx512", &kernels_avx512};
-  if (avx2 && within("avx2")) return {"avx2", &kernels_avx2};
+constexpr Variants<Kernels> kVariants{&kernels_baseline, &kernels_avx2, &kernels_avx512};
+#else
+constexpr Variants<Kernels> kVariants{&kernels_baseline, nullptr, nullptr};
 #endif
-  return {"baseline", &kernels_baseline};
-}
-
-const Choice& chosen() {
-  static const Choice choice = choose();
-  return choice;
-}
-
-constexpr double kThreadWork = 5e6;  // multiplications that pay for one more thread
 
 Index run(const Removal& p, int threads) {
-  const Kernels& kernels = *chosen().kernels;
+  const Kernels& kernels = choose(kVariants);
   const double work = double(p.blocks) * double(p.r) * (features(p.m) + p.m) * p.columns;
-  const Index parts = std::max<Index>(1, std::min({Index(threads), p.blocks, Index(work / kThreadWork)}));
-  const Index room = kernels.scratch(p);
+  const Index parts = parts_for(p.blocks, work, threads), room = kernels.scratch(p);
   std::vector<double> scratch(static_cast<std::size_t>(room * parts));
   std::vector<Index> singular(parts);
-  std::vector<std::thread> others;
-  const auto part = [&](Index i) {
-    singular[i] = kernels.run(p, p.blocks * i / parts, p.blocks * (i + 1) / parts, scratch.data() + i * room);
-  };
-  for (Index i = 1; i < parts; ++i) {
-    try {
-      others.emplace_back(part, i);
-    } catch (const std::system_error&) {  // no more threads to be had
-      part(i);
-    }
-  }
-  part(0);
-  for (std::thread& other : others) other.join();
+  in_parts(p.blocks, parts, [&](Index part, Index begin, Index end) {
+    singular[part] = kernels.run(p, begin, end, scratch.data() + part * room);
+  });
   Index total = 0;
   for (const Index count : singular) total += count;
   return total;
@@ -117,7 +77,5 @@ Index rational_removal(const void* u, bool single, Index blocks, int m, Index r,
               gain.data(), scale.data(), count ? residues : &none},
              threads);
 }
-
-const char* instruction_set() { return chosen().name; }
 
 }  // namespace sui

@@ -1,11 +1,10 @@
 // Block leave-one-out on the CPU. Plain pointers and sizes; arrays are dense, row by row.
 #pragma once
 
+#include "sizes.h"
 #include "sui/scalar.h"
 
 namespace sui {
-
-using Index = long long;
 
 constexpr int kMostRows = 64;  // of a block; beyond it the elimination, not the sums over r, would set the pace
 
@@ -45,7 +44,5 @@ Index converged_removal(const void* u, bool single, Index blocks, int m, Index r
 Index rational_removal(const void* u, bool single, Index blocks, int m, Index r, const double* s, const double* g,
                        const double* rest, const double* null, const double* r0, int count, const Complex* poles,
                        const Complex* residues, double constant, double* coef, int threads);
-
-const char* instruction_set();
 
 }  // namespace sui

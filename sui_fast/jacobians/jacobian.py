@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import jvp, sketch, vjp
+from ..ops.products.rows import Piece, row_writer
 from .gram import gram
 from .layers import Factor, Index, Outer, Rows, Use, make_factors
 
@@ -130,21 +131,24 @@ class Jacobian:
     def iter_rows(self, samples: int | None = None) -> Iterator[Tensor]:
         """Explicit rows, a few samples at a time, in one buffer that the next step overwrites: [samples k, d] each.
 
+        Every row is contiguous and begins on a cache line; a step as a whole need not be contiguous.
+
         Args:
             samples: per step; default: as many as a cache of 2 MB holds.
         """
         size = self.k * self.shape[1] * self.outputs.element_size()
         step = max(1, min(self.n, (3 << 19) // size)) if samples is None else samples
-        buffer = self.outputs.new_empty(step, self.k, self.shape[1])
+        pitch = -(-self.shape[1] // 16) * 16
+        buffer = self.outputs.new_empty(step, self.k, pitch)[:, :, : self.shape[1]]
         self._clear_unused(buffer)
         block = step * max(1, 256 // step)
         for begin in range(0, self.n, block):
             end = min(begin + block, self.n)
             writers = self._writers(buffer, self.factors(begin, end))
-            for number, first in enumerate(range(begin, end, step)):
+            for number, first in enumerate(range(0, end - begin, step)):
                 for write in writers:
                     write(number)
-                yield buffer[: min(step, end - first)].view(-1, self.shape[1])
+                yield buffer[: min(step, end - begin - first)].view(-1, self.shape[1])
 
     def _clear_unused(self, view: Tensor) -> None:
         used = {name for use, _ in self._uses for name in use.names.values()} | set(self._rows)
@@ -153,30 +157,27 @@ class Jacobian:
                 view[:, :, self.columns(name)] = 0
 
     def _writers(self, view: Tensor, factors: list[Factor]) -> list[Callable[[int], None]]:
-        """Functions that write the rows of the numbered portion of the factors, as long as ``view`` or what is left."""
-        writers = []
+        """Functions of b that write the rows of the b-th portion of the factors, as long as ``view`` or what is left."""
+        writers, pieces = [], []
         for factor in factors:
-            if isinstance(factor, Outer):
-                writers.append(self._write_outer(view, factor))
-                if "bias" in factor.names:
-                    bias = factor.g[:, :, 0] if factor.g.shape[2] == 1 else factor.g.sum(2)
-                    writers.append(_copier(view[:, :, self.columns(factor.names["bias"])], bias))
+            if not isinstance(factor, Outer):
+                (name, rows), *_ = _explicit(factor, self._shapes).items()
+                pieces.append(Piece(self._begin[name], rows))
+                continue
+            one = factor.g.shape[2] == 1
+            if one:
+                pieces.append(Piece(self._begin[factor.names["weight"]], factor.g[:, :, 0], factor.a[:, 0]))
             else:
-                dense = factor.rows if isinstance(factor, Rows) else _dense(factor, self._shapes)
-                writers.append(_copier(view[:, :, self.columns(next(iter(factor.names.values())))], dense))
-        return writers
+                writers.append(self._write_outer(view, factor))
+            if "bias" in factor.names:
+                bias = factor.g[:, :, 0] if one else factor.g.sum(2)
+                pieces.append(Piece(self._begin[factor.names["bias"]], bias))
+        return [*writers, row_writer(pieces, view)]
 
     def _write_outer(self, view: Tensor, factor: Outer) -> Callable[[int], None]:
         step, (_, k, s, o), i = len(view), factor.g.shape, factor.a.shape[2]
         target = view[:, :, self.columns(factor.names["weight"])].unflatten(2, (o, i))
-        if s == 1:
-            left, right = factor.g[:, :, 0, :, None].split(step), factor.a[:, None].split(step)
-
-            def write(number: int) -> None:
-                g = left[number]
-                torch.mul(g, right[number], out=target if len(g) == step else target[: len(g)])
-
-        elif k == 1:  # the row itself is the result of the product
+        if k == 1:  # the row itself is the result of the product
             products = list(zip(factor.g[:, 0].transpose(1, 2).unbind(), factor.a.unbind(), strict=True))
             places = target[:, 0].unbind()
 
@@ -209,16 +210,6 @@ class Jacobian:
     def columns(self, name: str) -> slice:
         """Columns of a parameter in rows()."""
         return slice(self._begin[name], self._begin[name] + self._shapes[name].numel())
-
-
-def _copier(target: Tensor, source: Tensor) -> Callable[[int], None]:
-    parts = source.split(len(target))
-
-    def write(number: int) -> None:
-        part = parts[number]
-        (target if len(part) == len(target) else target[: len(part)]).copy_(part)
-
-    return write
 
 
 def join_factors(factors: list[Factor], shapes: dict[str, torch.Size]) -> list[Factor]:

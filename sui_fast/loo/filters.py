@@ -27,7 +27,7 @@ class TrainingFilter:
         time: steps (gd) or time (flow); None for training to convergence.
         dynamics: "gd" or "flow".
 
-    Source: Harutyunyan et al., ICLR 2021, section on linearised networks.
+    Source: Harutyunyan et al., ICLR 2021, eqs. 10 and 11 (gradient flow); docs/math.md, section 2.
     """
 
     shift: float = 0.0

@@ -64,7 +64,7 @@ def leave_one_out(
         Removal, with NumPy arrays where the inputs are NumPy, else torch tensors.
     Raises:
         ArgumentError, StabilityError, SpectrumError.
-    Source: Harutyunyan et al., ICLR 2021; docs/math.md.
+    Source: Harutyunyan et al., ICLR 2021, section 5; docs/math.md, sections 3 to 6.
     """
     as_numpy = not is_torch(ntk, residual, cross_ntk)
     theta, r0, cross = check_arrays(ntk, residual, outputs, cross_ntk)

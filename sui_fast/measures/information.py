@@ -31,7 +31,7 @@ def information(sqnorm: Tensor, sigma: float) -> Tensor:
         sigma: standard deviation of the noise, > 0.
     Returns:
         Information in nats, same shape.
-    Source: Harutyunyan et al., ICLR 2021, smooth sample information and functional sample information.
+    Source: Harutyunyan et al., ICLR 2021, eqs. 5 (SI), 8 and 16 (F-SI), 15 (Langevin); docs/math.md, section 7.
     """
     return sqnorm / (2.0 * sigma**2)
 

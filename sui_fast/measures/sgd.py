@@ -32,7 +32,7 @@ def sgd_information(
         on the jitter: 1 where the change leaves the range of L.
     Raises:
         ArgumentError: the gradients of all samples agree (an interpolating model), so SGD makes no noise.
-    Source: Harutyunyan et al., ICLR 2021, SGD as the noise; Mandt et al. 2017 for the steady state.
+    Source: Harutyunyan et al., ICLR 2021, Proposition 5.1, eqs. 13 and 14; Mandt et al. 2017 for the steady state.
     """
     spectrum = removal.spectrum
     reached = spectrum.s > 0

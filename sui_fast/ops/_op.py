@@ -73,6 +73,19 @@ def _parse(names: str) -> dict[str, str]:
     return chosen
 
 
+def named_backend(op: str = "*") -> str | None:
+    """Backend named for an op (or for all) by use_backend or the environment, or None."""
+    text = _named.get()
+    outer = os.environ.get(_ENVIRONMENT)
+    if outer:
+        text = f"{outer},{text}"
+    if not text:
+        return None
+    chosen = _parse(text)
+    name = chosen.get(op) or chosen.get("*")
+    return None if name == "auto" else name
+
+
 @contextlib.contextmanager
 def use_backend(name: str):
     """Run ops with the named backend inside the ``with`` block, or raise with the reason why it cannot.
@@ -189,15 +202,7 @@ class Op:
     # choice ---------------------------------------------------------------------------------------------------------
     def named(self) -> str | None:
         """Backend named for this op by use_backend or the environment, or None."""
-        text = _named.get()
-        outer = os.environ.get(_ENVIRONMENT)
-        if outer:
-            text = f"{outer},{text}"
-        if not text:
-            return None
-        chosen = _parse(text)
-        name = chosen.get(self.name) or chosen.get("*")
-        return None if name == "auto" else name
+        return named_backend(self.name)
 
     def kernel(self, backend: str) -> Any:
         """The module with this op's kernel for a backend, or the reason (a str) why there is none."""

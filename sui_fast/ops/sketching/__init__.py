@@ -59,6 +59,8 @@ def sketch(
     """
     wide = wide_dtype(a.dtype)
     a, g = a.to(wide), g.to(wide)
+    if a.numel() == 0 or g.numel() == 0:
+        return a.new_zeros(*g.shape[:2], rank)
     if kind == "tensor":
         return _tensor(a, g, rank, seed, stream, route)
     if kind == "two_sided":

@@ -33,9 +33,10 @@ def philox(index: Tensor, word: int, stream: int, seed: int) -> tuple[Tensor, Te
 
 
 def bucket_and_sign(size: int, buckets: int, word: int, stream: int, seed: int, device, dtype) -> tuple[Tensor, Tensor]:
-    """A hash of 0..size-1 to buckets (int64) and a random sign (dtype) of each."""
-    words = philox(torch.arange(size, dtype=torch.int64, device=device), word, stream, seed)
-    return (words[0] * buckets) >> 32, (1 - 2 * (words[1] & 1)).to(dtype)
+    """A hash of 0..size-1 to buckets (int64) and a random sign (dtype) of each; one 32-bit word serves one index."""
+    index = torch.arange(-(-size // 4), dtype=torch.int64, device=device)
+    words = torch.stack(philox(index, word, stream, seed), 1).reshape(-1)[:size]
+    return (words * buckets) >> 32, (1 - 2 * (words & 1)).to(dtype)
 
 
 def signs(rows: int, columns: int, word: int, stream: int, seed: int, device, dtype) -> Tensor:

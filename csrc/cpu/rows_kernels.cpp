@@ -1,0 +1,242 @@
+// Rows written out, hashed and transformed; compiled once per instruction set (see CMakeLists.txt), therefore without the
+// standard library: an inline function shared between the objects would let the linker put AVX-512 code into the baseline.
+#include "rows.h"
+
+#include "sui/philox.h"
+
+#define SUI_JOIN_(a, b) a##b
+#define SUI_JOIN(a, b) SUI_JOIN_(a, b)
+
+namespace sui {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+constexpr Index kAhead = 8;  // vectors by which loads are announced: more rows than the processor follows by itself
+constexpr Index kTile = 1024;  // entries hashed at a time: places and signs stay in the first cache
+
+template <class T>
+struct Simd {
+  static constexpr int lanes = kBytes / sizeof(T);
+  typedef T Vector __attribute__((vector_size(kBytes), aligned(sizeof(T)), may_alias));
+};
+template <class T>
+using Vector = typename Simd<T>::Vector;
+
+template <class T>
+SUI_FN Vector<T>& at(T* p) {
+  return *reinterpret_cast<Vector<T>*>(p);
+}
+template <class T>
+SUI_FN const Vector<T>& at(const T* p) {
+  return *reinterpret_cast<const Vector<T>*>(p);
+}
+
+// Places and signs of indices begin .. begin + count. Counters are consecutive, so the compiler does as many at once as
+// a vector holds; each serves four indices.
+template <class T>
+void hash_tile(const Stream& from, Index begin, Index count, Index buckets, int* place, T* sign) {
+  unsigned words[kTile + 4];
+  for (Index done = 0; done < count; done += kTile) {
+    const Index first = (begin + done) / 4, skip = (begin + done) % 4, live = count - done < kTile ? count - done : kTile;
+    for (Index e = 0; e < (live + skip + 3) / 4; ++e) {
+      const Philox four = philox(static_cast<unsigned long long>(first + e), from.word, from.stream, from.seed);
+      words[4 * e] = four.x;
+      words[4 * e + 1] = four.y;
+      words[4 * e + 2] = four.z;
+      words[4 * e + 3] = four.w;
+    }
+    for (Index e = 0; e < live; ++e) {
+      place[done + e] = static_cast<int>(bucket(words[skip + e], static_cast<unsigned>(buckets)));
+      sign[done + e] = words[skip + e] & 1u ? T(-1) : T(1);
+    }
+  }
+}
+
+// Rows -------------------------------------------------------------------------------------------------------------
+
+template <class T>
+void write_rows(const Piece<T>* pieces, Index count, Index first, Index samples, Index k, T* out, Index pitch) {
+  for (Index n = first; n < first + samples; ++n) {
+    for (Index c = 0; c < k; ++c, out += pitch) {
+      for (Index p = 0; p < count; ++p) {
+        const Piece<T>& piece = pieces[p];
+        const T* g = piece.g + (n * k + c) * piece.o;
+        T* to = out + piece.column;
+        if (!piece.a) {
+          for (Index q = 0; q < piece.o; ++q) to[q] = g[q];
+          continue;
+        }
+        const T* a = piece.a + n * piece.i;
+        for (Index q = 0; q < piece.o; ++q, to += piece.i) {
+          const T factor = g[q];
+          for (Index l = 0; l < piece.i; ++l) to[l] = factor * a[l];
+        }
+      }
+    }
+  }
+}
+
+// Random tables ----------------------------------------------------------------------------------------------------
+
+template <class T>
+void sign_table(const Stream& from, Index begin, Index rows, Index columns, T size, T* out) {
+  for (Index i = begin; i < begin + rows; ++i, out += columns) {
+    for (Index j = 0; j < columns; j += 128) {
+      const Philox words = philox(sign_index(static_cast<unsigned long long>(i), static_cast<unsigned long long>(j)),
+                                  from.word, from.stream, from.seed);
+      const unsigned bits[4] = {words.x, words.y, words.z, words.w};
+      T values[128];
+      for (unsigned part = 0; part < 4; ++part)
+        for (unsigned b = 0; b < 32; ++b) values[32 * part + b] = (bits[part] >> b) & 1u ? -size : size;
+      const Index live = columns - j < 128 ? columns - j : 128;
+      for (Index b = 0; b < live; ++b) out[j + b] = values[b];
+    }
+  }
+}
+
+// Tensor sketch ----------------------------------------------------------------------------------------------------
+
+template <class T>
+void count_sketch_rows(const T* x, Index rows, Index length, const int* place, Index rank, T* out) {
+  for (Index row = 0; row < rows; ++row, x += length, out += rank) {
+    for (Index b = 0; b < rank; ++b) out[b] = 0;
+    for (Index j = 0; j < length; ++j) out[place[j]] += x[j];
+  }
+}
+
+// Sums over positions stay in registers for a strip of frequencies; real and imaginary parts alternate in memory.
+template <class T>
+void multiply_sum_rows(const T* left, const T* right, Index samples, Index k, Index s, Index width, T* out) {
+  constexpr Index kStrip = 2 * Simd<T>::lanes;  // numbers: complex values of two vectors
+  for (Index n = 0; n < samples; ++n, left += 2 * s * width) {
+    for (Index c = 0; c < k; ++c, right += 2 * s * width, out += 2 * width) {
+      Index f = 0;
+      for (; f + kStrip <= 2 * width; f += kStrip) {
+        T re[kStrip / 2] = {}, im[kStrip / 2] = {};
+        for (Index p = 0; p < s; ++p) {
+          const T *x = left + 2 * p * width + f, *y = right + 2 * p * width + f;
+          for (Index l = 0; l < kStrip / 2; ++l) {
+            re[l] += x[2 * l] * y[2 * l] - x[2 * l + 1] * y[2 * l + 1];
+            im[l] += x[2 * l] * y[2 * l + 1] + x[2 * l + 1] * y[2 * l];
+          }
+        }
+        for (Index l = 0; l < kStrip / 2; ++l) {
+          out[f + 2 * l] += re[l];
+          out[f + 2 * l + 1] += im[l];
+        }
+      }
+      for (; f < 2 * width; f += 2) {
+        T re = 0, im = 0;
+        for (Index p = 0; p < s; ++p) {
+          const T *x = left + 2 * p * width + f, *y = right + 2 * p * width + f;
+          re += x[0] * y[0] - x[1] * y[1];
+          im += x[0] * y[1] + x[1] * y[0];
+        }
+        out[f] += re;
+        out[f + 1] += im;
+      }
+    }
+  }
+}
+
+// The sum of two places is below 2 rank: one buffer of that length, folded at the end, needs no remainder.
+template <class T>
+void scatter_rows(const T* x, Index rows, Index o, Index i, const int* place_o, const int* place_i, Index rank, T* room,
+                T* out) {
+  for (Index row = 0; row < rows; ++row, out += rank) {
+    for (Index b = 0; b < 2 * rank; ++b) room[b] = 0;
+    for (Index q = 0; q < o; ++q, x += i) {
+      T* to = room + place_o[q];
+      for (Index l = 0; l < i; ++l) to[place_i[l]] += x[l];
+    }
+    for (Index b = 0; b < rank; ++b) out[b] += room[b] + room[b + rank];
+  }
+}
+
+// Sparse sketch of formed rows -------------------------------------------------------------------------------------
+
+// lanes x lanes entries, in place: blocks of H x H are exchanged, then of 2H x 2H.
+template <class T, int H = 1>
+SUI_FN void transpose(Vector<T>* v) {
+  constexpr int lanes = Simd<T>::lanes;
+  if constexpr (H < lanes) {
+    decltype(v[0] == v[0]) low, high;
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes; ++l) {
+      const bool second = (l / H) & 1;
+      low[l] = second ? lanes + l - H : l;
+      high[l] = second ? lanes + l : l + H;
+    }
+#pragma GCC unroll 8
+    for (int pair = 0; pair < lanes / 2; ++pair) {
+      const int l = pair / H * 2 * H + pair % H;
+      const Vector<T> x = v[l], y = v[l + H];
+      v[l] = __builtin_shuffle(x, y, low);
+      v[l + H] = __builtin_shuffle(x, y, high);
+    }
+    transpose<T, 2 * H>(v);
+  }
+}
+
+// A vector holds one entry of as many rows as it has lanes, and one place of their sums: [rank, lanes] for each such group
+// of rows. The rows that are left go one by one.
+template <class T>
+void sjlt_rows(const Stream& from, const T* x, Index rows, Index begin, Index length, Index pitch, Index rank, T* room,
+             T* out) {
+  constexpr int lanes = Simd<T>::lanes;
+  const Index grouped = rows / lanes * lanes;
+  for (Index b = 0; b < grouped * rank; ++b) room[b] = 0;
+  int place[kTile];
+  T sign[kTile];
+  for (Index first = 0; first < length; first += kTile) {
+    const Index count = length - first < kTile ? length - first : kTile;
+    hash_tile(from, begin + first, count, rank, place, sign);
+    for (Index row = 0; row < grouped; row += lanes) {
+      const T* entries = x + row * pitch + first;
+      T* sums = room + row * rank;
+      Index e = 0;
+      for (; e + lanes <= count; e += lanes) {
+        Vector<T> v[lanes];
+#pragma GCC unroll 16
+        for (int l = 0; l < lanes; ++l) {
+          v[l] = at(entries + l * pitch + e);
+          __builtin_prefetch(entries + l * pitch + e + kAhead * lanes);
+        }
+        transpose<T>(v);
+#pragma GCC unroll 16
+        for (int l = 0; l < lanes; ++l) at(sums + Index(place[e + l]) * lanes) += v[l] * sign[e + l];
+      }
+      for (; e < count; ++e) {
+        T* sum = sums + Index(place[e]) * lanes;
+        for (int l = 0; l < lanes; ++l) sum[l] += entries[l * pitch + e] * sign[e];
+      }
+    }
+    for (Index row = grouped; row < rows; ++row) {
+      const T* entries = x + row * pitch + first;
+      T* sums = out + row * rank;
+      for (Index e = 0; e < count; ++e) sums[place[e]] += entries[e] * sign[e];
+    }
+  }
+  for (Index row = 0; row < grouped; ++row) {
+    const T* sums = room + row / lanes * lanes * rank + row % lanes;
+    for (Index b = 0; b < rank; ++b) out[row * rank + b] += sums[b * lanes];
+  }
+}
+
+}  // namespace
+
+#define SUI_TABLE(T)                                                                                                \
+  extern const RowKernels<T> SUI_JOIN(rows_##T##_, SUI_VARIANT);                                                    \
+  const RowKernels<T> SUI_JOIN(rows_##T##_, SUI_VARIANT) = {                                                        \
+      write_rows<T>, hash_tile<T>, sign_table<T>, count_sketch_rows<T>, multiply_sum_rows<T>, scatter_rows<T>,      \
+      sjlt_rows<T>}
+SUI_TABLE(float);
+SUI_TABLE(double);
+
+}  // namespace sui

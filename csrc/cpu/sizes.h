@@ -1,0 +1,7 @@
+#pragma once
+
+namespace sui {
+
+using Index = long long;
+
+}  // namespace sui

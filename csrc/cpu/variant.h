@@ -1,0 +1,57 @@
+// Which instruction set runs, and how work is shared among threads.
+//
+// Threads are started only where they earn more than their start, and are the standard library's: an OpenMP runtime of
+// our own beside PyTorch's makes the two pools spin against each other.
+#pragma once
+
+#include <algorithm>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "sizes.h"
+
+namespace sui {
+
+// The best of three objects compiled from one source; null where this build has none for the instruction set.
+template <class Table>
+struct Variants {
+  const Table *baseline, *avx2, *avx512;
+};
+
+enum class InstructionSet { baseline, avx2, avx512 };
+InstructionSet chosen_instruction_set();
+const char* instruction_set();
+
+template <class Table>
+const Table& choose(const Variants<Table>& variants) {
+  switch (chosen_instruction_set()) {
+    case InstructionSet::avx512: return *variants.avx512;
+    case InstructionSet::avx2: return *variants.avx2;
+    default: return *variants.baseline;
+  }
+}
+
+constexpr double kThreadWork = 5e6;  // multiplications that pay for one more thread
+
+inline Index parts_for(Index items, double work, int threads) {
+  return std::max<Index>(1, std::min({Index(threads), items, Index(work / kThreadWork)}));
+}
+
+// call(part, begin, end) for parts of 0..items, the first in this thread.
+template <class Call>
+void in_parts(Index items, Index parts, const Call& call) {
+  std::vector<std::thread> others;
+  const auto part = [&](Index i) { call(i, items * i / parts, items * (i + 1) / parts); };
+  for (Index i = 1; i < parts; ++i) {
+    try {
+      others.emplace_back(part, i);
+    } catch (const std::system_error&) {  // no more threads to be had
+      part(i);
+    }
+  }
+  part(0);
+  for (std::thread& other : others) other.join();
+}
+
+}  // namespace sui

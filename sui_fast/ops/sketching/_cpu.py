@@ -1,0 +1,189 @@
+"""C++ kernels of the sketches (csrc/cpu/rows_kernels.cpp); matrix products and transforms stay with PyTorch's libraries.
+
+Both routes of the tensor sketch take the signs into a and g first. fft: count sketches, transforms, product summed over
+positions, one transform back. scatter: matrix product over positions, strip by strip, entries scattered.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ... import _cpu
+from .._register import wide_dtype
+
+_BUFFER = 1 << 18  # numbers of one intermediate: they stay in the second cache
+_NAMES = {torch.float32: "float32", torch.float64: "float64"}
+
+
+def sketch(
+    a: Tensor, g: Tensor, rank: int, seed: int, stream: int, kind: str = "tensor", route: str = "auto"
+) -> Tensor:
+    """See the op of the same name."""
+    a, g = a.detach(), g.detach()
+    (n, k, _, _), wide = g.shape, wide_dtype(a.dtype)
+    out = torch.zeros(n, k, rank, dtype=wide)
+    if out.numel() and a.numel() and g.numel():
+        _KINDS[kind](a, g, out, seed & 0xFFFFFFFFFFFFFFFF, stream & 0xFFFFFFFF, route)
+    return out
+
+
+def refuse_sketch(
+    a: Tensor, g: Tensor, rank: int, seed: int, stream: int, kind: str = "tensor", route: str = "auto"
+) -> str | None:
+    """Why this call is not for the kernel, or None."""
+    if a.device.type != "cpu":
+        return f"the tensors are on {a.device}; it takes CPU tensors"
+    if wide_dtype(a.dtype) not in _NAMES:
+        return f"the tensors are {a.dtype}; it takes float64, float32 and half precision"
+    if rank >= 1 << 30:
+        return f"rank {rank}; it takes at most 2^30"
+    return None
+
+
+def _call(name: str, dtype: torch.dtype):
+    return getattr(_cpu, f"{name}_{_NAMES[dtype]}")
+
+
+# Tensor sketch --------------------------------------------------------------------------------------------------------
+def fft_is_cheaper(s: int, i: int, o: int, k: int, rank: int) -> bool:
+    """Whether the fft route takes less time, in nanoseconds per sample as measured (benchmarks/bench_sketch.py)."""
+    transform = 0.085 * rank * max(math.log2(rank), 1.0) * (1 if _smooth(rank) else 4)
+    hashed = 0.75 * (i + k * o) + 0.12 * (1 + k) * rank
+    fft = s * (hashed + (1 + k) * transform + 0.35 * k * rank) + k * transform
+    scatter = k * (5000 + 0.5 * rank + o * i * (1.0 + 0.015 * s)) + 0.3 * s * (i + k * o)
+    return fft < scatter
+
+
+def _smooth(rank: int) -> bool:
+    for factor in (2, 3, 5, 7, 11, 13):
+        while rank % factor == 0:
+            rank //= factor
+    return rank == 1
+
+
+def _tensor(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, route: str) -> None:
+    (_, k, s, o), i, rank = g.shape, a.shape[2], out.shape[2]
+    left, right = _hash(i, rank, 0, stream, seed, out.dtype), _hash(o, rank, 1, stream, seed, out.dtype)
+    fft = route == "fft" or route == "auto" and fft_is_cheaper(s, i, o, k, rank)
+    (_by_fft if fft else _by_scatter)(a, g, out, left, right)
+
+
+def _hash(size: int, buckets: int, word: int, stream: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    place, sign = torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=dtype)
+    _call("hash", dtype)(word, stream, seed, 0, size, buckets, place.data_ptr(), sign.data_ptr())
+    return place, sign
+
+
+def _count_sketch(x: Tensor, place: Tensor, sign: Tensor, rank: int) -> Tensor:
+    """[rows, length] to [rows, rank]."""
+    signed = (x * sign).contiguous()
+    out = signed.new_empty(len(x), rank)
+    call = _call("count_sketch", out.dtype)
+    call(signed.data_ptr(), *x.shape, place.data_ptr(), rank, out.data_ptr(), _threads())
+    return out
+
+
+def _by_fft(a: Tensor, g: Tensor, out: Tensor, left: tuple, right: tuple) -> None:
+    (n, k, s, o), rank = g.shape, out.shape[2]
+    width = rank // 2 + 1
+    positions = max(1, _BUFFER // ((1 + k) * rank))  # at a time
+    samples, strip = max(1, positions // s), min(s, positions)
+    total = torch.zeros(n, k, width, dtype=torch.complex64 if out.dtype == torch.float32 else torch.complex128)
+    call = _call("multiply_sum", out.dtype)
+    for n0 in range(0, n, samples):
+        sums = total[n0 : n0 + samples]
+        for s0 in range(0, s, strip):
+            x, y = a[n0 : n0 + samples, s0 : s0 + strip], g[n0 : n0 + samples, :, s0 : s0 + strip]
+            count, length = x.shape[:2]
+            x = torch.fft.rfft(_count_sketch(x.reshape(-1, x.shape[-1]), *left, rank))
+            y = torch.fft.rfft(_count_sketch(y.reshape(-1, o), *right, rank))
+            call(x.data_ptr(), y.data_ptr(), count, k, length, width, sums.data_ptr(), _threads())
+    step = max(1, _BUFFER // (k * rank))
+    for n0 in range(0, n, step):
+        out[n0 : n0 + step] = torch.fft.irfft(total[n0 : n0 + step], n=rank)
+
+
+def _by_scatter(a: Tensor, g: Tensor, out: Tensor, left: tuple, right: tuple) -> None:
+    (n, k, s, o), i = g.shape, a.shape[2]
+    part = max(1, min(o, _BUFFER // i))  # rows of [o, i] formed at a time
+    call, room = _call("scatter", out.dtype), out.new_empty(part * i)
+    step = max(1, _BUFFER // (s * (k * o + i)))
+    for n0 in range(0, n, step):
+        x = a[n0 : n0 + step] * left[1]
+        y = (g[n0 : n0 + step] * right[1]).transpose(2, 3)
+        for x1, y1, out1 in zip(x, y, out[n0:], strict=False):
+            for y2, out2 in zip(y1, out1, strict=True):
+                for o0 in range(0, o, part):
+                    count = min(part, o - o0)
+                    torch.mm(y2[o0 : o0 + count], x1, out=room[: count * i].view(count, i))
+                    place = right[0][o0:].data_ptr(), left[0].data_ptr()
+                    call(room.data_ptr(), 1, count, i, *place, out.shape[2], out2.data_ptr(), _threads())
+
+
+# Sketches of formed rows ----------------------------------------------------------------------------------------------
+def _row_tiles(a: Tensor, g: Tensor, dtype: torch.dtype, least: int):
+    """(samples, first entry, rows [samples k, entries]) tile by tile, at least ``least`` rows where there are as many."""
+    (n, k, s, o), i = g.shape, a.shape[2]
+    samples = min(n, max(1, -(-least // k)))
+    part = max(1, min(o, 8 * _BUFFER // (samples * k * i)))
+    for n0 in range(0, n, samples):
+        x, y = a[n0 : n0 + samples].to(dtype), g[n0 : n0 + samples].to(dtype)
+        for o0 in range(0, o, part):
+            strip = y[..., o0 : o0 + part]
+            if s == 1:
+                rows = strip[:, :, 0, :, None] * x[:, :, None]
+            else:
+                rows = strip.transpose(2, 3).reshape(len(x), -1, s) @ x
+            yield slice(n0, n0 + len(x)), o0 * i, rows.reshape(len(x) * k, -1)
+
+
+def _sjlt(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, route: str) -> None:
+    (n, k, s, o), i, rank = g.shape, a.shape[2], out.shape[2]
+    call = _call("sjlt", out.dtype)
+
+    def add(target: Tensor, first: int, rows: Tensor) -> None:
+        size = rows.shape[1]
+        call(2, stream, seed, rows.data_ptr(), len(rows), first, size, size, rank, target.data_ptr(), _threads())
+
+    if s == 1 and i == 1 and g.dtype == out.dtype:  # rows as they are, scaled at the end
+        add(out, 0, g.reshape(n * k, o))
+        out *= a
+        return
+    for samples, first, rows in _row_tiles(a, g, out.dtype, 64):
+        add(out[samples], first, rows)
+
+
+def _rademacher(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, route: str) -> None:
+    rank = out.shape[2]
+    size, step = 1 / math.sqrt(rank), max(1, _BUFFER // rank)
+    table, call = out.new_empty(step, rank), _call("signs", out.dtype)
+    for samples, first, rows in _row_tiles(a, g, out.dtype, 256):
+        target = out[samples].view(-1, rank)
+        for begin in range(0, rows.shape[1], step):
+            part = rows[:, begin : begin + step]
+            call(3, stream, seed, first + begin, part.shape[1], rank, size, table.data_ptr())
+            target.addmm_(part, table[: part.shape[1]])
+
+
+def _two_sided(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, route: str) -> None:
+    (n, k, s, o), i, rank = g.shape, a.shape[2], out.shape[2]
+    side = max(d for d in range(1, math.isqrt(rank) + 1) if rank % d == 0)
+    left, right = out.new_empty(o, rank // side), out.new_empty(i, side)
+    call = _call("signs", out.dtype)
+    call(1, stream, seed, 0, o, rank // side, 1 / math.sqrt(rank), left.data_ptr())
+    call(0, stream, seed, 0, i, side, 1.0, right.data_ptr())
+    step = max(1, 8 * _BUFFER // (s * (i + k * o)))
+    for n0 in range(0, n, step):
+        y = g[n0 : n0 + step].to(out.dtype) @ left  # [n, k, s, rank / side]
+        x = a[n0 : n0 + step].to(out.dtype) @ right
+        torch.matmul(y.transpose(2, 3), x[:, None], out=out[n0 : n0 + step].view(-1, k, rank // side, side))
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+_KINDS = {"tensor": _tensor, "sjlt": _sjlt, "rademacher": _rademacher, "two_sided": _two_sided}
