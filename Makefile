@@ -8,13 +8,14 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 SAY := @printf '==> %s\n'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench sanitize clean
 
 help:
 	@echo "make demo    score every training sample of a real data set; writes demo_out/ with a report to look at"
 	@echo "make test    run the whole test suite"
 	@echo "make lint    check style and imports (ruff)"
 	@echo "make bench   measure against floors and rivals; writes JSON and a Markdown table"
+	@echo "make sanitize  the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make clean   remove .venv, build folders and the compiled module"
 	@echo "The first command makes .venv (a few minutes); later ones start at once. PYTHON=$(PYTHON) WORKERS=$(WORKERS)"
 
@@ -44,6 +45,17 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(SAY) "python -m benchmarks"
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks
+
+sanitize: $(STAMP)
+	$(SAY) "building with AddressSanitizer and UndefinedBehaviorSanitizer"
+	@PATH=$(CURDIR)/$(VENV)/bin:$$PATH cmake -S . -B build/sanitize -G Ninja -DSUI_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+		-DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python -Dpybind11_DIR=$$($(VENV)/bin/python -m pybind11 --cmakedir) \
+		-DSUI_OUTPUT_DIRECTORY=$(CURDIR)/build/sanitize/module >/dev/null
+	@PATH=$(CURDIR)/$(VENV)/bin:$$PATH cmake --build build/sanitize >/dev/null
+	$(SAY) "tests of the C++ kernels"
+	@OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+		$(VENV)/bin/python tests/sanitize.py build/sanitize/module
 
 clean:
 	$(SAY) "removing $(VENV), build folders and the compiled module"

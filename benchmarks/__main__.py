@@ -22,13 +22,21 @@ NAMES = {
     "test_gradient_descent": "all leave-one-out removals, gradient descent",
     "test_converged": "all leave-one-out removals, converged",
     "test_scaling": "growth with n",
-    "test_rational_kernel": "rational removal, C++ against its body",
+    "test_converged_kernel": "converged removal, C++",
+    "test_rational_kernel": "rational removal, C++",
+    "test_sjlt": "SJLT of formed gradients, C++",
+    "test_tensor_sketch": "tensor sketch, C++",
+    "test_routes": "tensor sketch, slowest choice of route on a grid",
+    "test_two_sided": "two-sided sketch, C++",
+    "test_rademacher": "dense Rademacher sketch, C++",
+    "test_dispatch": "dispatch of a call",
 }
 FLOORS = {
     "test_capture": "forward + k backward passes",
     "test_rows": "forward + k backward passes",
     "test_ntk_mlp": "bare matrix products",
     "test_ntk_cnn": "bare matrix products",
+    "test_scaling": "the smaller size",
 }
 
 
@@ -83,14 +91,19 @@ def machine() -> dict[str, str]:
 
 
 def markdown(rows: list[dict]) -> str:
-    lines = ["| what | shapes | seconds | floor | multiple of the floor | target |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| what | shapes | seconds | floor | multiple of the floor | at most | gain over body or rival | at least | peak MB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         test = row["name"].split("[")[0]
         shape, _, floor = row["shape"].partition("; floor: ")
-        floor = floor or FLOORS.get(test, "the smaller size")
+        floor = row.get("floor_name") or floor or FLOORS.get(test, "")
+        number = lambda name, style="g", row=row: "" if row.get(name) is None else format(row[name], style)  # noqa: E731
+        gain = f"**{row['gain']:.1f}**" if "gain" in row else ""
         lines.append(
             f"| {NAMES.get(test, test)} | {shape} | {row['seconds']:.3g} | {floor}, {row['floor_seconds']:.3g} s | "
-            f"**{row['ratio']:.2f}** | {row['target']:g} |"
+            f"**{row['ratio']:.2f}** | {number('target')} | {gain} | {number('gain_target')} | {number('peak_mb', '.0f')} |"
         )
     return "\n".join(lines)
 

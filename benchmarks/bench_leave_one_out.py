@@ -87,37 +87,3 @@ def test_scaling(benchmark, digits):
         rounds=3,
         shape="n = 2000 against n = 1000, t = 2000",
     )
-
-
-@pytest.mark.parametrize("m", [1, 3, 10])
-def test_rational_kernel(benchmark, m):
-    blocks, rank = 2000, 1024
-    rng = np.random.default_rng(0)
-    tensor = lambda *shape: torch.from_numpy(rng.standard_normal(shape))  # noqa: E731
-    u = tensor(blocks, m, rank) / (10 * blocks) ** 0.5
-    null = torch.eye(m, dtype=torch.float64) - u @ u.transpose(1, 2)
-    poles = torch.complex(-tensor(8).abs(), tensor(8).abs())
-    arguments = (
-        u,
-        tensor(rank).abs(),
-        tensor(rank),
-        tensor(blocks, m),
-        null,
-        tensor(blocks, m),
-        poles,
-        poles.conj(),
-        0.1,
-    )
-
-    def body():
-        with sui_fast.use_backend("reference"):
-            return ops.rational_removal(*arguments)
-
-    def kernel():
-        with sui_fast.use_backend("cpu"):
-            return ops.rational_removal(*arguments)
-
-    torch.testing.assert_close(kernel(), body(), rtol=1e-8, atol=1e-10)
-    compare(
-        benchmark, kernel, body, target=1.0, rounds=3, shape=f"n = 2000, r = 1024, k = {m}, 8 poles; floor: the body"
-    )

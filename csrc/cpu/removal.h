@@ -22,7 +22,7 @@ struct Removal {
   double* coef;        // [blocks, r]
   Index width;         // r rounded up to kAlign, zeros beyond r
   const double* table; // [columns, width]: one row (real form), or real and imaginary part of every pole's resolvent
-  const double* gain;  // [width]
+  const double* gain;  // [width], g; real form: w g
   const Complex* scale;     // per pole (-1 / p), or 1 / shift in the real part
   const Complex* residues;  // per pole; nullptr: real form
 };

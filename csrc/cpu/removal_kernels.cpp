@@ -5,6 +5,8 @@
 //   solve     m x m per block and pole, sui/resolvent.h
 //   back      coef = -sum_a u_a (constant r0_a + sum_c table_c weight_ac)
 //
+// The real form has one table row, and skips the features: u diag(w) u^T as tiles of dot products, straight from memory.
+//
 // Both products hold a tile of sums in registers: kTile features x kColumns table rows, kTile rows x kVectors vectors.
 // A group of blocks and kChunk columns of u stay in cache, as doubles.
 #include "removal.h"
@@ -171,19 +173,123 @@ void add_moments(const Removal& p, Index blocks, Index begin, Index count, const
   if (held) moments_of(group.features, table, p.width, count, out, p.columns);  // the rest of the tile is not read
 }
 
+// Real form ---------------------------------------------------------------------------------------------------------
+
+typedef float Single __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
+
+SUI_FN Vector load(const double* p) { return at(p); }
+SUI_FN Vector load(const float* p) { return __builtin_convertvector(*reinterpret_cast<const Single*>(p), Vector); }
+
+// matrix[a, b] = x_a diag(w) y_b for A x B rows of u, r apart; only b >= a where x and y are the same rows.
+template <int A, int B, bool Same, class Float>
+SUI_FN void tile_gram(const Float* x, const Float* y, Index r, const double* w, double* matrix, int m) {
+  Vector sums[A][B] = {};
+  Index l = 0;
+  for (; l + kLanes <= r; l += kLanes) {
+    const Vector weight = at(w + l);
+    Vector right[B];
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) right[b] = load(y + b * r + l);
+#pragma GCC unroll 8
+    for (int a = 0; a < A; ++a) {
+      const Vector left = (Same ? right[a < B ? a : 0] : load(x + a * r + l)) * weight;
+#pragma GCC unroll 8
+      for (int b = Same ? a : 0; b < B; ++b) sums[a][b] += left * right[b];
+    }
+  }
+  for (int a = 0; a < A; ++a)
+    for (int b = Same ? a : 0; b < B; ++b) {
+      double total = sum(sums[a][b]);
+      for (Index t = l; t < r; ++t) total += double(x[a * r + t]) * w[t] * double(y[b * r + t]);
+      matrix[a * m + b] = total;
+    }
+}
+
+template <int A, class Float>
+SUI_FN void gram_strip(const Float* u, int a, int m, Index r, const double* w, double* matrix) {
+  const Float* x = u + a * r;
+  double* row = matrix + Index(a) * m;
+  tile_gram<A, A, true>(x, x, r, w, row + a, m);
+  int b = a + A;
+  for (; b + kTile <= m; b += kTile) tile_gram<A, kTile, false>(x, u + b * r, r, w, row + b, m);
+  if (m - b == 3) tile_gram<A, 3, false>(x, u + b * r, r, w, row + b, m);
+  if (m - b == 2) tile_gram<A, 2, false>(x, u + b * r, r, w, row + b, m);
+  if (m - b == 1) tile_gram<A, 1, false>(x, u + b * r, r, w, row + b, m);
+}
+
+// coef[l] = -w_l sum_a y_a u_a,l for R rows at a time, added from the second time on.
+template <int R, class Float>
+SUI_FN void tile_coef(const Float* u, Index r, const double* w, const double* y, bool first, double* coef) {
+  Index l = 0;
+  for (; l + kLanes <= r; l += kLanes) {
+    Vector total = y[0] * load(u + l);
+#pragma GCC unroll 8
+    for (int a = 1; a < R; ++a) total += y[a] * load(u + a * r + l);
+    total *= -at(w + l);
+    at(coef + l) = first ? total : at(coef + l) + total;
+  }
+  for (; l < r; ++l) {
+    double total = 0;
+    for (int a = 0; a < R; ++a) total += y[a] * double(u[a * r + l]);
+    coef[l] = (first ? 0 : coef[l]) - w[l] * total;
+  }
+}
+
+// A block stays in cache between its two passes. room: matrix [m, m] and y [m]; table: w, then w g.
+template <class Float>
+Index run_real(const Removal& p, const Float* all, Index begin, Index end, double* room) {
+  const int m = p.m;
+  const Index r = p.r;
+  const double *w = p.table, *gain = p.gain;
+  double *matrix = room, *y = room + Index(m) * m;
+  Index singular = 0;
+  for (Index block = begin; block < end; ++block) {
+    const Float* u = all + block * m * r;
+    const double *null = p.null + block * m * m, *rest = p.rest + block * m;
+    for (int a = 0; a < m; a += kTile) {
+      if (m - a >= 4) gram_strip<4>(u, a, m, r, w, matrix);
+      if (m - a == 3) gram_strip<3>(u, a, m, r, w, matrix);
+      if (m - a == 2) gram_strip<2>(u, a, m, r, w, matrix);
+      if (m - a == 1) gram_strip<1>(u, a, m, r, w, matrix);
+    }
+    for (int a = 0; a < m; ++a) {
+      Vector total = {};
+      Index l = 0;
+      for (; l + kLanes <= r; l += kLanes) total += load(u + a * r + l) * at(gain + l);
+      double h = sum(total);
+      for (; l < r; ++l) h += double(u[a * r + l]) * gain[l];
+      y[a] = h + p.scale->re * rest[a];
+      for (int b = a; b < m; ++b) {
+        const double value = matrix[a * m + b];
+        matrix[a * m + b] = value + p.scale->re * null[a * m + b];
+        if (b > a) matrix[b * m + a] = value + p.scale->re * null[b * m + a];
+      }
+    }
+    singular += !solve(matrix, y, m);
+    for (int a = 0; a < m; ++a) p.v[block * m + a] = y[a];
+    double* coef = p.coef + block * r;
+    for (int a = 0; a < m; a += kTile) {
+      const Float* rows = u + a * r;
+      if (m - a >= 4) tile_coef<4>(rows, r, w, y + a, a == 0, coef);
+      if (m - a == 3) tile_coef<3>(rows, r, w, y + a, a == 0, coef);
+      if (m - a == 2) tile_coef<2>(rows, r, w, y + a, a == 0, coef);
+      if (m - a == 1) tile_coef<1>(rows, r, w, y + a, a == 0, coef);
+    }
+    if (m == 0)
+      for (Index l = 0; l < r; ++l) coef[l] = 0;
+  }
+  return singular;
+}
+
+// Rational form -----------------------------------------------------------------------------------------------------
+
 // Weights of the table rows in coef; whether the block could be solved.
 bool solve_block(const Removal& p, Index block, const double* moments, double* weights, double* offsets,
                  const Group& group) {
   const int m = p.m;
   const double *null = p.null + block * m * m, *rest = p.rest + block * m;
   bool solved = true;
-  for (int a = 0; a < m; ++a) offsets[a] = p.r0 ? p.constant * p.r0[block * m + a] : 0;
-  if (!p.residues) {
-    double* y = weights;
-    solved = solve_removed(moments, 1, 0, m, null, rest, p.scale->re, reinterpret_cast<double*>(group.matrix), y);
-    for (int a = 0; a < m; ++a) p.v[block * m + a] = y[a];
-    return solved;
-  }
+  for (int a = 0; a < m; ++a) offsets[a] = p.constant * p.r0[block * m + a];
   for (int q = 0; q < p.columns / 2; ++q) {
     solved &= solve_removed(moments, p.columns, 2 * q, m, null, rest, p.scale[q], group.matrix, group.y);
     for (int a = 0; a < m; ++a) {
@@ -215,9 +321,13 @@ void write_coef(const Removal& p, Index first, Index blocks, Index begin, Index 
   }
 }
 
-Index scratch(const Removal& p) { return lay_out(p, nullptr, nullptr); }
+Index scratch(const Removal& p) {
+  return p.residues ? lay_out(p, nullptr, nullptr) : round_up(Index(p.m) * p.m + p.m, kAlign);
+}
 
 Index run(const Removal& p, Index begin, Index end, double* room) {
+  if (!p.residues && p.single) return run_real(p, static_cast<const float*>(p.u), begin, end, room);
+  if (!p.residues) return run_real(p, static_cast<const double*>(p.u), begin, end, room);
   Group group;
   const Index size = lay_out(p, room, &group), most = group_blocks(p);
   for (Index i = 0; i < size; ++i) room[i] = 0;  // rows that only fill a tile stay zero

@@ -120,4 +120,9 @@ def _bucket_rows(rows: Tensor, rank: int, seed: int, stream: int) -> Tensor:
 
 
 def _sign_rows(rows: Tensor, rank: int, seed: int, stream: int) -> Tensor:
-    return rows @ signs(rows.shape[2], rank, 3, stream, seed, rows.device, rows.dtype) / math.sqrt(rank)
+    step = max(1, _ELEMENTS // rank)  # entries whose signs exist at a time
+    parts = [
+        part @ signs(part.shape[2], rank, 3, stream, seed, rows.device, rows.dtype, begin)
+        for begin, part in zip(range(0, rows.shape[2], step), rows.split(step, 2), strict=True)
+    ]
+    return sum(parts[1:], parts[0]) / math.sqrt(rank)

@@ -39,9 +39,9 @@ def bucket_and_sign(size: int, buckets: int, word: int, stream: int, seed: int, 
     return (words * buckets) >> 32, (1 - 2 * (words & 1)).to(dtype)
 
 
-def signs(rows: int, columns: int, word: int, stream: int, seed: int, device, dtype) -> Tensor:
-    """Random signs [rows, columns]; entry (i, j) depends on (i, j) alone, whatever the size asked for."""
-    i = torch.arange(rows, dtype=torch.int64, device=device)[:, None]
+def signs(rows: int, columns: int, word: int, stream: int, seed: int, device, dtype, begin: int = 0) -> Tensor:
+    """Random signs [rows, columns]; entry (i, j) depends on (begin + i, j) alone, whatever the size asked for."""
+    i = torch.arange(begin, begin + rows, dtype=torch.int64, device=device)[:, None]
     j = torch.arange(-(-columns // 128), dtype=torch.int64, device=device)[None]
     words = torch.stack(philox((i << 32) | j, word, stream, seed), 2)  # 128 bits serve 128 columns
     bits = (words[..., None] >> torch.arange(32, device=device)) & 1
