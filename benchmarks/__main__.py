@@ -91,10 +91,8 @@ def machine() -> dict[str, str]:
 
 
 def markdown(rows: list[dict]) -> str:
-    lines = [
-        "| what | shapes | seconds | floor | multiple of the floor | at most | gain over body or rival | at least | peak MB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = "what | shapes | seconds | floor | multiple of it | at most | gain over body or rival | at least | peak MB"
+    lines = [f"| {head} |", "|---" * 9 + "|"]
     for row in rows:
         test = row["name"].split("[")[0]
         shape, _, floor = row["shape"].partition("; floor: ")
@@ -103,7 +101,8 @@ def markdown(rows: list[dict]) -> str:
         gain = f"**{row['gain']:.1f}**" if "gain" in row else ""
         lines.append(
             f"| {NAMES.get(test, test)} | {shape} | {row['seconds']:.3g} | {floor}, {row['floor_seconds']:.3g} s | "
-            f"**{row['ratio']:.2f}** | {number('target')} | {gain} | {number('gain_target')} | {number('peak_mb', '.0f')} |"
+            f"**{row['ratio']:.2f}** | {number('target')} | {gain} | {number('gain_target')} | "
+            f"{number('peak_mb', '.0f')} |"
         )
     return "\n".join(lines)
 

@@ -24,12 +24,12 @@ def compare(
     shape: str = "",
     floor_name: str = "",
 ) -> None:
-    """Time ``method`` against ``floor`` and ``body`` in turns; medians of the ratios go into the benchmark's extra_info.
+    """Time ``method``, ``floor`` and ``body`` in turns; medians of the ratios go into the benchmark's extra_info.
 
     Args:
         benchmark: the pytest-benchmark fixture; its own figure is the method's wall time.
         floor: what the method cannot avoid. target: largest multiple of it that the issue allows.
-        body: the PyTorch body or the rival that the method must beat. gain: smallest gain over it that the issue asks.
+        body: the PyTorch body or the rival that the method must beat. gain: smallest gain over it that is asked.
         shape: sizes, floor_name: what the floor is; for the table.
     """
     calls = {"floor": floor, "method": method} | ({"body": body} if body else {})

@@ -1,13 +1,11 @@
 """All leave-one-out removals at once against one factorisation of the same matrix."""
 
-import numpy as np
 import pytest
 import torch
 from _compare import compare
 from torch import nn
 
 import sui_fast
-from sui_fast import ops
 
 
 def problem(n, digits):

@@ -157,7 +157,7 @@ class Jacobian:
                 view[:, :, self.columns(name)] = 0
 
     def _writers(self, view: Tensor, factors: list[Factor]) -> list[Callable[[int], None]]:
-        """Functions of b that write the rows of the b-th portion of the factors, as long as ``view`` or what is left."""
+        """Functions of b that write the rows of the b-th portion of the factors, as long as ``view`` or the rest."""
         writers, pieces = [], []
         for factor in factors:
             if not isinstance(factor, Outer):

@@ -1,7 +1,7 @@
-"""The CUDA kernels: compiled for two targets, run on the CPU by an emulator of blocks and threads, and on a GPU if there is one.
+"""The CUDA kernels: compiled for two targets, emulated on the CPU, and run on a GPU if there is one.
 
-The emulator (cuda_shim.h) compiles the same .cu files as C++ and stands in for the launcher, so the functions of _cuda.py
-run whole: tables, sizes of shared memory, grids and kernels.
+The emulator (cuda_shim.h) compiles the same .cu files as C++ and stands in for the launcher, so the functions of
+_cuda.py run whole: tables, sizes of shared memory, grids and kernels.
 """
 
 import ctypes
@@ -55,16 +55,17 @@ def emulated(tmp_path_factory):
             [CXX, "-std=c++17", "-E", "-P", "-x", "c++", "-I", ROOT / "include", path],
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
-        dynamic = "extern __shared__ double shared[];"
-        assert dynamic in path.read_text()
-        driver = [f'#include "{shim}"', path.read_text().replace(dynamic, "double* shared = shim::shared_memory.data();")]
+        text, dynamic = path.read_text(), "extern __shared__ double shared[];"
+        assert dynamic in text
+        driver = [f'#include "{shim}"', text.replace(dynamic, "double* shared = shim::shared_memory.data();")]
         for name, arguments in KERNEL.findall(flat):
             typed = [argument.strip().rsplit(" ", 1) for argument in arguments.split(",")]
             signatures[name] = [ctypes.c_void_p if "*" in kind else TYPES[kind] for kind, _ in typed]
             listed, named = ", ".join(" ".join(pair) for pair in typed), ", ".join(pair[1] for pair in typed)
+            sizes = ("gx", "gy", "threads", "shared")
             driver.append(
-                f'extern "C" void run_{name}(long long gx, long long gy, long long threads, long long shared, {listed}) '
-                f"{{ shim::launch(gx, gy, threads, shared, [=] {{ {name}({named}); }}); }}"
+                f'extern "C" void run_{name}({", ".join(f"long long {size}" for size in sizes)}, {listed}) '
+                f"{{ shim::launch({', '.join(sizes)}, [=] {{ {name}({named}); }}); }}"
             )
         source, library = folder / f"{path.stem}.cpp", folder / f"{path.stem}.so"
         source.write_text("\n".join(driver))

@@ -39,7 +39,7 @@ def test_products(n, k, s, i, o, r):
     torch.testing.assert_close(left, right)
 
 
-@pytest.mark.parametrize("s,t,i,o", [(1, 1, 5, 3), (3, 2, 40, 30), (3, 2, 2, 1), (5, 7, 3, 2), (1, 4, 9, 9)])
+@pytest.mark.parametrize("s,t,i,o", [(0, 2, 3, 4), (3, 2, 40, 30), (1, 1, 5, 3), (3, 2, 2, 1), (5, 7, 3, 2)])
 def test_gram(s, t, i, o):
     a1, g1, a2, g2 = draw(4, s, i), draw(4, 2, s, o), draw(3, t, i), draw(3, 5, t, o)
     rows = [torch.einsum("nkso,nsi->nkoi", g, a).flatten(0, 1).flatten(1) for a, g in ((a1, g1), (a2, g2))]
@@ -47,7 +47,7 @@ def test_gram(s, t, i, o):
     wide = ops.ntk_gram(*(x.bfloat16() for x in (a1, g1, a2, g2)))
     assert wide.dtype == torch.float32
     exact = ops.ntk_gram(*(x.bfloat16().double() for x in (a1, g1, a2, g2)))
-    assert float((wide - exact).abs().max()) < 1e-5 * float(exact.abs().max())
+    assert float((wide - exact).abs().max()) <= 1e-5 * float(exact.abs().max())
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

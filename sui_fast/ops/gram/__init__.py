@@ -49,6 +49,8 @@ def ntk_gram(a1: Tensor, g1: Tensor, a2: Tensor, g2: Tensor) -> Tensor:
     wide = wide_dtype(a1.dtype)
     a1, g1, a2, g2 = (x.to(wide) for x in (a1, g1, a2, g2))
     (n1, k1, s1, o), (n2, k2, s2, _), i = g1.shape, g2.shape, a1.shape[2]
+    if 0 in (s1, s2, i, o):
+        return a1.new_zeros(n1 * k1, n2 * k2)
     if s1 == 1 and s2 == 1:
         outer = (g1.reshape(n1 * k1, o) @ g2.reshape(n2 * k2, o).T).reshape(n1, k1, n2, k2)
         inner = a1[:, 0] @ a2[:, 0].T

@@ -61,7 +61,7 @@ def row_writer(pieces: list[Piece], out: Tensor) -> Callable[[int], None]:
 def _reference(pieces: list[Piece], out: Tensor) -> Callable[[int], None]:
     step, parts = len(out), []
     for piece in pieces:
-        (_, k, o), i = piece.g.shape, 1 if piece.a is None else piece.a.shape[1]
+        o, i = piece.g.shape[2], 1 if piece.a is None else piece.a.shape[1]
         target = out[:, :, piece.column : piece.column + o * i].unflatten(2, (o, i))
         right = piece.g.new_ones(len(piece.g), 1) if piece.a is None else piece.a
         parts.append((target, piece.g[..., None].split(step), right[:, None, None].split(step)))

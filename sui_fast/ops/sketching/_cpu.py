@@ -1,4 +1,4 @@
-"""C++ kernels of the sketches (csrc/cpu/rows_kernels.cpp); matrix products and transforms stay with PyTorch's libraries.
+"""C++ kernels of the sketches (csrc/cpu/rows_kernels.cpp); products and transforms stay with PyTorch's libraries.
 
 Both routes of the tensor sketch take the signs into a and g first. fft: count sketches, transforms, product summed over
 positions, one transform back. scatter: matrix product over positions, strip by strip, entries scattered.
@@ -130,9 +130,9 @@ def _by_scatter(a: Tensor, g: Tensor, out: Tensor, left: tuple, right: tuple) ->
                     call(room.data_ptr(), 1, count, width, *place, rank, out1.data_ptr(), _threads())
 
 
-# Sketches of formed rows ----------------------------------------------------------------------------------------------
+# Sketches of formed rows --------------------------------------------------------------------------------------------
 def _row_tiles(a: Tensor, g: Tensor, dtype: torch.dtype, least: int):
-    """(samples, first entry, rows [samples k, entries]) tile by tile, at least ``least`` rows where there are as many."""
+    """(samples, first entry, rows [samples k, entries]) in tiles, at least ``least`` rows where there are as many."""
     (n, k, s, o), i = g.shape, a.shape[2]
     samples = min(n, max(1, -(-least // k)))
     part = max(1, min(o, 8 * _BUFFER // (samples * k * i)))
