@@ -94,6 +94,13 @@ def test_opcheck(name, number):
     torch.library.opcheck(ops.OPS[name].registered, tuple(list(ops.OPS[name].examples(CPU))[number]))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name,number", EXAMPLES)
+def test_opcheck_on_a_gpu(name, number):
+    torch.library.opcheck(ops.OPS[name].registered, tuple(list(ops.OPS[name].examples(torch.device("cuda")))[number]))
+
+
 @pytest.mark.parametrize("name", SMOOTH)
 def test_gradcheck(name):
     arguments = example(name)
