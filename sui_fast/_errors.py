@@ -29,6 +29,10 @@ class BackendError(SuiError, RuntimeError):
     """A backend named by the user cannot run this call."""
 
 
+class StoreError(SuiError):
+    """A store on disk is damaged, belongs to another run, or is being written by another process."""
+
+
 class SpectrumError(SuiError, ArithmeticError):
     """A kernel matrix is too large, not finite, or not positive semi-definite."""
 

@@ -82,7 +82,7 @@ class TrainingFilter:
         return bool(log.max() < math.log(tolerance))
 
     def without(self, removed: int, n: int, convention: str) -> TrainingFilter:
-        """The filter of the training on n - removed samples (math.md, "What is computed")."""
+        """The filter of the training on n - removed samples (docs/math.md, section 3)."""
         if convention == "sum" or removed == n:
             return self
         factor = n / (n - removed)

@@ -44,7 +44,7 @@ def ntk_gram(a1: Tensor, g1: Tensor, a2: Tensor, g2: Tensor) -> Tensor:
         [n1 * k1, n2 * k2], float32 for half precision, else the dtype of the arguments.
     Raises:
         ArgumentError: shapes, dtypes or devices that disagree.
-    Source: Novak et al. 2022, structured derivatives; docs/math.md.
+    Source: Novak et al. 2022, structured derivatives; docs/math.md, section 9.
     """
     wide = wide_dtype(a1.dtype)
     a1, g1, a2, g2 = (x.to(wide) for x in (a1, g1, a2, g2))

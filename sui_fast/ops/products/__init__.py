@@ -41,7 +41,7 @@ def jvp(a: Tensor, g: Tensor, tangents: Tensor) -> Tensor:
         [n, k, r], float32 for half precision, else the dtype of the arguments.
     Raises:
         ArgumentError: shapes, dtypes or devices that disagree.
-    Source: docs/math.md, per-layer structure.
+    Source: docs/math.md, section 9.
     """
     wide = wide_dtype(a.dtype)
     a, g, tangents = a.to(wide), g.to(wide), tangents.to(wide)
@@ -67,7 +67,7 @@ def vjp(a: Tensor, g: Tensor, cotangents: Tensor) -> Tensor:
         [r, o, i], float32 for half precision, else the dtype of the arguments.
     Raises:
         ArgumentError: shapes, dtypes or devices that disagree.
-    Source: docs/math.md, per-layer structure.
+    Source: docs/math.md, section 9.
     """
     wide = wide_dtype(a.dtype)
     a, g, cotangents = a.to(wide), g.to(wide), cotangents.to(wide)

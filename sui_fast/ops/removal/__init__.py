@@ -66,7 +66,7 @@ def converged_removal(
         v [b, m], the left-out residual, and coef [b, r], the change of the dual weights on U; float64.
     Raises:
         ArgumentError: shapes, dtypes or devices that disagree; shift <= 0.
-    Source: docs/math.md, converged removal.
+    Source: docs/math.md, section 5.
     """
     weight = 1 / (s + shift)
     results = []
@@ -118,7 +118,7 @@ def rational_removal(
         coef [b, r] float64: the change on U, zero filled at the removed rows.
     Raises:
         ArgumentError: shapes, dtypes or devices that disagree.
-    Source: docs/math.md, rational removal.
+    Source: docs/math.md, section 6.
     """
     resolvent = 1 / (s[:, None] - poles)  # [r, q]
     results = []

@@ -55,7 +55,7 @@ def sketch(
         [n, k, rank], float32 for half precision, else the dtype of the arguments.
     Raises:
         ArgumentError: unknown kind or route, rank < 1, shapes or dtypes that disagree.
-    Source: docs/math.md, sketches.
+    Source: docs/math.md, section 10.
     """
     wide = wide_dtype(a.dtype)
     a, g = a.to(wide), g.to(wide)
