@@ -1,6 +1,6 @@
 // Block leave-one-out on the GPU: one block of threads for every removed block of m <= 32 rows, arithmetic of sui/resolvent.h.
 //
-//   moments   threads stride over r; kBatch sums at a time are reduced across the block
+//   moments   threads stride over r; tiles of products and poles are reduced across the block
 //   solve     one thread per pole, the m x m systems in shared memory
 //   coef      threads stride over r again; u comes from the second cache
 //
@@ -9,55 +9,66 @@
 
 namespace sui {
 
-constexpr int kBatch = 4, kWarp = 32;
+constexpr int kWarp = 32, kPoles = 4;  // poles that share a read of u on the way back
 
-// Sums of kBatch values over all threads, in sums[0 .. kBatch); room: kBatch doubles for every warp.
-__device__ inline void block_sums(const double (&mine)[kBatch], double* room, double* sums) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  for (int i = 0; i < kBatch; ++i) {
-    double value = mine[i];
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
-    if (lane == 0) room[warp * kBatch + i] = value;
-  }
-  __syncthreads();
-  if (threadIdx.x < kBatch) {
-    double total = 0;
-    for (int w = 0; w < warps; ++w) total += room[w * kBatch + threadIdx.x];
-    sums[threadIdx.x] = total;
-  }
-  __syncthreads();
-}
-
-// Rows a <= b of feature f of the order in sui/resolvent.h; b = m stands for g.
-__device__ inline void feature_rows(int f, int m, int* a, int* b) {
-  int row = 0;
-  while (row < m && f >= m - row) f -= m - row++;
-  *a = row < m ? row : f;
-  *b = row < m ? row + f : m;
-}
-
-// Moments of all features against `columns` rows of the table, [features(m), columns].
-template <class Float>
-__device__ void add_moments(const Float* u, int m, long long r, const double* g, const double* table, int columns,
-                            double* room, double* moments) {
-  const int items = features(m) * columns;
-  for (int first = 0; first < items; first += kBatch) {
-    double mine[kBatch];
-    for (int i = 0; i < kBatch; ++i) {
-      mine[i] = 0;
-      if (first + i >= items) continue;
-      int a, b;
-      feature_rows((first + i) / columns, m, &a, &b);
-      const double* row = table + (first + i) % columns * r;
-      const Float *x = u + a * r, *y = u + (b < m ? b : 0) * r;
-      for (long long l = threadIdx.x; l < r; l += blockDim.x)
-        mine[i] += static_cast<double>(x[l]) * (b < m ? static_cast<double>(y[l]) : g[l]) * row[l];
+// Sums over a warp of N values (a power of two) by exchanging halves: N - 1 exchanges where one after the other takes 5 N.
+// Lane l ends with value l N / 32, in v[0].
+template <int N>
+__device__ inline void warp_sums(double (&v)[N]) {
+  int offset = kWarp / 2;
+#pragma unroll
+  for (int width = N / 2; width > 0; width /= 2, offset /= 2) {
+    const bool upper = threadIdx.x & offset;
+#pragma unroll
+    for (int i = 0; i < width; ++i) {
+      const double sent = upper ? v[i] : v[i + width], kept = upper ? v[i + width] : v[i];
+      v[i] = kept + __shfl_xor_sync(0xffffffffu, sent, offset);
     }
-    double* sums = room + blockDim.x / kWarp * kBatch;
-    block_sums(mine, room, sums);
-    if (threadIdx.x < kBatch && first + static_cast<int>(threadIdx.x) < items) moments[first + threadIdx.x] = sums[threadIdx.x];
-    __syncthreads();
   }
+#pragma unroll
+  for (; offset > 0; offset /= 2) v[0] += __shfl_xor_sync(0xffffffffu, v[0], offset);
+}
+
+// Moments of all features against `columns` rows of the table, [features(m), columns]: TB products of rows, the last that
+// with g, against TC columns in one pass over r. room: 2 TB TC doubles for every warp, halves in turn.
+template <int TB, int TC, class Float>
+__device__ inline void add_moments(const Float* u, int m, long long r, const double* g, const double* table, int columns,
+                                   double* room, double* moments) {
+  constexpr int N = TB * TC;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  int turn = 0;
+  for (int a = 0; a < m; ++a) {
+    for (int b0 = a; b0 <= m; b0 += TB) {
+      for (int c0 = 0; c0 < columns; c0 += TC, turn ^= 1) {
+        double mine[N] = {};
+        for (long long l = threadIdx.x; l < r; l += blockDim.x) {
+          const double x = static_cast<double>(u[a * r + l]);
+          double w[TC];
+#pragma unroll
+          for (int c = 0; c < TC; ++c) w[c] = c0 + c < columns ? table[(c0 + c) * r + l] : 0;
+#pragma unroll
+          for (int b = 0; b < TB; ++b) {
+            if (b0 + b > m) continue;
+            const double y = x * (b0 + b < m ? static_cast<double>(u[(b0 + b) * r + l]) : g[l]);
+#pragma unroll
+            for (int c = 0; c < TC; ++c) mine[b * TC + c] += y * w[c];
+          }
+        }
+        warp_sums(mine);
+        double* sums = room + turn * warps * N;
+        if (lane % (kWarp / N) == 0) sums[warp * N + lane / (kWarp / N)] = mine[0];
+        __syncthreads();
+        const int i = threadIdx.x, b = b0 + i / TC, c = c0 + i % TC;
+        if (i < N && b <= m && c < columns) {
+          double total = 0;
+          for (int other = 0; other < warps; ++other) total += sums[other * N + i];
+          const int feature = b < m ? a * m - a * (a - 1) / 2 + b - a : m * (m + 1) / 2 + a;
+          moments[feature * columns + c] = total;
+        }
+      }
+    }
+  }
+  __syncthreads();
 }
 
 template <class Float>
@@ -67,7 +78,7 @@ __device__ void converged(const Float* all, int m, long long r, const double* w,
   const long long block = blockIdx.x;
   const Float* u = all + block * m * r;
   double *moments = shared, *matrix = moments + features(m), *y = matrix + m * m, *room = y + m;
-  add_moments(u, m, r, g, w, 1, room, moments);
+  add_moments<4, 1>(u, m, r, g, w, 1, room, moments);
   if (threadIdx.x == 0) {
     if (!solve_removed(moments, 1, 0, m, null + block * m * m, rest + block * m, scale, matrix, y)) atomicAdd(singular, 1);
     for (int a = 0; a < m; ++a) v[block * m + a] = y[a];
@@ -98,7 +109,7 @@ __device__ void rational(const Float* all, int m, long long r, const double* g, 
   for (int first = 0; first < count; first += group) {
     const int live = count - first < group ? count - first : group;
     const double* rows = table + 2 * first * r;
-    add_moments(u, m, r, g, rows, 2 * live, room, moments);
+    add_moments<2, 8>(u, m, r, g, rows, 2 * live, room, moments);
     for (int q = threadIdx.x; q < live; q += blockDim.x) {
       Complex* own = y + q * m;
       if (!solve_removed(moments, 2 * live, 2 * q, m, null + block * m * m, rest + block * m, scale[first + q],
@@ -109,14 +120,20 @@ __device__ void rational(const Float* all, int m, long long r, const double* g, 
     __syncthreads();
     for (long long l = threadIdx.x; l < r; l += blockDim.x) {
       double total = 0;
-      for (int q = 0; q < live; ++q) {
-        double re = 0, im = 0;
+      for (int q0 = 0; q0 < live; q0 += kPoles) {
+        double re[kPoles] = {}, im[kPoles] = {};
         for (int a = 0; a < m; ++a) {
           const double value = static_cast<double>(u[a * r + l]);
-          re += y[q * m + a].re * value;
-          im += y[q * m + a].im * value;
+#pragma unroll
+          for (int q = 0; q < kPoles; ++q) {
+            if (q0 + q >= live) continue;
+            re[q] += y[(q0 + q) * m + a].re * value;
+            im[q] += y[(q0 + q) * m + a].im * value;
+          }
         }
-        total += rows[2 * q * r + l] * re - rows[(2 * q + 1) * r + l] * im;
+#pragma unroll
+        for (int q = 0; q < kPoles; ++q)
+          if (q0 + q < live) total += rows[2 * (q0 + q) * r + l] * re[q] - rows[(2 * (q0 + q) + 1) * r + l] * im[q];
       }
       coef[block * r + l] -= total;
     }

@@ -5,8 +5,8 @@
       shard-000000.safetensors rows first .. first + count of every tensor
       lock                     held by the one process that writes
 
-A shard is written under a temporary name, flushed, renamed, and only then entered in the manifest. What the manifest does
-not name does not exist; what it names must be there, byte for byte. Nothing is ever unpickled.
+A shard is written under a temporary name, flushed, renamed, and only then entered in the manifest. What the manifest
+does not name does not exist; what it names must be there, byte for byte. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class Store:
         StoreError: damaged, of another run, or being written by another process.
     """
 
-    def __init__(self, path: str | os.PathLike, fingerprint: dict[str, Any], *, resume: bool = True, write: bool = True):
+    def __init__(
+        self, path: str | os.PathLike, fingerprint: dict[str, Any], *, resume: bool = True, write: bool = True
+    ):
         self.path, self._lock = Path(path), None
         self.fingerprint = json.loads(json.dumps(fingerprint))
         if self.path.is_symlink() or self.path.exists() and not self.path.is_dir():
@@ -177,7 +179,7 @@ class Store:
 
     def _check_writable(self) -> None:
         if self._lock is None:
-            raise StoreError(complaint("store", "a store opened to write", "a closed or read-only one", "Open it anew."))
+            raise StoreError(complaint("store", "a store opened to write", "a closed or read-only one", "Open it."))
 
     def _commit(self) -> None:
         about = {"format": _FORMAT, "fingerprint": self.fingerprint, "shards": self.shards}
@@ -213,9 +215,8 @@ def _checksum(about: dict[str, Any]) -> str:
 
 
 def _damage(path: Path, what: str) -> StoreError:
-    return StoreError(
-        complaint("store", f"an undamaged store in {path}", what, "Delete the folder, or pass resume=False to begin anew.")
-    )
+    todo = "Delete the folder, or pass resume=False to begin anew."
+    return StoreError(complaint("store", f"an undamaged store in {path}", what, todo))
 
 
 def _inspect(path: Path) -> int:

@@ -17,7 +17,7 @@ _SHAPES = {"u": "b m r", "s": "r", "g": "r", "rest": "b m", "null": "b m m"}
 
 def _example(device, m: int):
     rng = torch.Generator().manual_seed(m)
-    u = torch.linalg.qr(torch.randn(6 * m, 5, generator=rng, dtype=torch.float64))[0].reshape(6, m, 5)
+    u = 0.2 * torch.randn(6, m, 5, generator=rng, dtype=torch.float64)
     s = torch.rand(5, generator=rng, dtype=torch.float64)
     g, rest, r0 = torch.randn(5, generator=rng), torch.randn(6, m, generator=rng), torch.randn(6, m, generator=rng)
     null = torch.eye(m, dtype=torch.float64) - u @ u.transpose(1, 2)

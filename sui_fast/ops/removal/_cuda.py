@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _nvrtc
+from .._nvrtc import dense
 
 _THREADS = 128
 _MOST_ROWS = 32
@@ -19,7 +20,7 @@ def converged_removal(
     blocks, m, r = u.shape
     v, coef = s.new_empty(blocks, m), s.new_empty(blocks, r)
     if blocks:
-        u, g, rest, null = (_dense(x) for x in (u, g, rest, null))
+        u, g, rest, null = (dense(x) for x in (u, g, rest, null))
         weight, singular = 1 / (s + shift), torch.zeros(1, dtype=torch.int32, device=s.device)
         size = 8 * (_features(m) + m * m + m + _room())
         args = (u, m, r, weight, g, rest, null, 1 / shift, v, coef, singular)
@@ -43,12 +44,12 @@ def rational_removal(
     blocks, m, r = u.shape
     coef = s.new_empty(blocks, r)
     if blocks:
-        u, g, rest, null, r0, residues = (_dense(x) for x in (u, g, rest, null, r0, residues))
+        u, g, rest, null, r0, residues = (dense(x) for x in (u, g, rest, null, r0, residues))
         table = torch.view_as_real(1 / (s - poles[:, None])).movedim(2, 1).contiguous()  # [q, 2, r]
         singular = torch.zeros(1, dtype=torch.int32, device=s.device)
         each = 8 * (2 * _features(m) + 2 * m * m + 2 * m)  # bytes of shared memory a pole takes
         group = max(1, min(len(poles), (_SHARED - 8 * _room()) // max(each, 1)))
-        args = (u, m, r, g, rest, null, r0, len(poles), table, _dense(-1 / poles), residues)
+        args = (u, m, r, g, rest, null, r0, len(poles), table, dense(-1 / poles), residues)
         _nvrtc.launch(
             "removal.cu",
             f"rational_removal_{_type(u)}",
@@ -95,16 +96,12 @@ def _features(m: int) -> int:
 
 
 def _room() -> int:
-    """Doubles of the sums across a block of threads: four for every warp, and their totals."""
-    return 4 * (_THREADS // 32) + 4
+    """Doubles of the sums across a block of threads: two halves of 16 for every warp."""
+    return 2 * 16 * (_THREADS // 32)
 
 
 def _type(u: Tensor) -> str:
     return "float32" if u.dtype == torch.float32 else "float64"
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x.detach().resolve_conj().resolve_neg().contiguous()
 
 
 def _check_solved(singular: Tensor, blocks: int) -> None:

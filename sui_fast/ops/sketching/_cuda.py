@@ -13,24 +13,27 @@ from .._register import wide_dtype
 from ._random import bucket_and_sign
 
 _THREADS = 256
-_ROWS = 4  # of a block of threads in scatter_rows
-_SHARED = 96 * 1024
+_ROWS = 4  # of a block of threads in the scattering kernels, at most
+_RESIDENT = 3  # blocks of threads on a multiprocessor, at most
 _FORMED = 8  # positions from which a matrix product forms the rows, a strip at a time
 _ELEMENTS = 1 << 26
-_NAMES = {torch.float32: "float32", torch.float64: "float64"}
+_NAMES = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
 
 
 def sketch(
     a: Tensor, g: Tensor, rank: int, seed: int, stream: int, kind: str = "tensor", route: str = "auto"
 ) -> Tensor:
     """See the op of the same name."""
-    wide = wide_dtype(a.dtype)
-    a, g = a.detach().to(wide).contiguous(), g.detach().to(wide).contiguous()
-    out = torch.zeros(*g.shape[:2], rank, dtype=wide, device=a.device)
+    a, g = _nvrtc.dense(a), _nvrtc.dense(g)
+    out = torch.zeros(*g.shape[:2], rank, dtype=wide_dtype(a.dtype), device=a.device)
     if out.numel() and a.numel() and g.numel():
-        fft = kind == "tensor" and _takes_fft(rank, wide) and (route == "fft" or route == "auto" and _cheap_fft(a, g))
-        tables = _tables(a, g, rank, seed, stream) if kind == "tensor" else (None,) * 4
-        if fft:
+        tables = _tables(a, g, out, seed, stream) if kind == "tensor" else (None,) * 4
+        if kind == "tensor" and _takes_fft(out) and (route == "fft" or route == "auto" and _cheap_fft(a, g)):
             _by_fft(a, g, out, tables)
         else:
             _by_scatter(a, g, out, tables, seed & 0xFFFFFFFFFFFFFFFF, stream & 0xFFFFFFFF)
@@ -41,22 +44,31 @@ def refuse_sketch(
     a: Tensor, g: Tensor, rank: int, seed: int, stream: int, kind: str = "tensor", route: str = "auto"
 ) -> str | None:
     """Why this call is not for the kernel, or None."""
-    wide = wide_dtype(a.dtype)
-    if wide not in _NAMES:
+    if a.dtype not in _NAMES:
         return f"the tensors are {a.dtype}; it takes float64, float32 and half precision"
     if kind not in ("tensor", "sjlt"):
         return f"kind {kind!r}; it takes 'tensor' and 'sjlt', the triton kernel has the others"
-    if kind == "tensor" and route == "fft" and not _takes_fft(rank, wide):
-        return f"the fft route with rank {rank}; it takes powers of two up to 4096"
-    if rank * _ROWS * wide.itemsize > _SHARED:
-        return f"rank {rank}; it takes at most {_SHARED // _ROWS // wide.itemsize}, whose sums fit shared memory"
-    if -(-g.shape[0] * g.shape[1] // _ROWS) > 65535:
+    if torch.are_deterministic_algorithms_enabled():
+        return "torch.use_deterministic_algorithms is on; it adds in any order"
+    out = torch.empty(0, 0, rank, dtype=wide_dtype(a.dtype), device=a.device)
+    if kind == "tensor" and route == "fft" and not _takes_fft(out):
+        return f"the fft route with rank {rank}; it takes powers of two from 2 to 4096"
+    most = _nvrtc.limits(a.device).shared // out.element_size()
+    if rank > most:
+        return f"rank {rank}; it takes at most {most}, whose sums fit shared memory"
+    if g.shape[0] * g.shape[1] >= 2**31:
         return "more rows than a launch grid holds"
     return None
 
 
-def _takes_fft(rank: int, dtype: torch.dtype) -> bool:
-    return rank & (rank - 1) == 0 and 2 <= rank <= 4096 and 2 * rank * dtype.itemsize <= _SHARED
+def _fft_bytes(out: Tensor) -> int:
+    rank = out.shape[2]
+    return 2 * (rank + rank // 8) * out.element_size()
+
+
+def _takes_fft(out: Tensor) -> bool:
+    rank = out.shape[2]
+    return rank & (rank - 1) == 0 and 2 <= rank <= 4096 and _fft_bytes(out) <= _nvrtc.limits(out.device).shared
 
 
 def _cheap_fft(a: Tensor, g: Tensor) -> bool:
@@ -65,61 +77,65 @@ def _cheap_fft(a: Tensor, g: Tensor) -> bool:
     return s * (i + o + 40_000) < o * i * (4.0 + 0.05 * s)
 
 
-def _tables(a: Tensor, g: Tensor, rank: int, seed: int, stream: int) -> tuple[Tensor, ...]:
-    place_a, sign_a = bucket_and_sign(a.shape[2], rank, 0, stream, seed, a.device, a.dtype)
-    place_g, sign_g = bucket_and_sign(g.shape[3], rank, 1, stream, seed, a.device, a.dtype)
+def _tables(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int) -> tuple[Tensor, ...]:
+    """Places and signs of inputs and outputs."""
+    place_a, sign_a = bucket_and_sign(a.shape[2], out.shape[2], 0, stream, seed, a.device, out.dtype)
+    place_g, sign_g = bucket_and_sign(g.shape[3], out.shape[2], 1, stream, seed, a.device, out.dtype)
     return place_a.int(), sign_a, place_g.int(), sign_g
 
 
 @functools.lru_cache(maxsize=16)
 def _roots(rank: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """exp(-2 pi i j / rank), j < rank / 2, as pairs; and the numbers 0 .. rank - 1 with their bits reversed."""
-    angle = torch.arange(rank // 2, dtype=torch.float64, device=device) * (-2 * math.pi / rank)
-    roots = torch.stack([angle.cos(), angle.sin()], 1).to(dtype)
-    number, reverse = torch.arange(rank, device=device), torch.zeros(rank, dtype=torch.int64, device=device)
+    """exp(-2 pi i j / rank), j < rank / 2, as pairs; and where shared memory has 0 .. rank - 1 in bit-reversed order.
+
+    Made on the CPU: a copy from there is complete when it returns, and any stream may use it.
+    """
+    angle = torch.arange(rank // 2, dtype=torch.float64) * (-2 * math.pi / rank)
+    number, reverse = torch.arange(rank), torch.zeros(rank, dtype=torch.int64)
     for _ in range(rank.bit_length() - 1):
         reverse, number = (reverse << 1) | (number & 1), number >> 1
-    return roots.contiguous(), reverse.int()
+    slot = reverse + (reverse >> 3)  # as slot() in sketch.cu
+    return torch.stack([angle.cos(), angle.sin()], 1).to(dtype).to(device), slot.int().to(device)
 
 
 def _by_fft(a: Tensor, g: Tensor, out: Tensor, tables: tuple[Tensor, ...]) -> None:
     (n, k, s, o), i, rank = g.shape, a.shape[2], out.shape[2]
-    roots, reverse = _roots(rank, a.dtype, a.device)
+    roots, slots = _roots(rank, out.dtype, out.device)
     place_a, sign_a, place_g, sign_g = tables
-    place_a, place_g = reverse[place_a.long()], reverse[place_g.long()]
-    size = 2 * rank * a.element_size()
+    place_a, place_g = slots[place_a.long()], slots[place_g.long()]
+    threads = max(32, min(_THREADS, rank // 8))  # 2049 frequencies of rank 4096 are 9 of a thread, which it keeps
     args = (a, g, k, s, i, o, rank.bit_length() - 1, place_a, sign_a, place_g, sign_g, roots, out)
-    _nvrtc.launch("sketch.cu", f"tensor_fft_{_NAMES[a.dtype]}", (n * k,), _THREADS, size, a, *args)
+    _nvrtc.launch("sketch.cu", f"tensor_fft_{_NAMES[a.dtype]}", (n * k,), threads, _fft_bytes(out), out, *args)
 
 
 def _by_scatter(a: Tensor, g: Tensor, out: Tensor, tables: tuple, seed: int, stream: int) -> None:
     (n, k, s, o), i = g.shape, a.shape[2]
-    if s == 1 and i == 1:  # rows as they are, scaled at the end; a table of one input has one place and one sign
-        if tables[0] is None:
-            _scatter(g, None, n * k, 1, 1, 1, o, 0, tables, seed, stream, out)
-            out *= a
-            return
-    if s < _FORMED:
-        _scatter(a, g, n * k, k, s, i, o * i, 0, tables, seed, stream, out)
+    if s == 1 and i == 1 and tables[0] is None:  # rows as they are, scaled at the end
+        _scatter("formed", (g,), (n * k, 1, o, 0), tables, seed, stream, out)
+        out *= a
         return
+    if s < _FORMED:
+        _scatter("factors", (a, g), (n * k, k, s, i, o), tables, seed, stream, out)
+        return
+    a, g = a.to(out.dtype), g.to(out.dtype)
     samples = max(1, min(n, _ELEMENTS // (k * i)))
     part = max(1, min(o, _ELEMENTS // (samples * k * i)))
     for n0 in range(0, n, samples):
         for o0 in range(0, o, part):
             strip = g[n0 : n0 + samples, :, :, o0 : o0 + part]
-            rows = strip.transpose(2, 3) @ a[n0 : n0 + samples, None]  # [samples, k, part, i]
-            if tables[0] is None:
-                own = tables
-            else:
-                own = (*tables[:2], tables[2][o0 : o0 + part], tables[3][o0 : o0 + part])
-            count, target = rows.shape[0] * k, out[n0 : n0 + samples]
-            _scatter(rows, None, count, k, s, i, rows.shape[2] * i, o0 * i, own, seed, stream, target)
+            rows = (strip.transpose(2, 3) @ a[n0 : n0 + samples, None]).contiguous()  # [samples, k, part, i]
+            own = (*tables[:2], *(table if table is None else table[o0 : o0 + part] for table in tables[2:]))
+            sizes = (rows.shape[0] * k, i, rows.shape[2] * i, o0 * i)
+            _scatter("formed", (rows,), sizes, own, seed, stream, out[n0 : n0 + samples])
 
 
-def _scatter(x, g, rows, k, s, i, length, first, tables, seed, stream, out: Tensor) -> None:
-    rank, groups = out.shape[2], -(-rows // _ROWS)
-    chunks = max(1, min(-(-length // (16 * _THREADS)), -(-1024 // groups)))
-    own = [0 if table is None else table.contiguous() for table in tables]
-    args = (x, 0 if g is None else g, rows, k, s, i, length, first, *own, stream, seed, rank, out)
-    size = _ROWS * rank * out.element_size()
-    _nvrtc.launch("sketch.cu", f"scatter_rows_{_NAMES[out.dtype]}", (chunks, groups), _THREADS, size, out, *args)
+def _scatter(name: str, inputs: tuple, sizes: tuple, tables: tuple, seed: int, stream: int, out: Tensor) -> None:
+    """As many rows a block of threads as leave room for a second block, as many chunks as fill the GPU once."""
+    rows, length = sizes[0], sizes[2] if name == "formed" else sizes[3] * sizes[4]
+    limits, size = _nvrtc.limits(out.device), out.shape[2] * out.element_size()
+    group = max(1, min(_ROWS, limits.shared // 2 // size))
+    grid, resident = -(-rows // group), max(1, min(_RESIDENT, limits.shared_each // (group * size + 1024)))
+    chunks = max(1, min(length // max(16 * _THREADS, 2 * out.shape[2]), limits.processors * resident // grid))
+    args = (*inputs, *sizes, *tables, stream, seed, out.shape[2], group, out)
+    kernel = f"scatter_{name}_{_NAMES[inputs[0].dtype]}"
+    _nvrtc.launch("sketch.cu", kernel, (grid, chunks), _THREADS, group * size, out, *args)
