@@ -236,6 +236,8 @@ def small() -> int:
                 check(f"sketch {kind} {route}", got, want, ops.sketch.op.body(*map(_double, args)))
     for op in (ops.converged_removal, ops.rational_removal):
         for args in op.op.examples(torch.device("cuda")):
+            if op.op.refusal("cuda", args):
+                continue
             got, want = run(op, *args, backend="cuda"), op.op.body(*args)
             for x, y in zip(*((z if isinstance(z, tuple) else (z,)) for z in (got, want)), strict=True):
                 if float((x - y).abs().max()) > 1e-9:

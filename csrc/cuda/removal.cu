@@ -1,39 +1,42 @@
-// Block leave-one-out on the GPU: one block of threads for every removed block of m <= 32 rows, arithmetic of sui/resolvent.h.
+// Block leave-one-out on the GPU: one block of threads for every removed block of m <= 32 rows; arithmetic of
+// sui/resolvent.h.
 //
 //   moments   threads stride over r; tiles of products and poles are reduced across the block
 //   solve     one thread per pole, the m x m systems in shared memory
 //   coef      threads stride over r again; u comes from the second cache
 //
-// As many poles at a time as shared memory holds. Sizes are long long and numbers double: the launcher passes 8 bytes each.
+// As many poles at a time as shared memory holds. Sizes are long long and numbers double: the launcher passes 8 bytes
+// each.
 #include "sui/resolvent.h"
 
 namespace sui {
 
 constexpr int kWarp = 32, kPoles = 4;  // poles that share a read of u on the way back
 
-// Sums over a warp of N values (a power of two) by exchanging halves: N - 1 exchanges where one after the other takes 5 N.
-// Lane l ends with value l N / 32, in v[0].
-template <int N>
-__device__ inline void warp_sums(double (&v)[N]) {
-  int offset = kWarp / 2;
+// Sums over a warp of N values (a power of two) by exchanging halves: about N exchanges where one sum after the other
+// takes 5 N. Lane l ends with value l N / 32, in v[0].
+template <int N, int Offset = kWarp / 2>
+__device__ inline void warp_sums(double* v) {
+  if constexpr (N > 1) {
+    const bool upper = threadIdx.x & Offset;
 #pragma unroll
-  for (int width = N / 2; width > 0; width /= 2, offset /= 2) {
-    const bool upper = threadIdx.x & offset;
-#pragma unroll
-    for (int i = 0; i < width; ++i) {
-      const double sent = upper ? v[i] : v[i + width], kept = upper ? v[i + width] : v[i];
-      v[i] = kept + __shfl_xor_sync(0xffffffffu, sent, offset);
+    for (int i = 0; i < N / 2; ++i) {
+      const double sent = upper ? v[i] : v[i + N / 2], kept = upper ? v[i + N / 2] : v[i];
+      v[i] = kept + __shfl_xor_sync(0xffffffffu, sent, Offset);
     }
+    warp_sums<N / 2, Offset / 2>(v);
+  } else if constexpr (Offset > 0) {
+    v[0] += __shfl_xor_sync(0xffffffffu, v[0], Offset);
+    warp_sums<1, Offset / 2>(v);
   }
-#pragma unroll
-  for (; offset > 0; offset /= 2) v[0] += __shfl_xor_sync(0xffffffffu, v[0], offset);
 }
 
-// Moments of all features against `columns` rows of the table, [features(m), columns]: TB products of rows, the last that
-// with g, against TC columns in one pass over r. room: 2 TB TC doubles for every warp, halves in turn.
+// Moments of all features against `columns` rows of the table, [features(m), columns]: TB products of rows (b = m is
+// that with g) against TC columns in one pass over r. room: 2 TB TC doubles for every warp, halves in turn, so that one
+// barrier a pass will do.
 template <int TB, int TC, class Float>
-__device__ inline void add_moments(const Float* u, int m, long long r, const double* g, const double* table, int columns,
-                                   double* room, double* moments) {
+__device__ inline void add_moments(const Float* u, int m, long long r, const double* g, const double* table,
+                                   int columns, double* room, double* moments) {
   constexpr int N = TB * TC;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   int turn = 0;
@@ -54,7 +57,7 @@ __device__ inline void add_moments(const Float* u, int m, long long r, const dou
             for (int c = 0; c < TC; ++c) mine[b * TC + c] += y * w[c];
           }
         }
-        warp_sums(mine);
+        warp_sums<N>(mine);
         double* sums = room + turn * warps * N;
         if (lane % (kWarp / N) == 0) sums[warp * N + lane / (kWarp / N)] = mine[0];
         __syncthreads();
@@ -80,7 +83,8 @@ __device__ void converged(const Float* all, int m, long long r, const double* w,
   double *moments = shared, *matrix = moments + features(m), *y = matrix + m * m, *room = y + m;
   add_moments<4, 1>(u, m, r, g, w, 1, room, moments);
   if (threadIdx.x == 0) {
-    if (!solve_removed(moments, 1, 0, m, null + block * m * m, rest + block * m, scale, matrix, y)) atomicAdd(singular, 1);
+    if (!solve_removed(moments, 1, 0, m, null + block * m * m, rest + block * m, scale, matrix, y))
+      atomicAdd(singular, 1);
     for (int a = 0; a < m; ++a) v[block * m + a] = y[a];
   }
   __syncthreads();
@@ -93,8 +97,8 @@ __device__ void converged(const Float* all, int m, long long r, const double* w,
 
 template <class Float>
 __device__ void rational(const Float* all, int m, long long r, const double* g, const double* rest, const double* null,
-                         const double* r0, int count, const double* table, const Complex* scale, const Complex* residues,
-                         double constant, double* coef, int* singular, int group) {
+                         const double* r0, int count, const double* table, const Complex* scale,
+                         const Complex* residues, double constant, double* coef, int* singular, int group) {
   extern __shared__ double shared[];
   const long long block = blockIdx.x;
   const Float* u = all + block * m * r;
@@ -137,7 +141,6 @@ __device__ void rational(const Float* all, int m, long long r, const double* g, 
       }
       coef[block * r + l] -= total;
     }
-    __syncthreads();  // y and moments are written anew
   }
 }
 

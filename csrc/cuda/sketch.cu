@@ -1,10 +1,10 @@
-// Sketches on the GPU. Numbers are read as they are stored (float64, float32, float16, bfloat16) and added in float64 or
-// float32.
+// Sketches on the GPU. Numbers are read as they are stored (float64, float32, float16, bfloat16) and added in float64
+// or float32.
 //
-//   tensor_fft       one block of threads for every (sample, output): for each position both count sketches are scattered
-//                    into one complex array in shared memory (a real, g imaginary, bit-reversed places), transformed
-//                    once, separated by symmetry and multiplied; the products of all positions add up in registers, and
-//                    one transform goes back. rank is a power of two.
+//   tensor_fft       one block of threads for every (sample, output): for each position both count sketches are
+//                    scattered into one complex array in shared memory (a real, g imaginary, bit-reversed places),
+//                    transformed once, separated by symmetry and multiplied; the products of all positions add up in
+//                    registers, and one transform goes back. rank is a power of two.
 //   scatter_formed   a chunk of `group` formed rows is read, hashed once for all of them and added up in shared memory;
 //                    the sums of the chunks meet by atomics.
 //   scatter_factors  the same with entries formed on the way, as sums over positions of g a.
@@ -128,7 +128,8 @@ __device__ inline void tensor_fft(const Stored* a, const Stored* g, long long k,
       const int f = threadIdx.x + c * blockDim.x;
       if (f > rank / 2) break;
       const Pair<T> z = x[slot(f)], mirror = x[slot((rank - f) & (rank - 1))];
-      const Pair<T> u{(z.re + mirror.re) / 2, (z.im - mirror.im) / 2}, v{(z.im + mirror.im) / 2, (mirror.re - z.re) / 2};
+      const Pair<T> u{(z.re + mirror.re) / 2, (z.im - mirror.im) / 2};
+      const Pair<T> v{(z.im + mirror.im) / 2, (mirror.re - z.re) / 2};
       total[c].re += u.re * v.re - u.im * v.im;
       total[c].im += u.re * v.im + u.im * v.re;
     }
@@ -161,8 +162,9 @@ __device__ inline void split(long long e, long long i, long long* line, long lon
 
 // Places and signs of entries begin .. begin + 4 of the given part of a row; place -1 outside 0 .. length.
 template <class T>
-__device__ inline void hash_four(long long begin, long long first, long long length, long long i, const Tables<T>& tables,
-                                 unsigned stream, unsigned long long seed, int rank, int (&place)[kFour], T (&sign)[kFour]) {
+__device__ inline void hash_four(long long begin, long long first, long long length, long long i,
+                                 const Tables<T>& tables, unsigned stream, unsigned long long seed, int rank,
+                                 int (&place)[kFour], T (&sign)[kFour]) {
   if (tables.place_a) {
     long long line, column;
     split(begin < 0 ? 0 : begin, i, &line, &column);
@@ -189,8 +191,8 @@ __device__ inline void hash_four(long long begin, long long first, long long len
   }
 }
 
-// Rows blockIdx.x * group .. of the launch, entries by fours that begin at a multiple of four of the whole row, as the hash
-// has them; `read(row, begin, value)` gives the four of one row, of which those outside 0 .. length do not matter.
+// Rows blockIdx.x * group .. of the launch, entries by fours that begin at a multiple of four of the whole row, as the
+// hash has them; `read(row, begin, value)` gives the four of one row, of which those outside 0 .. length do not matter.
 template <class T, class Read>
 __device__ inline void scatter(long long rows, long long i, long long length, long long first, const Tables<T>& tables,
                                unsigned stream, unsigned long long seed, int rank, int group, T* out, T* sums,

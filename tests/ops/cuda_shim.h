@@ -1,5 +1,7 @@
-// CUDA C++ on the CPU, for tests: every thread of a block is a fiber, a barrier is a turn of all fibers. One block at a time,
-// so atomics need no care; shared memory is filled with NaN before each block.
+// CUDA C++ on the CPU, for tests. Every thread of a block is a fiber that runs to its next barrier (of the block, or of
+// the warp at a shuffle). Which warps move and who of them goes first is left to chance: where a barrier is missing,
+// somebody reads too early or writes too soon. One block at a time, so atomics need no care; shared memory is filled
+// with NaN before each block, and what lies beyond is guarded.
 #pragma once
 
 #include <ucontext.h>
@@ -18,6 +20,10 @@
 #define __launch_bounds__(...)
 #define __shared__
 
+struct alignas(16) double2 {
+  double x, y;
+};
+
 struct Dim {
   unsigned x = 1, y = 1, z = 1;
 };
@@ -31,30 +37,52 @@ struct Fiber {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(1 << 16);
   Dim thread;
-  int barriers = 0;
   bool done = false;
 };
 
+struct Barrier {
+  unsigned arrived = 0, generation = 0;
+};
+
+constexpr unsigned kWarp = 32;
 inline std::vector<Fiber> fibers;
+inline std::vector<Barrier> warps;
+inline Barrier whole;
 inline ucontext_t home;
 inline Fiber* current;
 inline const std::function<void()>* work;
 inline std::vector<double> lanes;
+inline unsigned long long chance = 1;
+inline bool progress;
+
+inline unsigned long long draw() {
+  chance = chance * 6364136223846793005ull + 1442695040888963407ull;
+  return chance >> 33;
+}
 
 inline void enter() {
   (*work)();
-  current->done = true;
+  current->done = progress = true;
 }
 
-inline void barrier() {
-  ++current->barriers;
-  swapcontext(&current->context, &home);
+inline void wait(Barrier& barrier, unsigned threads) {
+  Fiber& self = *current;
+  const unsigned mine = barrier.generation;
+  progress = true;
+  if (++barrier.arrived == threads) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  }
+  do swapcontext(&self.context, &home);
+  while (barrier.generation == mine);
+  progress = true;
 }
 
-// Threads that leave a barrier to others, or reach different numbers of them, are a deadlock on a GPU.
+// Threads that leave a barrier to others are a deadlock on a GPU.
 inline void run_block() {
+  whole = {};
+  warps.assign((fibers.size() + kWarp - 1) / kWarp, {});
   for (Fiber& fiber : fibers) {
-    fiber.barriers = 0;
     fiber.done = false;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -62,25 +90,35 @@ inline void run_block() {
     fiber.context.uc_link = &home;
     makecontext(&fiber.context, enter, 0);
   }
+  const unsigned count = unsigned(fibers.size());
+  constexpr unsigned long long all = ~0ull;
+  unsigned long long moving = all;  // warps, one bit each; a chosen few go on until they must wait for the others
   for (bool live = true; live;) {
-    live = false;
-    for (Fiber& fiber : fibers) {
-      if (fiber.done) continue;
-      current = &fiber;
-      thread = fiber.thread;
-      swapcontext(&home, &fiber.context);
-      live |= !fiber.done;
+    live = progress = false;
+    const unsigned first = unsigned(draw()) % count;
+    const bool up = draw() & 1;
+    for (unsigned i = 0; i < count; ++i) {
+      const unsigned t = (up ? first + i : first + count - i) % count;
+      if (fibers[t].done) continue;
+      live = true;
+      if (!(moving >> t / kWarp & 1)) continue;
+      current = &fibers[t];
+      thread = current->thread;
+      swapcontext(&home, &current->context);
     }
-    for (const Fiber& fiber : fibers) {
-      if (fiber.barriers != fibers[0].barriers || fiber.done != fibers[0].done) {
-        std::fprintf(stderr, "a barrier is not reached by all threads\n");
-        std::abort();
-      }
+    if (live && moving == all && !progress) {
+      std::fprintf(stderr, "a barrier is not reached by all threads\n");
+      std::abort();
     }
+    if (moving == all)
+      moving = draw();
+    else if (!progress)
+      moving = all;
   }
 }
 
-inline void launch(long long gx, long long gy, long long threads, long long shared, const std::function<void()>& kernel) {
+inline void launch(long long gx, long long gy, long long threads, long long shared,
+                   const std::function<void()>& kernel) {
   grid_size = {unsigned(gx), unsigned(gy), 1};
   block_size = {unsigned(threads), 1, 1};
   fibers = std::vector<Fiber>(threads);
@@ -110,7 +148,7 @@ inline void launch(long long gx, long long gy, long long threads, long long shar
 #define blockDim shim::block_size
 #define gridDim shim::grid_size
 
-inline void __syncthreads() { shim::barrier(); }
+inline void __syncthreads() { shim::wait(shim::whole, unsigned(shim::fibers.size())); }
 
 template <class T>
 T atomicAdd(T* at, T value) {
@@ -119,14 +157,20 @@ T atomicAdd(T* at, T value) {
   return before;
 }
 
-inline double __shfl_down_sync(unsigned, double value, int offset) {
+inline double __shfl_xor_sync(unsigned, double value, int mask) {
   const unsigned own = shim::thread.x;
+  shim::Barrier& warp = shim::warps[own / shim::kWarp];
   shim::lanes[own] = value;
-  shim::barrier();
-  const bool inside = own % 32 + offset < 32 && own + offset < shim::lanes.size();
-  const double found = inside ? shim::lanes[own + offset] : value;
-  shim::barrier();
+  shim::wait(warp, shim::kWarp);
+  const double found = shim::lanes[own ^ mask];
+  shim::wait(warp, shim::kWarp);
   return found;
+}
+
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
 inline unsigned __brev(unsigned x) {

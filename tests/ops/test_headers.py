@@ -1,4 +1,4 @@
-"""The arithmetic that C++ and CUDA share (csrc/include/sui), by itself: compiled as plain C++ and called through ctypes."""
+"""The arithmetic that C++ and CUDA share (csrc/include/sui), compiled as plain C++ and called through ctypes."""
 
 import ctypes
 import shutil

@@ -34,6 +34,8 @@ def jvp(a: Tensor, g: Tensor, tangents: Tensor) -> Tensor:
 
         result[n, k, r] = sum_s g[n, k, s]^T tangents[r] a[n, s]
 
+    By the rows or by the positions, whichever are fewer.
+
     Args:
         a: layer inputs [n, s, i]. g: gradients of the outputs with respect to the layer's result [n, k, s, o].
         tangents: directions of the weight [r, o, i]. All of one floating dtype; half precision accumulates in float32.
@@ -45,6 +47,9 @@ def jvp(a: Tensor, g: Tensor, tangents: Tensor) -> Tensor:
     """
     wide = wide_dtype(a.dtype)
     a, g, tangents = a.to(wide), g.to(wide), tangents.to(wide)
+    (n, k, s, o), (r, _, i) = g.shape, tangents.shape
+    if s > k and n * k * o * i > 0:  # the rows are fewer than the positions
+        return _rows(a, g).flatten(0, 1).mm(tangents.reshape(r, o * i).T).reshape(n, k, r)
     moved = torch.einsum("nsi,roi->nsro", a, tangents)
     return torch.einsum("nkso,nsro->nkr", g, moved)
 
@@ -71,5 +76,14 @@ def vjp(a: Tensor, g: Tensor, cotangents: Tensor) -> Tensor:
     """
     wide = wide_dtype(a.dtype)
     a, g, cotangents = a.to(wide), g.to(wide), cotangents.to(wide)
+    (n, k, s, o), i, r = g.shape, a.shape[2], cotangents.shape[2]
+    if s > k and n * k * o * i > 0:
+        return cotangents.reshape(n * k, r).T.mm(_rows(a, g).flatten(0, 1)).reshape(r, o, i)
     pulled = torch.einsum("nkr,nkso->rons", cotangents, g)
     return torch.einsum("rons,nsi->roi", pulled, a)
+
+
+def _rows(a: Tensor, g: Tensor) -> Tensor:
+    """sum_s g a^T as rows [n, k, o i]."""
+    n, k, s, o = g.shape
+    return (g.transpose(2, 3).reshape(n, k * o, s) @ a).reshape(n, k, o * a.shape[2])
