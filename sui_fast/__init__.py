@@ -11,14 +11,16 @@ from ._errors import (
     ModelError,
     SpectrumError,
     StabilityError,
+    StoreError,
     SuiError,
 )
 from .doctor import doctor
 from .jacobians import Jacobian, jacobian, ntk
 from .loo import Removal, leave_one_out
 from .ops import explain, use_backend
+from .planning import Plan
 from .scores import Scores
-from .scoring import score
+from .scoring import plan, score
 
 __version__ = "0.1.0"
 
@@ -29,16 +31,19 @@ __all__ = [
     "DataError",
     "ModelError",
     "Jacobian",
+    "Plan",
     "Removal",
     "Scores",
     "SpectrumError",
     "StabilityError",
+    "StoreError",
     "SuiError",
     "doctor",
     "explain",
     "jacobian",
     "leave_one_out",
     "ntk",
+    "plan",
     "score",
     "use_backend",
 ]

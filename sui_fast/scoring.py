@@ -6,20 +6,20 @@ import copy
 import math
 import sys
 import time as clock
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from ._errors import ArgumentError, complaint
 from .jacobians import jacobian
 from .jacobians.data import as_samples
-from .loo import Removal, leave_one_out, loo_error_curve, make_blocks, make_filter, remove_from_spectrum
-from .measures import MEASURES, UNITS, information, loo_margin, sgd_information
+from .loo import make_filter
+from .measures import MEASURES, UNITS
+from .planning import METHODS, Plan, choose_method, make_plan
+from .runs import Run, Stages
 from .scores import Scores
-from .spectra import dense_spectrum
+from .streaming import check_rank
 from .targets import regression_targets
 
 try:
@@ -28,26 +28,6 @@ except ImportError:  # not on Windows
     resource = None
 
 LOSSES = ("mse",)
-METHODS = ("auto", "dense")
-
-
-class _Stages:
-    """Seconds per stage, and a progress bar for runs longer than two seconds."""
-
-    def __init__(self, total: int, progress: bool):
-        self.seconds: dict[str, float] = {}
-        self._bar = tqdm(total=total, desc="score", delay=2, leave=False, disable=not progress)
-
-    @contextmanager
-    def __call__(self, name: str):
-        self._bar.set_description(f"score: {name}", refresh=False)
-        start = clock.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + clock.perf_counter() - start
-        self._bar.update()
-
-    def close(self) -> None:
-        self._bar.close()
 
 
 def score(
@@ -100,13 +80,16 @@ def score(
         time: training steps ("gd") or time ("flow"); None: trained to convergence. lr: step size of the mean loss.
         dynamics: "gd" or "flow".
         sigma: standard deviation of the noise, in units of the weights (SI) or outputs (F-SI).
-        method: "auto" or "dense" (exact).
-        rank, store, resume: for methods of low rank; rank and store must be None here.
+        method: "dense" (exact), "nystrom", "subspace", "sketch" (low rank, docs/math.md), or "auto".
+        rank: features of a method of low rank (default 1024); a warning names a better one where it is too small.
+        store: folder for the features of a method of low rank, so that memory does not grow with the samples and a run
+            that was interrupted goes on (resume=True) with the same scores; resume=False begins anew.
         params: "trainable", "all", names, or a predicate: the parameters that count.
         outputs: function (model, batch) -> [b, k]; default: the model's tensor, or its ``.logits``.
         batch_size: samples per forward pass; no effect on the result.
-        device: where to compute (default: where the model is); dtype: of the Jacobian (default float64).
-        seed: recorded; an exact run draws no random numbers.
+        device: where to compute (default: where the model is).
+        dtype: of the Jacobian (default float64; for methods of low rank the model's).
+        seed: of the random numbers of a method of low rank; an exact run draws none.
         groups: one label per sample, [n]: samples with equal labels are removed together, one row of scores each.
         convention: "sum", "mean" or "iclr2021" (see ``leave_one_out``).
         progress: show a bar on runs longer than two seconds.
@@ -117,7 +100,7 @@ def score(
         ArgumentError, DataError, StabilityError, CoverageError, SpectrumError; each names the argument and the remedy.
     Source: Harutyunyan et al., ICLR 2021, Definitions 3.1 and 4.1, eqs. 5 and 16.
     """
-    wanted = _check_arguments(measures, loss, sigma, method, rank, store, val, convention, sgd_batch_size, sgd_jitter)
+    wanted = _check_arguments(measures, loss, sigma, method, rank, val, sgd_batch_size, sgd_jitter)
     sgd_lr = sgd_lr if sgd_lr is not None else (lr if lr is not None else 1.0)
     if not (isinstance(sgd_lr, int | float) and math.isfinite(sgd_lr) and sgd_lr > 0):
         raise ArgumentError(complaint("sgd_lr", "a finite number > 0", repr(sgd_lr), "Pass the step size of SGD."))
@@ -128,67 +111,32 @@ def score(
     if device is not None and _device_of(model) != torch.device(device):
         model = copy.deepcopy(model).to(device)
 
-    stages = _Stages(5 + ("fsi" in wanted) * 2, progress)
+    stages = Stages(5 + ("fsi" in wanted) * 2, progress)
+    run = Run(model, wanted, reg, dict(time=time, lr=lr, dynamics=dynamics), convention, groups, sigma, seed, progress)
+    run.sgd = dict(lr=sgd_lr, batch_size=sgd_batch_size, jitter=sgd_jitter)
     try:
         with stages("data"):
-            samples = as_samples(train, with_targets=True, argument="train")
-        common = dict(outputs=outputs, params=params, batch_size=batch_size, dtype=dtype or torch.float64)
-        with stages("jacobian"):
-            jac = jacobian(model, samples, progress=progress, **common)
-            y, labels = regression_targets(samples.targets, jac.k)
-            blocks = make_blocks(jac.n, jac.k, groups)
-            r0 = y.to(jac.device) - jac.outputs.to(torch.float64)
+            run.samples = as_samples(train, with_targets=True, argument="train")
+            if "fsi" in wanted:
+                run.probes = as_samples(val, with_targets=None, argument="val")
+        common = dict(outputs=outputs, params=params, batch_size=batch_size)
+        with stages("look"):
+            first = jacobian(model, run.samples.slice(0, 1), dtype=dtype, **common)
+            y, labels = regression_targets(run.samples.targets, first.k)
+            chosen, rank, reason = choose_method(
+                run.samples.n, first.k, first.shape[1], method=method, rank=rank, device=first.device,
+                groups=groups is not None,
+            )  # fmt: skip
             if "loo_margin" in wanted:
                 _check_labels(labels, groups)
-        cross = None
-        if "fsi" in wanted:
-            with stages("validation jacobian"):
-                probe = jacobian(model, as_samples(val, with_targets=None, argument="val"), progress=progress, **common)
-        with stages("kernel"):
-            theta = jac.gram(progress=progress).to(torch.float64)
-        if "fsi" in wanted:
-            with stages("validation kernel"):
-                cross = probe.gram(jac, progress=progress).to(torch.float64)
-        curve = None
-        with stages("leave one out"):
-            shared = dict(time=time, lr=lr, dynamics=dynamics)
-            if automatic:
-                spectrum, idle = dense_spectrum(theta), (theta == 0).all(1)
-                regs, errors = loo_error_curve(spectrum, r0, blocks, idle, convention=convention, **shared)
-                reg, curve = float(regs[errors.argmin()]), {"reg": regs.tolist(), "loo_error": errors.tolist()}
-                removal: Removal = remove_from_spectrum(
-                    spectrum,
-                    make_filter(jac.n, reg=reg, **shared),
-                    r0,
-                    cross=cross,
-                    blocks=blocks,
-                    convention=convention,
-                    as_numpy=False,
-                    idle=idle,
-                )
-            else:
-                removal = leave_one_out(
-                    theta,
-                    r0,
-                    reg=reg,
-                    cross_ntk=cross,
-                    groups=groups,
-                    convention=convention,
-                    method="spectral" if "si_sgd" in wanted else "auto",
-                    **shared,
-                )
-        with stages("measures"):
-            values, extra = _measure(
-                removal,
-                wanted,
-                sigma,
-                y.to(jac.device),
-                labels,
-                shift=jac.n * reg,
-                lr=sgd_lr,
-                batch_size=sgd_batch_size,
-                jitter=sgd_jitter,
-            )
+        run.y, run.labels = y.to(first.device), labels
+        if chosen == "dense":
+            if store is not None and method == "dense":
+                raise ArgumentError(complaint("store", "None with an exact method", repr(store), "Drop it."))
+            found = run.dense(stages, dict(dtype=dtype or torch.float64, **common))
+        else:
+            found = run.low_rank(stages, dict(dtype=dtype, **common), chosen, rank, store, resume)
+        values, details, reg, ids = found
     finally:
         stages.close()
 
@@ -200,71 +148,61 @@ def score(
         lr=lr,
         dynamics=dynamics,
         sigma=sigma,
-        method="dense",
+        method=chosen,
         params=params if isinstance(params, str) else repr(params),
         batch_size=batch_size,
-        dtype=str(common["dtype"]).removeprefix("torch."),
+        dtype=str(details.pop("dtype")).removeprefix("torch."),
         seed=seed,
         convention=convention,
         grouped=groups is not None,
     )
     if "si_sgd" in wanted:
         settings.update(sgd_batch_size=sgd_batch_size, sgd_lr=sgd_lr, sgd_jitter=sgd_jitter)
-    details = removal.diagnostics
     diagnostics: dict[str, Any] = dict(
-        method="dense",
+        method=chosen,
+        method_reason=reason,
         **details,
-        error_estimate=max(details["eigen_error"], details["filter_error"]),
-        samples=jac.n,
-        outputs=jac.k,
-        parameters=jac.shape[1],
-        coverage=jac.coverage,
-        initial_mse=float(r0.square().sum(1).mean()),
-        loo_mse=float(torch.as_tensor(removal.loo_residual).square().sum(1).mean()),
         seconds=stages.seconds,
-        peak_bytes=_peak_bytes(jac.device),
-        **extra,
+        peak_bytes=_peak_bytes(first.device),
     )
-    if curve is not None:
-        diagnostics["reg_curve"] = curve
     return Scores(
-        ids=samples.ids if groups is None else blocks.labels,
+        ids=ids,
         values=values,
         settings=settings,
         diagnostics=diagnostics,
         units={name: UNITS[name] for name in values},
         labels=labels.cpu().numpy() if labels is not None and groups is None else None,
-        inputs=_small_inputs(samples) if groups is None else None,
+        inputs=_small_inputs(run.samples) if groups is None else None,
     )
 
 
-def _measure(
-    removal: Removal, wanted, sigma: float, y, labels, *, shift: float, lr: float, batch_size: int, jitter: float
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The columns asked for, in the order asked for, and what is to be said about them."""
-    extra: dict[str, Any] = {}
+def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
+    """What ``score`` would do with these arguments: method, rank, passes, bytes and rough seconds. Nothing is scored.
 
-    def column(name: str):
-        if name == "si":
-            return information(removal.weight_sqnorm, sigma)
-        if name == "fsi":
-            return information(removal.prediction_sqnorm, sigma)
-        if name == "si_langevin":
-            return information(removal.hessian_sqnorm, sigma)
-        if name == "si_sgd":
-            value, share = sgd_information(removal, shift=shift, lr=lr, batch_size=batch_size, jitter=jitter)
-            extra["si_sgd_jitter_share"] = share.cpu().tolist()
-            return value / sigma**2
-        if name == "leverage":
-            return removal.leverage
-        if name == "loo_residual":
-            return removal.sum_over_blocks(removal.loo_residual.square().sum(1)).sqrt()
-        return loo_margin(y, removal.loo_residual, labels.to(y.device))
+    Args:
+        model, train, val, arguments: as in ``score``.
+    Returns:
+        Plan; print it.
+    Raises:
+        As ``score`` does for data and models it cannot take.
+    """
+    known = ("outputs", "params", "batch_size", "dtype")
+    options = {name: arguments[name] for name in known if name in arguments}
+    samples = as_samples(train, with_targets=None, argument="train")
+    m = 0 if val is None else as_samples(val, with_targets=None, argument="val").n
+    few = samples.slice(0, min(samples.n, options.get("batch_size", 64)))
+    jacobian(model, few, **options)  # the first pass also proves the capture
+    start = clock.perf_counter()
+    first = jacobian(model, few, **options)
+    seconds = clock.perf_counter() - start
+    method, rank, reason = choose_method(
+        samples.n, first.k, first.shape[1], method=arguments.get("method", "auto"), rank=arguments.get("rank"),
+        device=first.device, groups=arguments.get("groups") is not None,
+    )  # fmt: skip
+    return make_plan(first, seconds, samples.n, m, method, rank, reason)
 
-    return {name: column(name).cpu().numpy().astype(np.float64) for name in wanted}, extra
 
-
-def _check_arguments(measures, loss, sigma, method, rank, store, val, convention, sgd_batch_size, sgd_jitter):
+def _check_arguments(measures, loss, sigma, method, rank, val, sgd_batch_size, sgd_jitter):
     wanted = (measures,) if isinstance(measures, str) else tuple(measures)
     unknown = [name for name in wanted if name not in MEASURES]
     if unknown or not wanted:
@@ -279,13 +217,14 @@ def _check_arguments(measures, loss, sigma, method, rank, store, val, convention
                 "method",
                 f"one of {', '.join(map(repr, METHODS))}",
                 repr(method),
-                "This version computes exact scores only.",
+                "Choose one.",
             )
         )
-    for name, value in (("rank", rank), ("store", store)):
-        if value is not None:
+    if rank is not None:
+        check_rank(rank)
+        if method == "dense":
             raise ArgumentError(
-                complaint(name, "None with an exact method", repr(value), "It belongs to methods of low rank.")
+                complaint("rank", "None with an exact method", repr(rank), "It belongs to methods of low rank.")
             )
     if "fsi" in wanted and val is None:
         raise ArgumentError(

@@ -16,6 +16,8 @@ ROOMS = [
     ["loo"],
     ["measures"],
     ["targets", "scores"],
+    ["planning", "streaming"],
+    ["runs"],
     ["scoring"],
     ["report"],
     ["demo", "doctor"],

@@ -50,6 +50,28 @@ class Samples:
             for begin in range(0, length, batch_size):
                 yield _map(lambda x, b=begin: x[b : b + batch_size], chunk)
 
+    def slice(self, begin: int, end: int) -> Samples:
+        """Inputs of samples begin .. end, without targets."""
+        parts, offset = [], 0
+        for chunk in self._chunks:
+            length = batch_length(chunk)
+            first, last = max(begin - offset, 0), min(end - offset, length)
+            if first < last:
+                parts.append(_map(lambda x, a=first, b=last: x[a:b], chunk))
+            offset += length
+        return Samples(parts, None, self.ids[begin:end], self.argument)
+
+    def pick(self, numbers: np.ndarray) -> Samples:
+        """Inputs of the samples with these numbers (ascending), without targets."""
+        parts, offset = [], 0
+        for chunk in self._chunks:
+            length = batch_length(chunk)
+            own = torch.from_numpy(numbers[(numbers >= offset) & (numbers < offset + length)] - offset)
+            if len(own):
+                parts.append(_map(lambda x, own=own: x[own.to(x.device)], chunk))
+            offset += length
+        return Samples(parts, None, self.ids[numbers], self.argument)
+
 
 def as_samples(data: Any, *, with_targets: bool | None, argument: str = "train") -> Samples:
     """Samples of any data set that ``score`` takes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -62,6 +62,23 @@ class Jacobian:
         for use, g in self._uses:
             found += make_factors(Use(use.rule, use.names, use.saved[part], use.options), g[part])
         return join_factors(found, self._shapes)
+
+    def select(self, samples: Sequence[int]) -> Jacobian:
+        """The Jacobian of some of the samples, in the order given; a range of step 1 copies nothing."""
+        plain = isinstance(samples, range) and samples.step == 1
+        index = slice(samples.start, samples.stop) if plain else torch.as_tensor(list(samples), device=self.device)
+        uses = [(Use(use.rule, use.names, use.saved[index], use.options), g[index]) for use, g in self._uses]
+        rows = {name: value[index] for name, value in self._rows.items()}
+        return Jacobian(self.outputs[index], self._shapes, uses, rows, self.general)
+
+    def own_blocks(self, step: int = 64) -> Tensor:
+        """Theta of every sample with itself, [n, k, k]: the diagonal blocks of ``gram()``, without the rest."""
+        total = self.outputs.new_zeros(self.n, self.k, self.k)
+        for begin in range(0, self.n, step):
+            part = total[begin : begin + step]
+            for factor in self.factors(begin, min(begin + step, self.n)):
+                part += _own_block(factor)
+        return total
 
     def gram(self, other: Jacobian | None = None, *, memory: int = 1 << 28, progress: bool = False) -> Tensor:
         """Theta = J J^T (or J other^T), [N, N'], tile by tile from the factors.
@@ -210,6 +227,20 @@ class Jacobian:
     def columns(self, name: str) -> slice:
         """Columns of a parameter in rows()."""
         return slice(self._begin[name], self._begin[name] + self._shapes[name].numel())
+
+
+def _own_block(factor: Factor) -> Tensor:
+    """Gram matrix of the rows of each sample, [n, k, k]."""
+    if isinstance(factor, Index):
+        same = (factor.token[:, :, None] == factor.token[:, None]) & (factor.token >= 0)[:, None]
+        return torch.einsum("nkso,nlto,nst->nkl", factor.g, factor.g, same.to(factor.g.dtype))
+    if isinstance(factor, Rows):
+        return factor.rows @ factor.rows.transpose(1, 2)
+    a, g = factor.augmented(), factor.g
+    if a.shape[1] == 1:
+        return (g[:, :, 0] @ g[:, :, 0].transpose(1, 2)) * a.square().sum(2)[:, :, None]
+    rows = (g.transpose(2, 3) @ a[:, None]).flatten(2)
+    return rows @ rows.transpose(1, 2)
 
 
 def join_factors(factors: list[Factor], shapes: dict[str, torch.Size]) -> list[Factor]:

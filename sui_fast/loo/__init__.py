@@ -1,6 +1,6 @@
 """Leave-one-out: what changes when samples are removed."""
 
-from .blocks import make_blocks
+from .blocks import make_blocks, shard_blocks
 from .regularisation import loo_error_curve
 from .removal import Removal
 from .solve import check_stability, leave_one_out, make_filter, remove_from_spectrum
@@ -15,4 +15,5 @@ __all__ = [
     "make_blocks",
     "make_filter",
     "remove_from_spectrum",
+    "shard_blocks",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ class Blocks:
     Attributes:
         labels: group label of each block, numpy [b]; the sample number where no groups were given.
         samples: sample numbers of each block, list of int64 arrays.
-        n, k: samples and outputs of the whole problem.
+        n, k: samples and outputs of the whole problem; a shard holds fewer samples than n.
     """
 
     labels: np.ndarray
@@ -28,15 +29,15 @@ class Blocks:
     def __len__(self) -> int:
         return len(self.samples)
 
-    @property
+    @cached_property
     def single(self) -> bool:
         """Whether block i is sample i alone."""
-        return len(self) == self.n and all(members[0] == i for i, members in enumerate(self.samples))
+        return all(len(members) == 1 and members[0] == i for i, members in enumerate(self.samples))
 
     @property
     def block_of_sample(self) -> np.ndarray:
         """Number of the block that each sample belongs to, int64 [n]."""
-        owner = np.empty(self.n, dtype=np.int64)
+        owner = np.empty(sum(len(members) for members in self.samples), dtype=np.int64)
         for number, members in enumerate(self.samples):
             owner[members] = number
         return owner
@@ -51,6 +52,11 @@ class Blocks:
         members = np.stack([self.samples[number] for number in numbers])
         rows = members[:, :, None] * self.k + np.arange(self.k)
         return torch.from_numpy(rows.reshape(len(numbers), -1)).to(device)
+
+
+def shard_blocks(count: int, n: int, k: int) -> Blocks:
+    """Single samples 0 .. count - 1 of a shard; the whole problem has n."""
+    return Blocks(np.arange(count), list(np.arange(count)[:, None]), n, k)
 
 
 def make_blocks(n: int, k: int, groups: object = None) -> Blocks:

@@ -33,12 +33,18 @@ class SpectralRemoval(Removal):
         cross: Tensor | None,
         as_numpy: bool,
         idle: Tensor,
+        *,
+        gain: Tensor | None = None,
+        moment: Tensor | None = None,
     ):
+        """As in ``remove_from_spectrum``. For a shard of the samples: gain: u^T r0 over all of them [r]; moment:
+        M [r, r], c M c^T being the mean squared change of the predictions by a change c on the eigenvectors."""
         super().__init__(blocks, residual, cross, as_numpy, {})
-        self.spectrum, self._phi = spectrum, phi
+        self.spectrum, self._phi, self._moment = spectrum, phi, moment
         u, s = spectrum.u, spectrum.s
         self._reached = s > 0
-        self._gain = u.T @ residual.reshape(-1)
+        self._gain = u.T @ residual.reshape(-1) if gain is None else gain
+        self._missed = self._missed_leverage = 0.0
         self._left_out = torch.full_like(residual.reshape(-1), float("nan"))
         self._change = u.new_zeros(len(blocks), len(s))
         fit_error, pole_count, settled = 0.0, 0, phi.converged
@@ -94,7 +100,7 @@ class SpectralRemoval(Removal):
         if changed.dynamics != "gd" or top < limit:
             return top
         size = len(self.spectrum.s)
-        if size**3 * len(numbers) > _REDUCED_WORK:
+        if not self.spectrum.complete or size**3 * len(numbers) > _REDUCED_WORK:
             raise StabilityError(
                 complaint(
                     "lr",
@@ -121,49 +127,75 @@ class SpectralRemoval(Removal):
         return largest * (1 + 1e-12)
 
     def _chunks(self, numbers: np.ndarray, rows: Tensor):
-        step = max(1, CHUNK // max(1, rows.shape[1] * self.spectrum.u.shape[1]))
+        """(blocks, their rows, their eigenvectors [b, m, r]) portion by portion; slices for single samples."""
+        u = self.spectrum.u
+        step = max(1, CHUNK // max(1, rows.shape[1] * u.shape[1]))
         for begin in range(0, len(numbers), step):
-            part = slice(begin, begin + step)
-            yield numbers[part], rows[part]
+            part = slice(begin, min(begin + step, len(numbers)))
+            if self._blocks.single:
+                flat = slice(part.start * self._blocks.k, part.stop * self._blocks.k)
+                yield part, rows[part], u[flat].view(-1, self._blocks.k, u.shape[1])
+            else:
+                yield numbers[part], rows[part], u[rows[part]]
+
+    def _outside(self, block: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """What the eigenvectors miss of the removed residual [b, m], and the removed block of 1 - u u^T [b, m, m]."""
+        if self.spectrum.complete:
+            return block.new_zeros(index.shape), block.new_zeros(*index.shape, index.shape[1])
+        rest = self.residual.reshape(-1)[index] - block @ self._gain
+        null = torch.eye(index.shape[1], dtype=block.dtype, device=block.device) - block @ block.transpose(1, 2)
+        return rest, null
 
     def _remove_converged(self, numbers: np.ndarray, rows: Tensor, shift: float) -> None:
-        u, s, g = self.spectrum.u, self.spectrum.s, self._gain
+        s, g = self.spectrum.s, self._gain
         reached, missed = self._reached, ~self._reached
-        for part, index in self._chunks(numbers, rows):
-            block = u[index]
+        for part, index, block in self._chunks(numbers, rows):
+            rest, null = self._outside(block, index)
             if shift > 0:
-                rest, null = block.new_zeros(index.shape), block.new_zeros(*index.shape, index.shape[1])
                 v, change = converged_removal(block, s, g, rest, null, shift)
                 self._change[part] = change
             else:
                 beyond = block[..., missed]
-                v, change = ridgeless_removal(
-                    block[..., reached], s[reached], g[reached], beyond @ g[missed], beyond @ beyond.transpose(1, 2)
-                )
-                self._change[np.ix_(part, reached.cpu().numpy())] = change
+                rest, null = rest + beyond @ g[missed], null + beyond @ beyond.transpose(1, 2)
+                v, change = ridgeless_removal(block[..., reached], s[reached], g[reached], rest, null)
+                full = torch.zeros_like(self._change[part])
+                full[:, reached] = change
+                self._change[part] = full
             self._left_out[index] = v
 
     def _remove_rational(self, numbers: np.ndarray, rows: Tensor, changed: TrainingFilter, fit: Rational) -> None:
-        u, s, g = self.spectrum.u, self.spectrum.s, self._gain
-        poles, residues = (torch.from_numpy(x).to(u.device) for x in (fit.poles, fit.residues))
-        for part, index in self._chunks(numbers, rows):
-            block = u[index]
-            rest, null = block.new_zeros(index.shape), block.new_zeros(*index.shape, index.shape[1])
+        s, g = self.spectrum.s, self._gain
+        poles, residues = (torch.from_numpy(x).to(s.device) for x in (fit.poles, fit.residues))
+        for part, index, block in self._chunks(numbers, rows):
+            rest, null = self._outside(block, index)
             own = self.residual.reshape(-1)[index]
             self._change[part] = rational_removal(block, s, g, rest, null, own, poles, residues, fit.constant)
 
     def _residual_after(self, numbers: np.ndarray, rows: Tensor) -> Tensor:
         """r0 - Theta (alpha + D_b), removed rows."""
-        u, s = self.spectrum.u, self.spectrum.s
-        after = torch.empty_like(rows, dtype=u.dtype)
-        begin = 0
-        for part, index in self._chunks(numbers, rows):
+        s, after = self.spectrum.s, []
+        for part, index, block in self._chunks(numbers, rows):
             weights = s * (self._scale * self._gain + self._change[part])
-            after[begin : begin + len(part)] = self.residual.reshape(-1)[index] - torch.einsum(
-                "bmr,br->bm", u[index], weights
-            )
-            begin += len(part)
-        return after
+            after.append(self.residual.reshape(-1)[index] - torch.einsum("bmr,br->bm", block, weights))
+        return torch.cat(after)
+
+    def add_missed(self, missed: Tensor) -> None:
+        """Count what a kernel of low rank leaves out of ||dw||^2.
+
+        Outside the kept eigenvectors removal takes away the sample's own dual weights and, to first order, nothing
+        else: ||dw_i||^2 gains alpha_i^T missed_i alpha_i, and the leverage phi(0) tr(missed_i).
+
+        Args:
+            missed: Theta_ii minus its low-rank form, [n, k, k]; single samples only.
+        """
+        weights = self.spectrum.u @ (self._scale * self._gain)
+        beyond = float(self._phi(np.zeros(1))[0])
+        if np.isfinite(beyond):
+            weights = weights + beyond * (self.residual.reshape(-1) - self.spectrum.u @ self._gain)
+        weights = weights.reshape(self.residual.shape)
+        self._missed = torch.einsum("nk,nkl,nl->n", weights, missed, weights).clamp_min(0)
+        trace = missed.diagonal(dim1=1, dim2=2).sum(1).clamp_min(0)
+        self._missed_leverage = trace * (beyond if np.isfinite(beyond) else 0.0)
 
     @cached_property
     def coordinates(self) -> Tensor:
@@ -171,7 +203,7 @@ class SpectralRemoval(Removal):
         return self._change[:, self._reached] * self.spectrum.s[self._reached].sqrt()
 
     def _weight_sqnorm(self) -> Tensor:
-        return self._change.square() @ self.spectrum.s
+        return self._change.square() @ self.spectrum.s + self._missed
 
     def _hessian_sqnorm(self) -> Tensor:
         return self._change.square() @ (self.spectrum.s * (self.spectrum.s + self._phi.shift))
@@ -179,6 +211,14 @@ class SpectralRemoval(Removal):
     @cached_property
     def _probe(self) -> Tensor:
         return (self._cross @ self.spectrum.u) * self._reached
+
+    def _need_cross(self, what: str) -> Tensor | None:
+        return self._cross if self._moment is not None and what == "prediction_sqnorm" else super()._need_cross(what)
+
+    def _prediction_sqnorm(self) -> Tensor:
+        if self._moment is None:
+            return super()._prediction_sqnorm()
+        return (self._change @ self._moment).mul_(self._change).sum(1).clamp_min(0)
 
     def _predict(self, begin: int, end: int) -> Tensor:
         return self._change[begin:end] @ self._probe.T
@@ -191,12 +231,14 @@ class SpectralRemoval(Removal):
 
     def _leverage(self) -> Tensor:
         rows = (self.spectrum.u.square() @ (self._scale * self.spectrum.s)).reshape(self.residual.shape).sum(1)
-        return self.sum_over_blocks(rows)
+        return self.sum_over_blocks(rows) + self._missed_leverage
 
     def trained_residual(self) -> Tensor:
         """Y - f at the end of the training on all samples, [n, k]."""
         share = _on(self.spectrum.s, self._phi.remaining(self.spectrum.s.cpu().numpy()))
-        return (self.spectrum.u @ (share * self._gain)).reshape(self.residual.shape)
+        if self.spectrum.complete:
+            return (self.spectrum.u @ (share * self._gain)).reshape(self.residual.shape)
+        return self.residual - (self.spectrum.u @ ((1 - share) * self._gain)).reshape(self.residual.shape)
 
 
 def _on(like: Tensor, values: np.ndarray) -> Tensor:

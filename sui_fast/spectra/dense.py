@@ -17,14 +17,17 @@ class Spectrum:
     """Theta = u diag(s) u^T.
 
     Attributes:
-        u: orthonormal columns, float64 [N, r]; square where the spectrum is exact.
+        u: rows of the eigenvectors, float64 [N, r]; all of them and square where the spectrum is exact, a shard of the
+            rows where it is of low rank.
         s: eigenvalues in ascending order, float64 [r], >= 0.
         error: ||Theta u - u s|| / ||Theta|| (Frobenius), measured.
+        complete: whether the columns of u span everything.
     """
 
     u: Tensor
     s: Tensor
     error: float
+    complete: bool = True
 
     @property
     def rank(self) -> int:

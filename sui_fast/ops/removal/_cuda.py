@@ -82,6 +82,8 @@ def refuse_rational_removal(
     residues: Tensor,
     constant: float,
 ) -> str | None:
+    if u.shape[1] == 1:
+        return "blocks of one row; products of all rows with the poles' table at once are faster"
     return _refuse(u)
 
 

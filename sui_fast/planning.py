@@ -1,0 +1,116 @@
+"""Which method a run takes, and what it will cost, before anything runs."""
+
+from __future__ import annotations
+
+import os
+import time as clock
+from dataclasses import dataclass
+
+import torch
+
+from .jacobians import Jacobian
+
+DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs up to which an eigendecomposition is worth its time
+DEFAULT_RANK = 1024
+METHODS = ("auto", "dense", "nystrom", "subspace", "sketch")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a ``score`` call would do.
+
+    Attributes:
+        method, rank, reason: the choice, and why. passes: over the training data.
+        disk_bytes: of the store. peak_bytes: of memory beyond the model and the data. seconds: rough, on this machine.
+    """
+
+    method: str
+    rank: int
+    reason: str
+    passes: int
+    disk_bytes: int
+    peak_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"method {self.method}, rank {self.rank}: {self.reason}\n"
+            f"passes over the training data {self.passes}, disk {_size(self.disk_bytes)}, "
+            f"peak memory about {_size(self.peak_bytes)}, about {self.seconds:.3g} s"
+        )
+
+
+def choose_method(
+    n: int, k: int, parameters: int, *, method: str, rank: int | None, device: torch.device, groups: bool
+) -> tuple[str, int, str]:
+    """(method, rank, reason) for n samples with k outputs."""
+    rows, memory = n * k, free_memory(device)
+    most = DENSE_ROWS["cuda" if device.type == "cuda" else "cpu"]
+    if method == "dense" or method == "auto" and rank is None and rows <= most and 48 * rows * rows <= memory:
+        reason = "asked for" if method == "dense" else f"{rows} rows (samples x outputs) have an exact kernel"
+        return "dense", rows, reason
+    wanted = min(rank or DEFAULT_RANK, rows) if method != "sketch" else rank or DEFAULT_RANK
+    if method != "auto":
+        return method, wanted, "asked for"
+    if 24 * wanted * parameters <= memory and n <= 200_000:
+        return "subspace", wanted, f"{rows} rows; a basis of {wanted} directions of {parameters} parameters fits memory"
+    return "sketch", wanted, f"{rows} rows of {parameters} parameters; one pass, nothing to fit"
+
+
+def make_plan(first: Jacobian, seconds: float, n: int, m: int, method: str, rank: int, reason: str) -> Plan:
+    """Costs from the Jacobian of a few samples and the seconds its capture took.
+
+    Args:
+        first: captured with the settings of the run. n, m: training and validation samples.
+    """
+    k, rows, each = first.k, n * first.k, first.nbytes / max(first.n, 1)
+    capture = seconds / first.n * (n + m)
+    if method == "dense":
+        product = _product_seconds()
+        peak = int((n + m) * each + 8 * rows * rows * 5 + 8 * rows * m * k)
+        work = 2 * rows * (rows + m * k) * sum(p.numel() ** 0.5 for p in first._shapes.values()) + 15 * rows**3
+        return Plan(method, rows, reason, 1, 0, peak, capture + work * product)
+    part = min(256, n) * each
+    shard = min(n * k * rank, 1 << 22)
+    peak = int(part * 3 + shard * (4 * 2 + 8 * 4) + 8 * rank * rank * 6 + 4 * n * k * 3)
+    passes = {"sketch": 1, "nystrom": 1, "subspace": 5}[method]
+    if method == "subspace":
+        peak += int(4 * first.shape[1] * rank * 3 + min(n * each, 1 << 30))
+    if method == "nystrom":
+        peak += int(min(n, max(2000, 4 * rank // k)) * (each + 8 * k * rank))
+    disk = (4 * rank + 8 + (8 * k if method != "sketch" else 0)) * n * k + 4 * rank * m * k
+    work = 2.0 * rows * rank * rank * 4 + 2.0 * rows * rank * (first.shape[1] if method == "subspace" else 0) * 6
+    return Plan(method, rank, reason, passes, disk, peak, capture * passes + work * _product_seconds())
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a run may take: three quarters of what is free."""
+    if device.type == "cuda":
+        return int(0.75 * torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as file:
+            held = {line.split(":")[0]: int(line.split()[1]) for line in file}
+        return int(0.75 * 1024 * held["MemAvailable"])
+    except (OSError, KeyError, ValueError):
+        try:
+            return int(0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        except (AttributeError, ValueError, OSError):
+            return 4 << 30
+
+
+def _product_seconds(size: int = 384) -> float:
+    """Seconds of one multiplication and addition's half in a float64 matrix product here."""
+    a = torch.ones(size, size, dtype=torch.float64)
+    a @ a
+    start = clock.perf_counter()
+    for _ in range(3):
+        a @ a
+    return (clock.perf_counter() - start) / 3 / (2 * size**3)
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

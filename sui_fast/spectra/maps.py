@@ -1,0 +1,151 @@
+"""Feature maps: Theta ~ Z Z^T with Z = map(Jacobian), r columns, for any sample, seen in training or not.
+
+    sketch     Z = J P, P random and fixed (ops.sketch); one pass, nothing to fit
+    nystrom    Z = Theta(., L) C^-T, C C^T = Theta(L, L), landmarks L by randomly pivoted Cholesky
+    subspace   Z = J B^T, B an orthonormal basis of the leading right singular space of J, by block power iteration
+
+The first is unbiased, the other two lie below Theta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .._errors import ArgumentError, complaint
+from ..jacobians import Jacobian
+from ..ops.sketching._random import signs
+
+RANK_FOR = {"sketch": 40.0, "nystrom": 5.0, "subspace": 2.0}  # ranks per effective dimension, measured (docs/math.md)
+
+
+@dataclass
+class FeatureMap:
+    """kind, columns r, and the function Jacobian -> [n, k, r]; state: what it was fitted to, by name."""
+
+    kind: str
+    rank: int
+    features: Callable[[Jacobian], Tensor]
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+
+def sketch_map(rank: int, seed: int = 0, kind: str = "tensor") -> FeatureMap:
+    """Random projection of the rows; E<Px, Py> = <x, y> over the whole gradient.
+
+    Args:
+        rank: columns. seed: of the random numbers. kind: "tensor", "sjlt", "rademacher" or "two_sided".
+    Source: Pham and Pagh 2013; docs/math.md, section 10.
+    """
+    return FeatureMap("sketch", rank, lambda jac: jac.sketch(rank, seed, kind))
+
+
+def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
+    """Landmark samples of a pool, drawn in proportion to what the landmarks before them leave unexplained.
+
+    All outputs of a landmark sample serve, so rank is rounded up to whole samples; fewer columns where the pool is
+    explained sooner.
+
+    Args:
+        pool: samples to draw from. rank: columns. seed: of the draws.
+    Source: Chen, Epperly, Tropp, Webber 2022 (randomly pivoted Cholesky, blocks).
+    """
+    n, k = pool.n, pool.k
+    wanted = min(n, -(-rank // k))
+    rng = torch.Generator().manual_seed(seed)
+    diagonal = pool.own_blocks().diagonal(dim1=1, dim2=2).to(torch.float64)
+    floor = 1e-12 * float(diagonal.sum())
+    chosen: list[int] = []
+    factor = torch.zeros(n * k, wanted * k, dtype=torch.float64, device=pool.device)
+    used = 0
+    while len(chosen) < wanted:
+        weight = diagonal.sum(1).clamp_min(0).cpu()
+        weight[chosen] = 0.0
+        if float(weight.sum()) <= floor:
+            break
+        count = min(wanted - len(chosen), max(1, wanted // 8), int((weight > 0).sum()))
+        fresh = torch.multinomial(weight, count, replacement=False, generator=rng).tolist()
+        rows = (torch.tensor(fresh)[:, None] * k + torch.arange(k)).reshape(-1).to(pool.device)
+        block = pool.gram(pool.select(fresh)).to(torch.float64)
+        block = block - factor[:, :used] @ factor[rows, :used].T
+        # of a block drawn at once some say the same: keep those that still add something
+        core = block[rows]
+        own, vectors = torch.linalg.eigh((core + core.T) / 2)
+        keep = own > 1e-10 * float(own[-1].clamp_min(0)) + floor * 1e-3
+        columns = block @ (vectors[:, keep] / own[keep].sqrt())
+        factor[:, used : used + columns.shape[1]] = columns
+        used += columns.shape[1]
+        diagonal = diagonal - columns.square().sum(1).reshape(n, k)
+        chosen += fresh
+    landmarks = pool.select(chosen)
+    inner = landmarks.gram().to(torch.float64)
+    s, u = torch.linalg.eigh(inner)
+    keep = s > len(s) * torch.finfo(pool.dtype).eps * float(s[-1])
+    root = u[:, keep] / s[keep].sqrt()
+
+    def features(jac: Jacobian) -> Tensor:
+        return (jac.gram(landmarks).to(torch.float64) @ root).reshape(jac.n, jac.k, -1)
+
+    return FeatureMap("nystrom", root.shape[1], features, {"landmarks": torch.tensor(chosen), "root": root})
+
+
+def subspace_map(
+    passes: Callable[[], Iterable[tuple[int, Jacobian]]],
+    samples: int,
+    rank: int,
+    seed: int = 0,
+    iterations: int = 2,
+    reduce: Callable[[Tensor], Tensor] = lambda x: x,
+) -> FeatureMap:
+    """Leading right singular space of J, matrix-free: every iteration is one vjp and one jvp over the data.
+
+    Args:
+        passes: called once per pass, yields (number of the first sample, Jacobian) part by part. samples: rows in all.
+        rank: columns. seed: of the start. iterations: of Y <- orth(J^T J Y).
+        reduce: sums a tensor over processes.
+    Source: Halko, Martinsson, Tropp 2011; Musco and Musco 2015.
+    """
+    basis, wide = None, min(rank + rank // 8 + 4, samples)
+    for _ in range(iterations + 1):
+        total = None
+        for first, part in passes():
+            if basis is None:  # signs by row number: the same start however the rows are shared out
+                left = signs(part.shape[0], wide, 4, 0, seed, part.device, part.dtype, first * part.k)
+            else:
+                left = part.jvp(basis)
+            pulled = part.vjp(left)
+            total = pulled if total is None else total.add_(pulled)
+        basis = _orthonormal(reduce(total))
+    # Rayleigh-Ritz: of the wider space the leading part
+    gram = None
+    for _, part in passes():
+        z = part.jvp(basis).to(torch.float64)
+        own = z.T @ z
+        gram = own if gram is None else gram + own
+    s, turn = torch.linalg.eigh(reduce(gram))
+    lead = turn[:, -min(rank, len(s)) :].to(basis.dtype)
+    basis = lead.T @ basis
+    return FeatureMap(
+        "subspace", len(basis), lambda jac: jac.jvp(basis).reshape(jac.n, jac.k, -1), {"basis": basis}
+    )
+
+
+def _orthonormal(rows: Tensor) -> Tensor:
+    """Orthonormal basis [r', d] of the span of rows [r, d]: Cholesky of the Gram matrix, twice."""
+    for _ in range(2):
+        gram = (rows @ rows.T).to(torch.float64)
+        scale = float(gram.diagonal().max())
+        if not scale > 0:
+            got = "gradients that are all zero"
+            raise ArgumentError(complaint("model", "parameters that act on the outputs", got, "Check params=."))
+        factor, info = torch.linalg.cholesky_ex(gram / scale)
+        if int(info) == 0 and float(factor.diagonal().min()) > 1e-5:
+            solved = torch.linalg.solve_triangular(factor, (rows / scale**0.5).to(torch.float64), upper=False)
+            rows = solved.to(rows.dtype)
+        else:
+            s, u = torch.linalg.eigh(gram / scale)
+            keep = s > 1e-10 * float(s[-1])
+            rows = ((u[:, keep] / s[keep].sqrt()).T @ (rows / scale**0.5).to(torch.float64)).to(rows.dtype)
+    return rows

@@ -1,0 +1,93 @@
+"""A spectrum from sums over samples: Z^T Z and Z^T r0 are all that a low-rank kernel needs to know of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._errors import SpectrumError, complaint
+from .dense import Spectrum
+
+
+class Moments:
+    """Sums over samples, float64, whatever the dtype of the features.
+
+    Attributes:
+        gram: Z^T Z [r, r]. pull: Z^T r0 [r]. samples: n. energy: ||r0||^2.
+    """
+
+    def __init__(self, rank: int, device: torch.device | str = "cpu"):
+        self.gram = torch.zeros(rank, rank, dtype=torch.float64, device=device)
+        self.pull = torch.zeros(rank, dtype=torch.float64, device=device)
+        self.samples, self.energy = 0, 0.0
+
+    def add(self, features: Tensor, residual: Tensor | None = None) -> None:
+        """features [n, k, r], residual [n, k] (None for validation samples)."""
+        flat = features.flatten(0, 1).to(torch.float64)
+        self.gram.addmm_(flat.T, flat)
+        self.samples += len(features)
+        if residual is not None:
+            self.pull.addmv_(flat.T, residual.reshape(-1).to(torch.float64))
+            self.energy += float(residual.to(torch.float64).square().sum())
+
+    def reduce(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Replace every sum by its total over processes."""
+        counts = torch.tensor([self.samples, self.energy], dtype=torch.float64, device=self.gram.device)
+        self.gram, self.pull, counts = total(self.gram), total(self.pull), total(counts)
+        self.samples, self.energy = int(counts[0]), float(counts[1])
+
+
+@dataclass(frozen=True)
+class FeatureSpectrum:
+    """Spectrum of Theta = Z Z^T without its rows: s, and what turns features into rows of u.
+
+    Attributes:
+        s: eigenvalues, ascending, float64 [r'], > 0.
+        turn: [r, r'], u = Z turn.
+        gain: u^T r0 over all samples [r'].
+        samples: n.
+    """
+
+    s: Tensor
+    turn: Tensor
+    gain: Tensor
+    samples: int
+
+    def rows(self, features: Tensor) -> Tensor:
+        """Rows of u [n k, r'] of samples with features [n, k, r]."""
+        return features.flatten(0, 1).to(torch.float64) @ self.turn
+
+    def shard(self, features: Tensor) -> Spectrum:
+        """Spectrum with the rows of these samples."""
+        return Spectrum(self.rows(features), self.s, 0.0, complete=False)
+
+    def moment(self, gram: Tensor, samples: int) -> Tensor:
+        """M [r', r'] with c M c^T the mean over validation samples of ||df||^2 for a change c on the eigenvectors.
+
+        Args:
+            gram: Z^T Z of the validation samples. samples: how many they are.
+        """
+        turned = self.turn * self.s
+        return turned.T @ gram @ turned / samples
+
+
+def feature_spectrum(moments: Moments, precision: float = 2.0**-24) -> FeatureSpectrum:
+    """Eigendecomposition of Z^T Z; directions below the rounding of the features (relative, squared) are left out.
+
+    Raises:
+        SpectrumError: features that are not finite or all zero.
+    """
+    gram = moments.gram
+    if not torch.isfinite(gram).all():
+        raise SpectrumError(complaint("features", "finite numbers", "NaN or infinity", "Check the model's outputs."))
+    s, v = torch.linalg.eigh((gram + gram.T) / 2)
+    top = float(s[-1]) if len(s) else 0.0
+    if not top > 0:
+        raise SpectrumError(complaint("features", "some that are not zero", "zeros", "Check params=."))
+    keep = s > top * max(precision**2 * moments.samples, len(s) * 2.0**-52)
+    s, v = s[keep], v[:, keep]
+    turn = v / s.sqrt()
+    return FeatureSpectrum(s, turn, turn.T @ moments.pull, moments.samples)

@@ -1,0 +1,333 @@
+"""Low rank: features shard by shard, one small eigendecomposition, scores shard by shard.
+
+    map      a FeatureMap (sketch, nystrom or subspace), fitted where it needs fitting
+    pass 1   features and residuals of every sample to a store, while Z^T Z and Z^T r0 add up in float64
+    spectrum of Z^T Z [r, r]
+    pass 2   every shard of the store through the same removal solver as an exact kernel
+
+Memory does not grow with the samples when there is a store on disk. Under torch.distributed every process takes a slice
+of the samples; sums meet once after each pass, never inside one.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ._errors import ArgumentError, StabilityError, complaint
+from .jacobians import Jacobian, jacobian
+from .jacobians.data import Samples, batch_length
+from .loo import SpectralRemoval, check_stability, make_blocks, make_filter, shard_blocks
+from .spectra import (
+    RANK_FOR,
+    FeatureMap,
+    FeatureSpectrum,
+    Moments,
+    Store,
+    fingerprint_of,
+    nystrom_map,
+    sketch_map,
+    subspace_map,
+)
+
+_SHARD = 1 << 22  # features of a shard: 16 MB
+_PROBES = 64  # samples whose exact kernel the error estimate looks at
+_HELD = 1 << 30  # bytes of factors that may stay in memory between passes
+
+
+@dataclass
+class Source:
+    """Samples, and how their Jacobian is captured.
+
+    Attributes:
+        model, samples, options: as ``jacobian`` takes them.
+        begin, end: the slice of this process.
+    """
+
+    model: torch.nn.Module
+    samples: Samples
+    options: dict[str, Any]
+    begin: int
+    end: int
+
+    def part(self, begin: int, end: int) -> Jacobian:
+        """Jacobian of samples begin .. end."""
+        return jacobian(self.model, self.samples.slice(begin, end), **self.options)
+
+    def parts(self, size: int, begin: int | None = None) -> Iterator[tuple[int, Jacobian]]:
+        """(first sample, Jacobian) of portions of this process's slice."""
+        for first in range(self.begin if begin is None else begin, self.end, size):
+            yield first, self.part(first, min(first + size, self.end))
+
+    def some(self, numbers: np.ndarray) -> Jacobian:
+        """Jacobian of the samples with these numbers."""
+        return jacobian(self.model, self.samples.pick(numbers), **self.options)
+
+
+class Processes:
+    """torch.distributed where it is initialised, else one process."""
+
+    def __init__(self) -> None:
+        live = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.count = torch.distributed.get_world_size() if live else 1
+        self.number = torch.distributed.get_rank() if live else 0
+
+    def slice(self, n: int) -> tuple[int, int]:
+        """First and last sample of this process."""
+        return n * self.number // self.count, n * (self.number + 1) // self.count
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum over processes."""
+        if self.count > 1:
+            x = x.clone()
+            torch.distributed.all_reduce(x)
+        return x
+
+    def gather(self, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Columns of all processes, in their order."""
+        if self.count == 1:
+            return values
+        found: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(found, values)
+        return {name: np.concatenate([part[name] for part in found]) for name in values}
+
+
+class _Memory(list):
+    """A store in memory."""
+
+    rows = 0
+
+    def append(self, tensors: dict[str, Tensor]) -> None:
+        super().append(tensors)
+        self.rows += len(next(iter(tensors.values())))
+
+    def close(self) -> None:
+        pass
+
+
+def fit_map(
+    source: Source, kind: str, rank: int, seed: int, processes: Processes, sketch_kind: str = "tensor"
+) -> FeatureMap:
+    """The feature map of a method; the same on every process."""
+    n = source.samples.n
+    if kind == "sketch":
+        return sketch_map(smooth_rank(rank), seed, sketch_kind)
+    if kind == "nystrom":
+        first = source.part(0, 1)
+        pool = np.arange(n)
+        most = max(2000, 4 * rank // first.k)
+        if n > most:
+            pool = np.sort(np.random.default_rng(seed).choice(n, most, replace=False))
+        return nystrom_map(source.some(pool), rank, seed)
+    held: list[tuple[int, Jacobian]] = []
+
+    def passes() -> Iterator[tuple[int, Jacobian]]:
+        if held and held[-1][0] + held[-1][1].n == source.end:
+            yield from held
+            return
+        held.clear()
+        keep = True
+        for first, part in source.parts(256):
+            keep = keep and sum(p.nbytes for _, p in held) + part.nbytes < _HELD
+            if keep:
+                held.append((first, part))
+            yield first, part
+
+    k = source.part(0, 1).k
+    return subspace_map(passes, n * k, min(rank, n * k), seed, reduce=processes.total)
+
+
+def smooth_rank(rank: int) -> int:
+    """The next number without prime factors above 7: a transform of prime length takes four times as long."""
+    while True:
+        rest = rank
+        for factor in (2, 3, 5, 7):
+            while rest % factor == 0:
+                rest //= factor
+        if rest == 1:
+            return rank
+        rank += 1
+
+
+def collect(source: Source, fmap: FeatureMap, y: Tensor | None, store: Store | _Memory, progress: bool) -> None:
+    """Pass 1: features [n, k, r] float32, residual [n, k] and the diagonal that the features miss [n, k, k]."""
+    size = None
+    begin = source.begin + store.rows
+    bar = tqdm(total=source.end - begin, desc=f"{fmap.kind} features", delay=2, leave=False, disable=not progress)
+    while begin < source.end:
+        if size is None:
+            k = source.part(begin, begin + 1).k
+            size = max(16, min(_SHARD // (k * fmap.rank), 4096))
+        end = min(begin + size, source.end)
+        parts = [_features(source.part(b, min(b + 256, end)), fmap, y, b) for b in range(begin, end, 256)]
+        store.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        bar.update(end - begin)
+        begin = end
+    bar.close()
+
+
+def _features(part: Jacobian, fmap: FeatureMap, y: Tensor | None, first: int) -> dict[str, Tensor]:
+    features = fmap.features(part).to(torch.float32)
+    found = {"features": features.cpu()}
+    if y is not None:
+        found["residual"] = (y[first : first + part.n].to(part.device) - part.outputs.to(torch.float64)).cpu()
+        if fmap.kind != "sketch":
+            wide = features.to(torch.float64)
+            found["missed"] = (part.own_blocks().to(torch.float64) - wide @ wide.transpose(1, 2)).cpu()
+    return found
+
+
+def moments_of(store: Store | _Memory, rank: int, device: torch.device) -> Moments:
+    """Sums over the shards of a store, in their order."""
+    sums = Moments(rank, device)
+    for shard in store:
+        sums.add(shard["features"].to(device), shard["residual"].to(device) if "residual" in shard else None)
+    return sums
+
+
+class LowRank:
+    """Scores from the shards of a store and the spectrum of their moments."""
+
+    def __init__(
+        self, store, spectrum: FeatureSpectrum, k: int, *, moment: Tensor | None, convention: str, groups, device
+    ):
+        self.store, self.spectrum, self.k, self.moment = store, spectrum, k, moment
+        self.convention, self.groups, self.device = convention, groups, device
+
+    def shards(self) -> Iterator[dict[str, Tensor]]:
+        """One shard after the other, or all as one where groups may span them."""
+        if self.groups is None:
+            yield from self.store
+            return
+        parts = list(self.store)
+        yield {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def removal(self, shard: dict[str, Tensor], phi) -> SpectralRemoval:
+        """What leaves with each sample (or group) of a shard."""
+        features, residual = shard["features"].to(self.device), shard["residual"].to(self.device)
+        n = self.spectrum.samples
+        blocks = (
+            shard_blocks(len(features), n, self.k) if self.groups is None else make_blocks(n, self.k, self.groups)
+        )
+        idle = (features == 0).all(2).reshape(-1)
+        found = SpectralRemoval(
+            self.spectrum.shard(features), phi, self.convention, blocks, residual, None, False, idle,
+            gain=self.spectrum.gain, moment=self.moment,
+        )  # fmt: skip
+        if "missed" in shard and self.groups is None:
+            found.add_missed(shard["missed"].to(self.device))
+        return found
+
+    def loo_error_curve(self, total: Callable[[Tensor], Tensor], points: int = 31, **training) -> tuple:
+        """As in loo.regularisation, summed over shards and processes."""
+        n, top = self.spectrum.samples, float(self.spectrum.s[-1])
+        regs, filters = [], []
+        for reg in top / n * np.logspace(-9, 1, points):
+            phi = make_filter(n, reg=float(reg), **training)
+            try:
+                check_stability(phi, top, n)
+            except StabilityError:
+                if not regs:
+                    raise
+                break
+            regs.append(float(reg))
+            filters.append(phi)
+        errors = torch.zeros(len(regs), dtype=torch.float64)
+        for shard in self.shards():
+            for number, phi in enumerate(filters):
+                errors[number] += float(self.removal(shard, phi).loo_residual.square().sum())
+        return np.array(regs), total(errors).numpy() / n
+
+
+def kernel_error(source: Source, fmap: FeatureMap, shift: float, seed: int) -> tuple[float, float]:
+    """(relative error of the kernel, effective dimension) from the exact kernel of a few random samples.
+
+    The error is ||Theta - Z Z^T|| / ||Theta|| (Frobenius) of the whole kernel, estimated from diagonal and off-diagonal
+    blocks of the probes; what is returned lies above it in 95% of draws (jackknife).
+    """
+    n = source.samples.n
+    m = min(n, _PROBES)
+    probes = np.sort(np.random.default_rng(seed + 1).choice(n, m, replace=False))
+    jac = source.some(probes)
+    exact = jac.gram().to(torch.float64)
+    z = fmap.features(jac).flatten(0, 1).to(torch.float64)
+    size = lambda x: x.square().reshape(m, jac.k, m, jac.k).sum((1, 3))  # noqa: E731
+    wrong, whole = size(exact - z @ z.T), size(exact)
+
+    def ratio(keep: Tensor) -> float:
+        count = int(keep.sum())
+        parts = []
+        for x in (wrong[keep][:, keep], whole[keep][:, keep]):
+            own = float(x.diagonal().sum())
+            across = (float(x.sum()) - own) * (n - 1) / max(count - 1, 1)
+            parts.append(own + across)
+        return math.sqrt(parts[0] / parts[1]) if parts[1] > 0 else 0.0
+
+    everything = torch.ones(m, dtype=torch.bool)
+    estimate = ratio(everything)
+    if 2 < m < n:
+        without = []
+        for i in range(m):
+            everything[i] = False
+            without.append(ratio(everything))
+            everything[i] = True
+        spread = math.sqrt((m - 1) / m * sum((x - sum(without) / m) ** 2 for x in without))
+        estimate += 2.0 * spread
+    s = torch.linalg.eigvalsh(exact).clamp_min(0) * (n / m)
+    edf = float((s / (s + shift)).sum()) if shift > 0 else float((s > 0).sum())
+    return estimate, edf
+
+
+def warn_of_rank(kind: str, rank: int, edf: float, most: int) -> int | None:
+    """Rank that would do where this one is too small for the effective dimension, with a warning."""
+    needed = min(math.ceil(RANK_FOR[kind] * edf), most if kind != "sketch" else 1 << 20)
+    if rank >= 0.95 * needed or rank >= most:
+        return None
+    warnings.warn(
+        f"sui_fast: rank {rank} is small for an effective dimension of {edf:.0f}; {kind} wants about {needed}. "
+        "Raise rank=, or reg=, or use another method.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return needed
+
+
+def open_store(path, fingerprint: dict[str, Any], name: str, processes: Processes, resume: bool) -> Store | _Memory:
+    """The store of this process, on disk where a path is given."""
+    if path is None:
+        return _Memory()
+    folder = Path(path) / f"{name}-{processes.number:04d}-of-{processes.count:04d}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return Store(folder, fingerprint, resume=resume)
+
+
+def run_fingerprint(model: torch.nn.Module, samples: Samples, settings: dict[str, Any], version: str) -> dict[str, Any]:
+    """What the features depend on."""
+    ids = np.asarray(samples.ids)
+    return dict(
+        weights=fingerprint_of(dict(model.state_dict())),
+        ids=fingerprint_of({"ids": torch.frombuffer(bytearray(repr(ids.tolist()).encode()), dtype=torch.uint8)}),
+        samples=samples.n,
+        version=version,
+        **settings,
+    )
+
+
+def samples_of(batches: list[Any], argument: str) -> Samples:
+    """Samples of some batches of inputs."""
+    return Samples([b for b in batches if batch_length(b)], None, None, argument)
+
+
+def check_rank(rank: Any) -> int:
+    if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or rank < 1:
+        raise ArgumentError(complaint("rank", "a whole number >= 1", repr(rank), "Pass the number of features."))
+    return int(rank)

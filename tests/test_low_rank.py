@@ -1,0 +1,259 @@
+"""Low rank against the exact kernel, through score(): accuracy, stores, interruption, several processes."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from sklearn.datasets import load_digits
+from torch import nn
+
+import sui_fast
+from sui_fast.jacobians.data import as_samples
+from sui_fast.spectra import Moments, feature_spectrum, nystrom_map, sketch_map, subspace_map
+from sui_fast.streaming import Source, kernel_error
+
+
+def digits(n, m, k, images):
+    data = load_digits()
+    x = torch.tensor(data.data / 16)
+    x = x.view(-1, 1, 8, 8) if images else x
+    y = torch.tensor(data.target) if k == 10 else torch.tensor((data.target < 5) * 1)
+    return (x[:n], y[:n]), (x[1000 : 1000 + m], y[1000 : 1000 + m])
+
+
+def network(k, images):
+    torch.manual_seed(0)
+    if images:
+        return nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU(), nn.Flatten(),
+            nn.Linear(72, k),
+        ).double()  # fmt: skip
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, k)).double()
+
+
+MEASURES = ("si", "fsi", "si_langevin", "loo_residual", "leverage")
+TRAINING = [dict(reg=0.01), dict(time=500, lr=0.1), dict(reg=0.01, time=300, lr=0.1, dynamics="flow")]
+
+
+@pytest.mark.parametrize("training", TRAINING, ids=["converged", "gd", "flow"])
+@pytest.mark.parametrize("images", [False, True], ids=["mlp", "cnn"])
+@pytest.mark.parametrize("k", [1, 10])
+def test_agrees_with_the_exact_kernel(k, images, training):
+    model, (train, val) = network(k, images), digits(200 if k == 1 else 120, 60, k, images)
+    common = dict(measures=MEASURES, progress=False, **training)
+    exact = sui_fast.score(model, train, val, method="dense", **common)
+    edf = exact.diagnostics["effective_dimension"]
+    for method, factor, least in (("subspace", 2, 0.95), ("nystrom", 5, 0.95), ("sketch", 40, 0.9)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rank = int(np.ceil(factor * edf))
+            if rank > 1500:
+                continue
+            found = sui_fast.score(model, train, val, method=method, rank=rank, **common)
+        for name in ("si", "fsi", "loo_residual"):
+            assert spearmanr(exact[name], found[name])[0] >= least, (method, name)
+        assert found.diagnostics["effective_dimension"] == pytest.approx(edf, rel=0.25)
+
+
+@pytest.mark.parametrize("method", ["subspace", "nystrom"])
+def test_full_rank_is_exact(method):
+    model, (train, val) = network(1, False), digits(60, 30, 1, False)
+    for training in TRAINING:
+        common = dict(measures=(*MEASURES, "loo_margin"), progress=False, **training)
+        exact = sui_fast.score(model, train, val, method="dense", **common)
+        found = sui_fast.score(model, train, val, method=method, rank=60, **common)
+        for name in found.values:
+            np.testing.assert_allclose(found[name], exact[name], rtol=2e-3, atol=1e-6)  # features are float32
+
+
+@pytest.mark.parametrize("convention", ["mean", "iclr2021"])
+def test_conventions_and_groups(convention):
+    model, (train, val) = network(1, False), digits(50, 20, 1, False)
+    groups = np.arange(50) % 7
+    for given in (None, groups):
+        common = dict(reg=0.02, convention=convention, groups=given, progress=False)
+        exact = sui_fast.score(model, train, val, method="dense", **common)
+        found = sui_fast.score(model, train, val, method="subspace", rank=50, **common)
+        np.testing.assert_allclose(found["fsi"], exact["fsi"], rtol=1e-3, atol=1e-7)
+        assert np.array_equal(found.ids, exact.ids)
+
+
+def test_auto_regularisation_and_sgd():
+    model, (train, _) = network(1, False), digits(80, 20, 1, False)
+    common = dict(reg="auto", measures=("si", "si_sgd"), progress=False)
+    exact = sui_fast.score(model, train, method="dense", **common)
+    found = sui_fast.score(model, train, method="nystrom", rank=80, **common)
+    assert found.settings["reg"] == pytest.approx(exact.settings["reg"], rel=1e-3)
+    np.testing.assert_allclose(found["si_sgd"], exact["si_sgd"], rtol=1e-2)
+
+
+def test_the_sketch_is_unbiased_over_the_whole_gradient():
+    model, (train, _) = network(2, True), digits(6, 1, 1, True)
+    jac = sui_fast.jacobian(model, train[0])
+    exact = jac.gram()
+    for kind in ("tensor", "sjlt", "rademacher", "two_sided"):
+        found = []
+        for seed in range(300):
+            z = sketch_map(64, seed, kind).features(jac).flatten(0, 1)
+            found.append(z @ z.T)
+        mean, spread = torch.stack(found).mean(0), torch.stack(found).std(0) / 300**0.5
+        assert float(((mean - exact) / spread).abs().max()) < 5, kind
+
+
+MAPS = {
+    "sketch": lambda jac, rank, seed: sketch_map(rank, seed),
+    "nystrom": nystrom_map,
+    "subspace": lambda jac, rank, seed: subspace_map(lambda: [(0, jac)], jac.shape[0], rank, seed, iterations=1),
+}
+
+
+@pytest.mark.parametrize("method", list(MAPS))
+def test_the_error_estimate_holds(method):
+    """||Theta - Z Z^T|| / ||Theta|| lies below the estimate in 95% of trials."""
+    model, (train, _) = network(1, False), digits(300, 1, 1, False)
+    source = Source(model, as_samples(train, with_targets=True), {}, 0, 300)
+    jac = sui_fast.jacobian(model, train[0])
+    exact, held, trials = jac.gram(), 0, 60
+    for seed in range(trials):
+        fmap = MAPS[method](jac, 20 + seed, seed)
+        z = fmap.features(jac).flatten(0, 1).double()
+        held += float((exact - z @ z.T).norm() / exact.norm()) <= kernel_error(source, fmap, 1.0, seed)[0]
+    assert held >= 0.95 * trials
+
+
+def test_a_rank_too_small_warns_and_names_a_better_one():
+    model, (train, _) = network(1, False), digits(200, 1, 1, False)
+    with pytest.warns(RuntimeWarning, match="rank 10 is small.*nystrom wants about"):
+        found = sui_fast.score(model, train, method="nystrom", rank=10, reg=0.001, measures=("si",))
+    assert found.diagnostics["rank_wanted"] > 50
+
+
+def test_moments_are_those_of_the_features():
+    z, r0 = torch.randn(7, 2, 5, dtype=torch.float64), torch.randn(7, 2, dtype=torch.float64)
+    sums = Moments(5)
+    sums.add(z[:3], r0[:3])
+    sums.add(z[3:], r0[3:])
+    found = feature_spectrum(sums, 2.0**-52)
+    theta = z.flatten(0, 1) @ z.flatten(0, 1).T
+    u = found.rows(z)
+    torch.testing.assert_close(u * found.s @ u.T, theta)
+    torch.testing.assert_close(u.T @ u, torch.eye(5, dtype=torch.float64))
+    torch.testing.assert_close(found.gain, u.T @ r0.reshape(-1))
+
+
+RUN = textwrap.dedent(
+    """
+    import sys
+    sys.path.insert(0, {tests!r})
+    import torch
+    torch.set_num_threads(1)
+    from test_low_rank import digits, network
+    import sui_fast
+    import sui_fast.streaming as streaming
+    streaming._SHARD = 1 << 11
+    {before}
+    model, (train, val) = network(1, False), digits(400, 50, 1, False)
+    scores = sui_fast.score(model, train, val, method={method!r}, rank=32, reg=0.05, store={store!r}, progress=False)
+    {after}
+    """
+)
+
+
+def run(tmp_path, method="sketch", before="", after="", launcher=(), timeout=240):
+    script = tmp_path / "script.py"
+    here, store = os.path.dirname(__file__), str(tmp_path / "s")
+    script.write_text(RUN.format(tests=here, before=before, after=after, method=method, store=store))
+    return subprocess.run(
+        [sys.executable, *launcher, script], capture_output=True, text=True, timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+    )  # fmt: skip
+
+
+KILL = """
+import os, random, signal
+from sui_fast.spectra import Store
+random.seed({seed})
+once, count = Store._write, [random.randint(1, 20)]
+def write(self, name, data):
+    count[0] -= 1
+    if count[0] == 0:
+        if random.random() < 0.5:
+            once(self, name, data)
+        os.kill(os.getpid(), signal.SIGKILL)
+    once(self, name, data)
+Store._write = write
+"""
+
+
+@pytest.mark.parametrize("method", ["sketch", "subspace"])
+def test_killed_and_resumed_gives_the_same_bits(tmp_path, method):
+    (tmp_path / "whole").mkdir()
+    whole = run(tmp_path / "whole", method, after="print(scores['si'].tobytes().hex(), scores['fsi'].tobytes().hex())")
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    kills = 0
+    for seed in range(12):
+        done = run(
+            tmp_path, method, before=KILL.format(seed=seed),
+            after="print(scores['si'].tobytes().hex(), scores['fsi'].tobytes().hex())",
+        )  # fmt: skip
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+        kills += 1
+    assert kills >= 1 and done.returncode == 0
+    assert done.stdout == whole.stdout
+
+
+def test_a_store_of_another_run_is_refused(tmp_path):
+    model, (train, _) = network(1, False), digits(40, 10, 1, False)
+    common = dict(method="sketch", rank=16, reg=0.05, store=tmp_path / "s", measures=("si",))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first = sui_fast.score(model, train, **common)
+        again = sui_fast.score(model, train, **common)
+        assert np.array_equal(first["si"], again["si"])
+        with pytest.raises(sui_fast.StoreError, match="seed was 0, is 1"):
+            sui_fast.score(model, train, seed=1, **common)
+        with torch.no_grad():
+            model[0].weight[0, 0] += 1
+        with pytest.raises(sui_fast.StoreError, match="weights"):
+            sui_fast.score(model, train, **common)
+        sui_fast.score(model, train, resume=False, **common)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_give_the_result_of_one(tmp_path, processes):
+    after = "import numpy; numpy.save({path!r} + str(torch.distributed.get_rank() if {many} else 0), scores['fsi'])"
+    one, many = str(tmp_path / "one"), str(tmp_path / "many")
+    for method in ("sketch", "subspace"):
+        (tmp_path / method).mkdir()
+        done = run(tmp_path, method, after=after.format(path=one, many=False))
+        assert done.returncode == 0, done.stderr[-2000:]
+        done = run(
+            tmp_path / method, method,
+            before="torch.distributed.init_process_group('gloo')",
+            after=after.format(path=many, many=True) + "\ntorch.distributed.destroy_process_group()",
+            launcher=("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        want = np.load(one + "0.npy")
+        for rank in range(processes):
+            np.testing.assert_allclose(np.load(f"{many}{rank}.npy"), want, rtol=1e-7 if method == "subspace" else 1e-10)
+        shutil.rmtree(tmp_path / "s")
+
+
+def test_plan_tells_what_score_would_do():
+    model, (train, val) = network(1, False), digits(100, 20, 1, False)
+    plan = sui_fast.plan(model, train, val)
+    assert plan.method == "dense" and "rows" in plan.reason and plan.peak_bytes > 0
+    low = sui_fast.plan(model, train, val, method="sketch", rank=64)
+    assert low.rank == 64 and low.passes == 1 and low.disk_bytes > 100 * 64 * 4
+    assert "sketch" in str(low) and "peak memory" in str(low)
