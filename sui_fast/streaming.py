@@ -40,6 +40,7 @@ from .spectra import (
 )
 
 _SHARD = 1 << 22  # features of a shard: 16 MB
+_PORTION = 1 << 20  # float64 features at a time in pass 2: larger intermediates are fresh memory each time
 _PROBES = 64  # samples whose exact kernel the error estimate looks at
 _HELD = 1 << 30  # bytes of factors that may stay in memory between passes
 
@@ -204,9 +205,12 @@ class LowRank:
         self.convention, self.groups, self.device = convention, groups, device
 
     def shards(self) -> Iterator[dict[str, Tensor]]:
-        """One shard after the other, or all as one where groups may span them."""
+        """Portions of one shard after the other, or all as one where groups may span them."""
         if self.groups is None:
-            yield from self.store
+            for shard in self.store:
+                step = max(1, _PORTION // shard["features"][0].numel())
+                for begin in range(0, len(shard["features"]), step):
+                    yield {name: x[begin : begin + step] for name, x in shard.items()}
             return
         parts = list(self.store)
         yield {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -37,8 +37,8 @@ class SpectralRemoval(Removal):
         gain: Tensor | None = None,
         moment: Tensor | None = None,
     ):
-        """As in ``remove_from_spectrum``. For a shard of the samples: gain: u^T r0 over all of them [r]; moment:
-        M [r, r], c M c^T being the mean squared change of the predictions by a change c on the eigenvectors."""
+        """As in ``remove_from_spectrum``. For a shard of the samples: gain: u^T r0 over all of them [r]; moment: a
+        factor C [r, p], ||c C||^2 the mean squared change of the predictions by a change c on the eigenvectors."""
         super().__init__(blocks, residual, cross, as_numpy, {})
         self.spectrum, self._phi, self._moment = spectrum, phi, moment
         u, s = spectrum.u, spectrum.s
@@ -153,7 +153,7 @@ class SpectralRemoval(Removal):
             rest, null = self._outside(block, index)
             if shift > 0:
                 v, change = converged_removal(block, s, g, rest, null, shift)
-                self._change[part] = change
+                self._put(part, change)
             else:
                 beyond = block[..., missed]
                 rest, null = rest + beyond @ g[missed], null + beyond @ beyond.transpose(1, 2)
@@ -163,20 +163,27 @@ class SpectralRemoval(Removal):
                 self._change[part] = full
             self._left_out[index] = v
 
+    def _put(self, part, change: Tensor) -> None:
+        if len(change) == len(self._change):
+            self._change = change  # everything at once: no copy
+        else:
+            self._change[part] = change
+
     def _remove_rational(self, numbers: np.ndarray, rows: Tensor, changed: TrainingFilter, fit: Rational) -> None:
         s, g = self.spectrum.s, self._gain
         poles, residues = (torch.from_numpy(x).to(s.device) for x in (fit.poles, fit.residues))
         for part, index, block in self._chunks(numbers, rows):
             rest, null = self._outside(block, index)
             own = self.residual.reshape(-1)[index]
-            self._change[part] = rational_removal(block, s, g, rest, null, own, poles, residues, fit.constant)
+            self._put(part, rational_removal(block, s, g, rest, null, own, poles, residues, fit.constant))
 
     def _residual_after(self, numbers: np.ndarray, rows: Tensor) -> Tensor:
         """r0 - Theta (alpha + D_b), removed rows."""
         s, after = self.spectrum.s, []
+        fitted = (self.spectrum.u @ (s * self._scale * self._gain))
         for part, index, block in self._chunks(numbers, rows):
-            weights = s * (self._scale * self._gain + self._change[part])
-            after.append(self.residual.reshape(-1)[index] - torch.einsum("bmr,br->bm", block, weights))
+            change = torch.einsum("bmr,br->bm", block, self._change[part] * s)
+            after.append(self.residual.reshape(-1)[index] - fitted[index] - change)
         return torch.cat(after)
 
     def add_missed(self, missed: Tensor) -> None:
@@ -218,7 +225,8 @@ class SpectralRemoval(Removal):
     def _prediction_sqnorm(self) -> Tensor:
         if self._moment is None:
             return super()._prediction_sqnorm()
-        return (self._change @ self._moment).mul_(self._change).sum(1).clamp_min(0)
+        moved = self._change @ self._moment
+        return torch.linalg.vecdot(moved, moved)
 
     def _predict(self, begin: int, end: int) -> Tensor:
         return self._change[begin:end] @ self._probe.T

@@ -65,13 +65,15 @@ class FeatureSpectrum:
         return Spectrum(self.rows(features), self.s, 0.0, complete=False)
 
     def moment(self, gram: Tensor, samples: int) -> Tensor:
-        """M [r', r'] with c M c^T the mean over validation samples of ||df||^2 for a change c on the eigenvectors.
+        """C [r', p], ||c C||^2 the mean over validation samples of ||df||^2 for a change c on the eigenvectors.
 
         Args:
             gram: Z^T Z of the validation samples. samples: how many they are.
         """
         turned = self.turn * self.s
-        return turned.T @ gram @ turned / samples
+        values, vectors = torch.linalg.eigh(turned.T @ gram @ turned / samples)
+        keep = values > 1e-16 * values[-1].clamp_min(0)
+        return vectors[:, keep] * values[keep].sqrt()
 
 
 def feature_spectrum(moments: Moments, precision: float = 2.0**-24) -> FeatureSpectrum:
