@@ -1,4 +1,4 @@
-"""Command line: sui-fast demo | score | report | doctor."""
+"""Command line: sui-fast demo | score | plan | report | doctor."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from ._errors import ArgumentError, SuiError, complaint
 from .demo import run_demo
 from .doctor import doctor
 from .measures import MEASURES
+from .planning import METHODS
 from .scores import Scores
-from .scoring import score
+from .scoring import plan, score
+from .streaming import Processes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,31 +35,35 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sui-fast", description="What does each training sample teach the model?")
     parser.add_argument("--version", action="version", version=f"sui-fast {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
-    commands = parser.add_subparsers(required=True, metavar="demo | score | report | doctor")
+    commands = parser.add_subparsers(required=True, metavar="demo | score | plan | report | doctor")
 
     demo = commands.add_parser("demo", help="score scikit-learn's digits with wrong labels mixed in")
     demo.add_argument("--out", default="demo_out", help="folder for scores.parquet and report.html")
     demo.set_defaults(run=lambda a: 0 if run_demo(a.out) is not None else 1)
 
     run = commands.add_parser("score", help="score your own model and data")
-    run.add_argument("source", metavar="module:function", help="a function that returns (model, train, val)")
+    _add_method(run)
     run.add_argument("--out", default="scores.parquet", help="Parquet file to write")
     run.add_argument("--report", help="HTML file to write as well")
+    run.add_argument("--store", help="folder for the features of a method of low rank; an interrupted run goes on")
+    run.add_argument("--no-resume", action="store_true", help="empty the store first")
     run.add_argument("--measures", nargs="+", default=["si", "fsi"], help=f"of {', '.join(MEASURES)}")
     run.add_argument("--reg", default="0", help="regularisation of the mean loss, or auto")
     run.add_argument("--time", type=float, help="training steps or time; left out: to convergence")
     run.add_argument("--lr", type=float, help="step size of the mean loss")
     run.add_argument("--dynamics", default="gd", help="gd or flow")
     run.add_argument("--sigma", type=float, default=1.0, help="standard deviation of the noise")
-    run.add_argument("--method", default="auto", help="auto or dense")
-    run.add_argument("--params", nargs="+", help="parameter names or prefixes, or trainable, or all")
     run.add_argument("--convention", default="sum", help="sum, mean or iclr2021")
-    run.add_argument("--batch-size", type=int, default=64)
     run.add_argument("--device", help="where to compute, as cuda:0")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--sgd-batch-size", type=int, default=1, help="noise of si_sgd")
     run.add_argument("--sgd-lr", type=float, help="noise of si_sgd")
+    run.add_argument("--sgd-jitter", type=float, default=1e-9, help="noise of si_sgd")
     run.set_defaults(run=_score)
+
+    plan_ = commands.add_parser("plan", help="what score would do: method, rank, passes, bytes, seconds")
+    _add_method(plan_)
+    plan_.set_defaults(run=_plan)
 
     report = commands.add_parser("report", help="draw a report from saved scores")
     report.add_argument("scores", help="Parquet file written by score")
@@ -70,9 +76,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_method(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="module:function", help="a function that returns (model, train, val)")
+    parser.add_argument("--method", default="auto", help=", ".join(METHODS))
+    parser.add_argument("--rank", type=int, help="features of a method of low rank")
+    parser.add_argument("--params", nargs="+", help="parameter names or prefixes, or trainable, or all")
+    parser.add_argument("--batch-size", type=int, default=64)
+
+
+def _params(a: argparse.Namespace):
+    return "trainable" if a.params is None else a.params[0] if a.params in (["all"], ["trainable"]) else a.params
+
+
+def _plan(a: argparse.Namespace) -> int:
+    model, train, val = _load(a.source)
+    print(plan(model, train, val, method=a.method, rank=a.rank, params=_params(a), batch_size=a.batch_size))
+    return 0
+
+
 def _score(a: argparse.Namespace) -> int:
     model, train, val = _load(a.source)
-    params = "trainable" if a.params is None else a.params[0] if a.params in (["all"], ["trainable"]) else a.params
     try:
         reg = a.reg if a.reg == "auto" else float(a.reg)
     except ValueError:
@@ -88,14 +111,20 @@ def _score(a: argparse.Namespace) -> int:
         dynamics=a.dynamics,
         sigma=a.sigma,
         method=a.method,
-        params=params,
+        rank=a.rank,
+        store=a.store,
+        resume=not a.no_resume,
+        params=_params(a),
         convention=a.convention,
         batch_size=a.batch_size,
         device=a.device,
         seed=a.seed,
         sgd_batch_size=a.sgd_batch_size,
         sgd_lr=a.sgd_lr,
+        sgd_jitter=a.sgd_jitter,
     )
+    if Processes().number:  # one of several writes what all of them have
+        return 0
     print(scores)
     print(f"wrote {scores.save(a.out)}")
     if a.report:

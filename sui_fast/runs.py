@@ -166,7 +166,8 @@ class Run:
                     lost += float(removal.loo_residual.square().sum())
                     edf += float(removal.leverage.sum())
                     details, begin = removal.diagnostics, begin + count
-                values = {name: np.concatenate([c[name] for c in columns]) for name in self.wanted}
+                nothing = [{name: np.zeros(0) for name in self.wanted}]  # of a process without samples
+                values = {name: np.concatenate([c[name] for c in columns or nothing]) for name in self.wanted}
                 values = processes.gather(values)
                 lost, edf = processes.total(torch.tensor([lost, edf], dtype=torch.float64)).tolist()
             with stages("error estimate"):
@@ -176,7 +177,7 @@ class Run:
         finally:
             for held in stores:
                 held.close()
-        first = source.part(source.begin, source.begin + 1)
+        first = source.part(0, 1)
         details = dict(
             details,
             error_estimate=error,

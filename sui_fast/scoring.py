@@ -83,7 +83,8 @@ def score(
         method: "dense" (exact), "nystrom", "subspace", "sketch" (low rank, docs/math.md), or "auto".
         rank: features of a method of low rank (default 1024); a warning names a better one where it is too small.
         store: folder for the features of a method of low rank, so that memory does not grow with the samples and a run
-            that was interrupted goes on (resume=True) with the same scores; resume=False begins anew.
+            that was interrupted goes on (resume=True) with the same scores; resume=False begins anew. Under torchrun a
+            run of low rank shares the samples among the processes, and every process returns all scores.
         params: "trainable", "all", names, or a predicate: the parameters that count.
         outputs: function (model, batch) -> [b, k]; default: the model's tensor, or its ``.logits``.
         batch_size: samples per forward pass; no effect on the result.
@@ -108,6 +109,8 @@ def score(
     if automatic and reg != "auto":
         raise ArgumentError(complaint("reg", "a number >= 0 or 'auto'", repr(reg), "Choose one."))
     make_filter(1, reg=0.0 if automatic else reg, time=time, lr=lr, dynamics=dynamics)  # fail before the long part
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        model = model.module
     if device is not None and _device_of(model) != torch.device(device):
         model = copy.deepcopy(model).to(device)
 

@@ -75,10 +75,13 @@ class Source:
 
 
 class Processes:
-    """torch.distributed where it is initialised, else one process."""
+    """torch.distributed where it is initialised or torchrun started the process, else one process."""
 
     def __init__(self) -> None:
         live = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not live and torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+            torch.distributed.init_process_group()  # gloo for CPU tensors, nccl for CUDA tensors
+            live = True
         self.count = torch.distributed.get_world_size() if live else 1
         self.number = torch.distributed.get_rank() if live else 0
 

@@ -35,6 +35,19 @@ def test_score_and_report(task, capsys):
     assert "Run card" in (task / "again.html").read_text() and (task / "r.html").exists()
 
 
+@pytest.mark.filterwarnings("ignore:sui_fast")
+def test_plan_and_a_store_that_resumes(task, capsys):
+    assert main(["plan", "my_task:build", "--method", "sketch", "--rank", "16"]) == 0
+    assert "method sketch, rank 16" in capsys.readouterr().out
+    run = ["score", "my_task:build", "--reg", "0.1", "--method", "sketch", "--rank", "16", "--store", "store"]
+    assert main([*run, "--out", "a.parquet"]) == 0 and main([*run, "--out", "b.parquet"]) == 0
+    one, two = sui_fast.Scores.load("a.parquet"), sui_fast.Scores.load("b.parquet")
+    assert np.array_equal(one["fsi"], two["fsi"])
+    capsys.readouterr()
+    assert main([*run, "--seed", "1"]) == 2 and "seed was 0, is 1" in capsys.readouterr().err
+    assert main([*run, "--seed", "1", "--no-resume"]) == 0
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
