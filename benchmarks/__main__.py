@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -68,7 +69,8 @@ def main() -> int:
     if not arguments.k:
         result = {"machine": machine(), "rows": rows}
         (HERE / "results").mkdir(exist_ok=True)
-        (HERE / "results" / "cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+        name = re.sub(r"[^a-z0-9]+", "-", machine()["cpu"].lower()).strip("-")
+        (HERE / "results" / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         note = f"{machine()['cpu']}, one thread, torch {torch.__version__}, Python {platform.python_version()}"
         for path, mark in ((HERE / "README.md", "table"), (HERE.parent / "README.md", "speed")):
             refresh(path, mark, f"{table}\n\n{note}")

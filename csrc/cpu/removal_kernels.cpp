@@ -26,8 +26,8 @@ constexpr int kLanes = 4, kColumns = 2, kVectors = 2;
 #else
 constexpr int kLanes = 2, kColumns = 2, kVectors = 2;  // SSE2, NEON
 #endif
-constexpr int kTile = 4, kRows = 32;
-constexpr Index kChunk = 512;
+constexpr int kTile = 4, kRows = 16;
+constexpr Index kChunk = 1024;
 static_assert(kAlign % kLanes == 0 && kChunk % kAlign == 0, "vectors must tile a padded row");
 
 typedef double Vector __attribute__((vector_size(kLanes * sizeof(double)), aligned(sizeof(double)), may_alias));
@@ -35,10 +35,16 @@ typedef double Vector __attribute__((vector_size(kLanes * sizeof(double)), align
 SUI_FN Vector& at(double* p) { return *reinterpret_cast<Vector*>(p); }
 SUI_FN const Vector& at(const double* p) { return *reinterpret_cast<const Vector*>(p); }
 
+template <int H = kLanes / 2>
 SUI_FN double sum(const Vector& x) {
-  double total = x[0];
-  for (int lane = 1; lane < kLanes; ++lane) total += x[lane];
-  return total;
+  if constexpr (H == 0) {
+    return x[0];
+  } else {
+    decltype(x == x) turned;
+#pragma GCC unroll 8
+    for (int lane = 0; lane < kLanes; ++lane) turned[lane] = (lane + H) % kLanes;
+    return sum<H / 2>(x + __builtin_shuffle(x, turned));
+  }
 }
 
 // out[i, c] += features[i] . table[c] for kTile features and C rows of the table

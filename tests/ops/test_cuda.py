@@ -39,6 +39,9 @@ def test_compiles_without_warnings_and_spills(path, target, tmp_path):
         [*command, "-I", ROOT / "include", "-c", path, "-o", tmp_path / "out.o"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    report = ROOT.parent / "build" / "nvcc" / f"{path.stem}-{target}.txt"  # registers and spills, kept to look at
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.write_text(done.stderr)
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)]
     assert len(spills) >= 4 and not any(spills), done.stderr
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
