@@ -38,7 +38,10 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        met = [x for x in _flat((args, kwargs.values())) if isinstance(x, Tensor) and id(x) in self.names]
+        met: list[Tensor] = []
+        _search(args, self.names, met)
+        if kwargs:
+            _search(kwargs.values(), self.names, met)
         if not met:
             return function(*args, **kwargs)
         use = self._match(function, args, kwargs)
@@ -104,6 +107,15 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         return gradient, None
+
+
+def _search(parts: Any, names: dict[int, str], found: list[Tensor]) -> None:
+    """Append the arguments that are named; the parameters live on, so an id is theirs alone."""
+    for x in parts:
+        if id(x) in names:
+            found.append(x)
+        elif isinstance(x, tuple | list):
+            _search(x, names, found)
 
 
 def _flat(parts: Any) -> Iterator[Any]:

@@ -112,14 +112,16 @@ class _Store:
     def add(self, captured: Captured, rows: dict[str, Tensor]) -> None:
         out, uses = captured.outputs, captured.uses
         b, k = out.shape
+        whole = b == self.n and k == 1  # one batch, one backward pass: what it returns is kept, nothing is copied
         if self._outputs is None:
             self._uses = [Use(use.rule, use.names, use.saved[:0], use.options) for use in uses]
             self._outputs = self._room(out)
             # a single batch is kept as it is
             self._saved = [use.saved if b == self.n else self._room(use.saved) for use in uses]
-            self._grads = [out.new_empty(self.n, k, *shape[1:]) for shape in captured.shapes]
+            if not whole:
+                self._grads = [out.new_empty(self.n, k, *shape[1:]) for shape in captured.shapes]
             self._rows = {name: self._room(value) for name, value in rows.items()}
-        same = len(uses) == len(self._uses) and all(
+        same = whole or len(uses) == len(self._uses) and all(
             mine.key == use.key and use.saved.shape[1:] == saved.shape[1:] and shape[1:] == grads.shape[2:]
             for mine, use, saved, grads, shape in zip(
                 self._uses, uses, self._saved, self._grads, captured.shapes, strict=True
@@ -139,10 +141,9 @@ class _Store:
         for use, saved in zip(uses, self._saved, strict=True):
             if use.saved is not saved:
                 saved[part] = use.saved
-        if b == self.n and k == 1:
-            found = next(captured.gradients)
-            pairs = zip(self._grads, found, strict=True)
-            self._grads = [empty.zero_() if gradient is None else gradient[:, None] for empty, gradient in pairs]
+        if whole:
+            pairs = zip(captured.shapes, next(captured.gradients), strict=True)
+            self._grads = [out.new_zeros(b, 1, *x[1:]) if g is None else g[:, None] for x, g in pairs]
         for c, found in enumerate(captured.gradients):
             for grads, gradient in zip(self._grads, found, strict=True):
                 if gradient is None:
