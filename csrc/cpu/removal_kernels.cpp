@@ -20,14 +20,14 @@ namespace sui {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 8, kColumns = 6, kVectors = 4;  // 32 registers
+constexpr int kLanes = 8, kTile = 8, kColumns = 3, kVectors = 3;  // 32 registers
 #elif defined(__AVX2__)
-constexpr int kLanes = 4, kColumns = 2, kVectors = 2;
+constexpr int kLanes = 4, kTile = 4, kColumns = 2, kVectors = 2;
 #else
-constexpr int kLanes = 2, kColumns = 2, kVectors = 2;  // SSE2, NEON
+constexpr int kLanes = 2, kTile = 4, kColumns = 2, kVectors = 2;  // SSE2, NEON
 #endif
-constexpr int kTile = 4, kRows = 16;
-constexpr Index kChunk = 1024;
+constexpr int kRows = 16, kStrip = 4;
+constexpr Index kChunk = 512;  // kTile features fit the first cache, table and group the second
 static_assert(kAlign % kLanes == 0 && kChunk % kAlign == 0, "vectors must tile a padded row");
 
 typedef double Vector __attribute__((vector_size(kLanes * sizeof(double)), aligned(sizeof(double)), may_alias));
@@ -63,7 +63,9 @@ SUI_FN void tile_moments(const double* features, const double* table, Index widt
       for (int c = 0; c < C; ++c) sums[i][c] += feature * row[c];
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < kTile; ++i)
+#pragma GCC unroll 8
     for (int c = 0; c < C; ++c) out[i * columns + c] += sum(sums[i][c]);
 }
 
@@ -72,10 +74,6 @@ static void moments_of(const double* features, const double* table, Index width,
   int c = 0;
   for (; c + kColumns <= columns; c += kColumns)
     tile_moments<kColumns>(features, table + c * width, width, count, out + c, columns);
-  if (kColumns > 4 && c + 4 <= columns) {
-    tile_moments<4>(features, table + c * width, width, count, out + c, columns);
-    c += 4;
-  }
   if (c + 2 <= columns) {
     tile_moments<2>(features, table + c * width, width, count, out + c, columns);
     c += 2;
@@ -83,12 +81,21 @@ static void moments_of(const double* features, const double* table, Index width,
   if (c < columns) tile_moments<1>(features, table + c * width, width, count, out + c, columns);
 }
 
-// rows[i, l] *= -(offset_i + sum_c weight[i, c] table[c, l]) for kTile rows and V vectors
+// Rows of double, stride apart.
+struct Rows {
+  const double* begin;
+  Index stride;
+  const double* operator[](Index row) const { return begin + row * stride; }
+};
+
+// out[i, l] = -(offset_i + sum_c weight[i, c] table[c, l]) rows[i, l] for kTile rows and V vectors
 template <int V>
-SUI_FN void tile_back(double* rows, const double* table, Index width, const double* weights, const double* offsets,
-                      int columns) {
+SUI_FN void tile_back(Rows rows, const double* table, Index width, const double* weights, const double* offsets,
+                      int columns, double* out, Index out_stride) {
   Vector sums[kTile][V];
+#pragma GCC unroll 8
   for (int i = 0; i < kTile; ++i)
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) sums[i][v] = Vector{} + offsets[i];
   for (int c = 0; c < columns; ++c) {
     Vector row[V];
@@ -101,8 +108,10 @@ SUI_FN void tile_back(double* rows, const double* table, Index width, const doub
       for (int v = 0; v < V; ++v) sums[i][v] += weight * row[v];
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < kTile; ++i)
-    for (int v = 0; v < V; ++v) at(rows + i * kChunk + v * kLanes) *= -sums[i][v];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) at(out + i * out_stride + v * kLanes) = -sums[i][v] * at(rows[i] + v * kLanes);
 }
 
 struct Group {
@@ -149,15 +158,20 @@ void load_rows(const Float* u, Index r, Index rows, Index begin, Index count, do
   }
 }
 
-void load_rows(const Removal& p, Index first, Index rows, Index begin, Index count, double* out) {
+// Whether tiles may read u, and write coef, in place.
+SUI_FN bool in_place(const Removal& p, Index rows) { return !p.single && p.r == p.width && rows % kTile == 0; }
+
+Rows rows_of(const Removal& p, Index first, Index rows, Index begin, Index count, const Group& group) {
   const Index offset = first * p.m * p.r;
+  if (in_place(p, rows)) return {static_cast<const double*>(p.u) + offset + begin, p.r};
   if (p.single)
-    load_rows(static_cast<const float*>(p.u) + offset, p.r, rows, begin, count, out);
+    load_rows(static_cast<const float*>(p.u) + offset, p.r, rows, begin, count, group.rows);
   else
-    load_rows(static_cast<const double*>(p.u) + offset, p.r, rows, begin, count, out);
+    load_rows(static_cast<const double*>(p.u) + offset, p.r, rows, begin, count, group.rows);
+  return {group.rows, kChunk};
 }
 
-void add_moments(const Removal& p, Index blocks, Index begin, Index count, const Group& group) {
+void add_moments(const Removal& p, Rows rows, Index blocks, Index begin, Index count, const Group& group) {
   const double* table = p.table + begin;
   double* out = group.moments;
   int held = 0;
@@ -171,10 +185,10 @@ void add_moments(const Removal& p, Index blocks, Index begin, Index count, const
     }
   };
   for (Index block = 0; block < blocks; ++block) {
-    const double* rows = group.rows + block * p.m * kChunk;
+    const Index row = block * p.m;
     for (int a = 0; a < p.m; ++a)
-      for (int b = a; b < p.m; ++b) push(rows + a * kChunk, rows + b * kChunk);
-    for (int a = 0; a < p.m; ++a) push(rows + a * kChunk, p.gain + begin);
+      for (int b = a; b < p.m; ++b) push(rows[row + a], rows[row + b]);
+    for (int a = 0; a < p.m; ++a) push(rows[row + a], p.gain + begin);
   }
   if (held) moments_of(group.features, table, p.width, count, out, p.columns);  // the rest of the tile is not read
 }
@@ -217,7 +231,7 @@ SUI_FN void gram_strip(const Float* u, int a, int m, Index r, const double* w, d
   double* row = matrix + Index(a) * m;
   tile_gram<A, A, true>(x, x, r, w, row + a, m);
   int b = a + A;
-  for (; b + kTile <= m; b += kTile) tile_gram<A, kTile, false>(x, u + b * r, r, w, row + b, m);
+  for (; b + kStrip <= m; b += kStrip) tile_gram<A, kStrip, false>(x, u + b * r, r, w, row + b, m);
   if (m - b == 3) tile_gram<A, 3, false>(x, u + b * r, r, w, row + b, m);
   if (m - b == 2) tile_gram<A, 2, false>(x, u + b * r, r, w, row + b, m);
   if (m - b == 1) tile_gram<A, 1, false>(x, u + b * r, r, w, row + b, m);
@@ -252,7 +266,7 @@ Index run_real(const Removal& p, const Float* all, Index begin, Index end, doubl
   for (Index block = begin; block < end; ++block) {
     const Float* u = all + block * m * r;
     const double *null = p.null + block * m * m, *rest = p.rest + block * m;
-    for (int a = 0; a < m; a += kTile) {
+    for (int a = 0; a < m; a += kStrip) {
       if (m - a >= 4) gram_strip<4>(u, a, m, r, w, matrix);
       if (m - a == 3) gram_strip<3>(u, a, m, r, w, matrix);
       if (m - a == 2) gram_strip<2>(u, a, m, r, w, matrix);
@@ -274,7 +288,7 @@ Index run_real(const Removal& p, const Float* all, Index begin, Index end, doubl
     singular += !solve(matrix, y, m);
     for (int a = 0; a < m; ++a) p.v[block * m + a] = y[a];
     double* coef = p.coef + block * r;
-    for (int a = 0; a < m; a += kTile) {
+    for (int a = 0; a < m; a += kStrip) {
       const Float* rows = u + a * r;
       if (m - a >= 4) tile_coef<4>(rows, r, w, y + a, a == 0, coef);
       if (m - a == 3) tile_coef<3>(rows, r, w, y + a, a == 0, coef);
@@ -307,23 +321,30 @@ bool solve_block(const Removal& p, Index block, const double* moments, double* w
   return solved;
 }
 
-void write_coef(const Removal& p, Index first, Index blocks, Index begin, Index count, const Group& group) {
+void write_coef(const Removal& p, Rows rows, Index first, Index blocks, Index begin, Index count, const Group& group) {
   constexpr Index step = kVectors * kLanes;
+  const bool direct = p.m == 1 && in_place(p, blocks);
+  double* out = direct ? p.coef + first * p.r + begin : group.rows;
+  const Index stride = direct ? p.r : kChunk;
   for (Index row = 0; row < blocks * p.m; row += kTile) {
-    double* rows = group.rows + row * kChunk;
     const double *weights = group.weights + row * p.columns, *offsets = group.offsets + row;
+    double* to = out + row * stride;
+    Rows from{rows[row], rows.stride};
+    const double* table = p.table + begin;
     Index l = 0;
-    for (; l + step <= count; l += step)
-      tile_back<kVectors>(rows + l, p.table + begin + l, p.width, weights, offsets, p.columns);
-    for (; l < count; l += kLanes) tile_back<1>(rows + l, p.table + begin + l, p.width, weights, offsets, p.columns);
+    for (; l + step <= count; l += step, from.begin += step, table += step)
+      tile_back<kVectors>(from, table, p.width, weights, offsets, p.columns, to + l, stride);
+    for (; l < count; l += kLanes, from.begin += kLanes, table += kLanes)
+      tile_back<1>(from, table, p.width, weights, offsets, p.columns, to + l, stride);
   }
+  if (direct) return;
   const Index live = p.r - begin < count ? p.r - begin : count;
   for (Index block = 0; block < blocks; ++block) {
-    double* out = p.coef + (first + block) * p.r + begin;
-    const double* rows = group.rows + block * p.m * kChunk;
-    for (Index l = 0; l < live; ++l) out[l] = p.m ? rows[l] : 0;
+    double* to = p.coef + (first + block) * p.r + begin;
+    const double* from = group.rows + block * p.m * kChunk;
+    for (Index l = 0; l < live; ++l) to[l] = p.m ? from[l] : 0;
     for (int a = 1; a < p.m; ++a)
-      for (Index l = 0; l < live; ++l) out[l] += rows[a * kChunk + l];
+      for (Index l = 0; l < live; ++l) to[l] += from[a * kChunk + l];
   }
 }
 
@@ -343,16 +364,14 @@ Index run(const Removal& p, Index begin, Index end, double* room) {
     for (Index i = 0; i < blocks * features(p.m) * p.columns; ++i) group.moments[i] = 0;
     for (Index l = 0; l < p.width; l += kChunk) {
       const Index count = p.width - l < kChunk ? p.width - l : kChunk;
-      load_rows(p, first, rows, l, count, group.rows);
-      add_moments(p, blocks, l, count, group);
+      add_moments(p, rows_of(p, first, rows, l, count, group), blocks, l, count, group);
     }
     for (Index block = 0; block < blocks; ++block)
       singular += !solve_block(p, first + block, group.moments + block * features(p.m) * p.columns,
                                group.weights + block * p.m * p.columns, group.offsets + block * p.m, group);
     for (Index l = 0; l < p.width; l += kChunk) {
       const Index count = p.width - l < kChunk ? p.width - l : kChunk;
-      if (p.width > kChunk) load_rows(p, first, rows, l, count, group.rows);
-      write_coef(p, first, blocks, l, count, group);
+      write_coef(p, rows_of(p, first, rows, l, count, group), first, blocks, l, count, group);
     }
   }
   return singular;
