@@ -154,7 +154,7 @@ class Run:
                     reg, extra["reg_curve"] = float(regs[errors.argmin()]), _curve(regs, errors)
                 phi = make_filter(n, reg=reg, **self.training)
                 check_stability(phi, float(spectrum.s[-1]), n)
-                columns, more, begin, lost, edf = [], {}, source.begin, 0.0, 0.0
+                columns, more, begin, lost, missed = [], {}, source.begin, 0.0, 0.0
                 details: dict[str, Any] = {}
                 for shard in solver.shards():
                     removal = solver.removal(shard, phi)
@@ -164,12 +164,13 @@ class Run:
                     found, more = self._measure(removal, self.y[part], labels, n * reg)
                     columns.append(found)
                     lost += float(removal.loo_residual.square().sum())
-                    edf += float(removal.leverage.sum())
+                    missed += float(removal.missed_leverage.sum())
                     details, begin = removal.diagnostics, begin + count
                 nothing = [{name: np.zeros(0) for name in self.wanted}]  # of a process without samples
                 values = {name: np.concatenate([c[name] for c in columns or nothing]) for name in self.wanted}
                 values = processes.gather(values)
-                lost, edf = processes.total(torch.tensor([lost, edf], dtype=torch.float64)).tolist()
+                lost, missed = processes.total(torch.tensor([lost, missed], dtype=torch.float64)).tolist()
+                edf = missed + float((spectrum.s * torch.from_numpy(phi(spectrum.s.cpu().numpy())).to(device)).sum())
             with stages("error estimate"):
                 error, exact_edf = kernel_error(source, fmap, n * reg, self.seed)
                 details["effective_dimension"] = edf = max(edf, exact_edf) if phi.converged else edf

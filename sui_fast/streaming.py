@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from .spectra import (
 )
 
 _SHARD = 1 << 22  # features of a shard: 16 MB
-_PORTION = 1 << 20  # float64 features at a time in pass 2: larger intermediates are fresh memory each time
+_PORTION = 1 << 19  # float64 features at a time in pass 2: larger intermediates are fresh memory each time
 _PROBES = 64  # samples whose exact kernel the error estimate looks at
 _HELD = 1 << 30  # bytes of factors that may stay in memory between passes
 
@@ -190,10 +191,20 @@ def _features(part: Jacobian, fmap: FeatureMap, y: Tensor | None, first: int) ->
     return found
 
 
+def _ahead(store: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """The shards, the next one read and checked while this one is worked on."""
+    with ThreadPoolExecutor(1) as reader:
+        shards = iter(store)
+        coming = reader.submit(next, shards, None)
+        while (shard := coming.result()) is not None:
+            coming = reader.submit(next, shards, None)
+            yield shard
+
+
 def moments_of(store: Store | _Memory, rank: int, device: torch.device) -> Moments:
     """Sums over the shards of a store, in their order."""
     sums = Moments(rank, device)
-    for shard in store:
+    for shard in _ahead(store):
         sums.add(shard["features"].to(device), shard["residual"].to(device) if "residual" in shard else None)
     return sums
 
@@ -210,7 +221,7 @@ class LowRank:
     def shards(self) -> Iterator[dict[str, Tensor]]:
         """Portions of one shard after the other, or all as one where groups may span them."""
         if self.groups is None:
-            for shard in self.store:
+            for shard in _ahead(self.store):
                 step = max(1, _PORTION // shard["features"][0].numel())
                 for begin in range(0, len(shard["features"]), step):
                     yield {name: x[begin : begin + step] for name, x in shard.items()}
@@ -225,9 +236,10 @@ class LowRank:
         blocks = (
             shard_blocks(len(features), n, self.k) if self.groups is None else make_blocks(n, self.k, self.groups)
         )
-        idle = (features == 0).all(2).reshape(-1)
+        idle = torch.linalg.vector_norm(features, dim=2) == 0  # or too small to square
+        idle[idle.clone()] = (features[idle] == 0).all(1)
         found = SpectralRemoval(
-            self.spectrum.shard(features), phi, self.convention, blocks, residual, None, False, idle,
+            self.spectrum.shard(features), phi, self.convention, blocks, residual, None, False, idle.reshape(-1),
             gain=self.spectrum.gain, moment=self.moment,
         )  # fmt: skip
         if "missed" in shard and self.groups is None:

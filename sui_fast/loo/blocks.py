@@ -17,26 +17,28 @@ class Blocks:
 
     Attributes:
         labels: group label of each block, numpy [b]; the sample number where no groups were given.
-        samples: sample numbers of each block, list of int64 arrays.
+        samples: sample numbers of each block, list of int64 arrays; None: block i is sample i.
         n, k: samples and outputs of the whole problem; a shard holds fewer samples than n.
     """
 
     labels: np.ndarray
-    samples: list[np.ndarray]
+    samples: list[np.ndarray] | None
     n: int
     k: int
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.labels)
 
     @cached_property
     def single(self) -> bool:
         """Whether block i is sample i alone."""
-        return all(len(members) == 1 and members[0] == i for i, members in enumerate(self.samples))
+        return self.samples is None or all(len(x) == 1 and x[0] == i for i, x in enumerate(self.samples))
 
     @property
     def block_of_sample(self) -> np.ndarray:
         """Number of the block that each sample belongs to, int64 [n]."""
+        if self.samples is None:
+            return np.arange(len(self))
         owner = np.empty(sum(len(members) for members in self.samples), dtype=np.int64)
         for number, members in enumerate(self.samples):
             owner[members] = number
@@ -44,25 +46,28 @@ class Blocks:
 
     def by_size(self) -> dict[int, np.ndarray]:
         """Numbers of the blocks of each size, {samples removed: block numbers}."""
+        if self.samples is None:
+            return {1: np.arange(len(self))}
         sizes = np.array([len(members) for members in self.samples], dtype=np.int64)
         return {int(size): np.flatnonzero(sizes == size) for size in np.unique(sizes)}
 
     def rows(self, numbers: np.ndarray, device: torch.device) -> torch.Tensor:
         """Kernel rows of blocks of one size, int64 [b, size * k]."""
-        members = np.stack([self.samples[number] for number in numbers])
+        one_by_one = self.samples is None
+        members = numbers[:, None] if one_by_one else np.stack([self.samples[number] for number in numbers])
         rows = members[:, :, None] * self.k + np.arange(self.k)
         return torch.from_numpy(rows.reshape(len(numbers), -1)).to(device)
 
 
 def shard_blocks(count: int, n: int, k: int) -> Blocks:
     """Single samples 0 .. count - 1 of a shard; the whole problem has n."""
-    return Blocks(np.arange(count), list(np.arange(count)[:, None]), n, k)
+    return Blocks(np.arange(count), None, n, k)
 
 
 def make_blocks(n: int, k: int, groups: object = None) -> Blocks:
     """Blocks of single samples, or of the samples that share a value in ``groups`` [n]."""
     if groups is None:
-        return Blocks(np.arange(n), list(np.arange(n)[:, None]), n, k)
+        return shard_blocks(n, n, k)
     values = groups.detach().cpu().numpy() if isinstance(groups, torch.Tensor) else np.asarray(groups)
     if values.shape != (n,):
         raise ArgumentError(

@@ -17,6 +17,7 @@ from .filters import TrainingFilter
 from .rational import Rational, fit_rational
 from .removal import CHUNK, Removal
 
+_STRIP = 64  # columns of a triangular factor at a time
 _REDUCED_WORK = 1e11  # operations that a look at every reduced spectrum may take
 
 
@@ -38,41 +39,48 @@ class SpectralRemoval(Removal):
         moment: Tensor | None = None,
     ):
         """As in ``remove_from_spectrum``. For a shard of the samples: gain: u^T r0 over all of them [r]; moment: a
-        factor C [r, p], ||c C||^2 the mean squared change of the predictions by a change c on the eigenvectors."""
+        lower triangular C [r, p], ||c C||^2 the mean squared change of the predictions by a change c on the
+        eigenvectors."""
         super().__init__(blocks, residual, cross, as_numpy, {})
         self.spectrum, self._phi, self._moment = spectrum, phi, moment
         u, s = spectrum.u, spectrum.s
         self._reached = s > 0
         self._gain = u.T @ residual.reshape(-1) if gain is None else gain
-        self._missed = self._missed_leverage = 0.0
+        self._missed = self.missed_leverage = u.new_zeros(())
         self._left_out = torch.full_like(residual.reshape(-1), float("nan"))
-        self._change = u.new_zeros(len(blocks), len(s))
+        self._held = u.new_empty(0, len(s))
+        self._row: tuple[Tensor, Tensor] | None = None  # (v, w): the change of sample i is -v_i (w u_i)
         fit_error, pole_count, settled = 0.0, 0, phi.converged
         self._scale = _on(s, phi(s.cpu().numpy())) if phi.converged is False or phi.shift > 0 else _pseudo_inverse(s)
         for removed, numbers in blocks.by_size().items():
             rows = blocks.rows(numbers, u.device)
             changed = phi.without(removed, blocks.n, convention)
             if removed == blocks.n:
-                self._change[numbers] = -self._scale * self._gain
+                self._put(numbers, (-self._scale * self._gain).expand(len(numbers), -1).clone())
                 self._left_out[rows] = residual.reshape(-1)[rows]
                 continue
             settled = changed.is_settled(float(s[0]), spectrum.top)
+            if settled and blocks.single and blocks.k == 1 and changed.shift == phi.shift > 0:
+                self._remove_rows(phi.shift, idle)
+                continue
             if settled:
                 self._remove_converged(numbers, rows, changed.shift)
             elif changed.time == 0 or changed.eta == 0 or spectrum.top == 0:
                 self._left_out[rows] = residual.reshape(-1)[rows]
+                self._put(numbers, u.new_zeros(len(numbers), len(s)))
             else:
                 reduced = self._reduced_top(numbers, changed)
                 fit = fit_rational(changed, reduced)
                 fit_error, pole_count = max(fit_error, fit.error), max(pole_count, len(fit.poles))
                 self._remove_rational(numbers, rows, changed, fit)
             still = torch.from_numpy(numbers).to(u.device)[idle[rows].all(1)]
-            self._change[still] = 0.0  # rows of zeros act on nothing: the value is exact, not a rounding of zero
+            if len(still):
+                self._held[still] = 0.0  # rows of zeros act on nothing: the value is exact, not a rounding of zero
             if changed != phi and not settled or changed.shift != phi.shift:
                 # above the reduced spectra the filter may diverge: there the fit stands for itself and cancels
                 beyond = not settled and fit_error > 0 and reduced < spectrum.top
                 other = _on(s, (fit if beyond else changed)(s.cpu().numpy()))
-                self._change[numbers] += (other - self._scale) * self._gain
+                self._held[numbers] += (other - self._scale) * self._gain
             if not settled:
                 self._left_out[rows] = self._residual_after(numbers, rows)
         if fit_error > 1e-6:
@@ -143,8 +151,33 @@ class SpectralRemoval(Removal):
         if self.spectrum.complete:
             return block.new_zeros(index.shape), block.new_zeros(*index.shape, index.shape[1])
         rest = self.residual.reshape(-1)[index] - block @ self._gain
+        if index.shape[1] == 1:
+            return rest, 1 - torch.linalg.vector_norm(block, dim=2, keepdim=True).square()
         null = torch.eye(index.shape[1], dtype=block.dtype, device=block.device) - block @ block.transpose(1, 2)
         return rest, null
+
+    def _remove_rows(self, shift: float, idle: Tensor) -> None:
+        """``converged_removal`` of single rows: all that is asked of them are sums over u and its squares."""
+        s, g, w = self.spectrum.s, self._gain, 1 / (self.spectrum.s + shift)
+        v, squares = self._left_out, torch.empty_like(self._left_out)
+        forms = torch.stack([w, torch.ones_like(w), s * w.square()], 1)
+        for part, index, block in self._chunks(np.arange(len(self)), torch.arange(len(self), device=s.device)[:, None]):
+            u, own = block[:, 0], self.residual.reshape(-1)[part]
+            kernel, norm, squares[part] = (u.square() @ forms).unbind(1)
+            if self.spectrum.complete:
+                v[part] = (u @ (w * g)) / kernel
+            else:
+                v[part] = (u @ (w * g) + (own - u @ g) / shift) / (kernel + (1 - norm) / shift)
+        change = torch.where(idle, 0.0, v)
+        self._row = (change, w)
+        self._sqnorm = change.square() * squares
+
+    @property
+    def _change(self) -> Tensor:
+        if self._row is not None and len(self._held) == 0:
+            v, w = self._row
+            self._held = (self.spectrum.u * w).mul_(-v[:, None])
+        return self._held
 
     def _remove_converged(self, numbers: np.ndarray, rows: Tensor, shift: float) -> None:
         s, g = self.spectrum.s, self._gain
@@ -158,16 +191,18 @@ class SpectralRemoval(Removal):
                 beyond = block[..., missed]
                 rest, null = rest + beyond @ g[missed], null + beyond @ beyond.transpose(1, 2)
                 v, change = ridgeless_removal(block[..., reached], s[reached], g[reached], rest, null)
-                full = torch.zeros_like(self._change[part])
+                full = change.new_zeros(len(change), len(s))
                 full[:, reached] = change
-                self._change[part] = full
+                self._put(part, full)
             self._left_out[index] = v
 
     def _put(self, part, change: Tensor) -> None:
-        if len(change) == len(self._change):
-            self._change = change  # everything at once: no copy
-        else:
-            self._change[part] = change
+        if len(change) == len(self):
+            self._held = change  # everything at once: no copy
+            return
+        if len(self._held) == 0:
+            self._held = change.new_empty(len(self), change.shape[1])
+        self._held[part] = change
 
     def _remove_rational(self, numbers: np.ndarray, rows: Tensor, changed: TrainingFilter, fit: Rational) -> None:
         s, g = self.spectrum.s, self._gain
@@ -182,7 +217,11 @@ class SpectralRemoval(Removal):
         s, after = self.spectrum.s, []
         fitted = (self.spectrum.u @ (s * self._scale * self._gain))
         for part, index, block in self._chunks(numbers, rows):
-            change = torch.einsum("bmr,br->bm", block, self._change[part] * s)
+            change = self._held[part]
+            if block.shape[1] == 1:
+                change = ((block[:, 0] * change) @ s)[:, None]
+            else:
+                change = torch.einsum("bmr,br->bm", block, change * s)
             after.append(self.residual.reshape(-1)[index] - fitted[index] - change)
         return torch.cat(after)
 
@@ -202,7 +241,7 @@ class SpectralRemoval(Removal):
         weights = weights.reshape(self.residual.shape)
         self._missed = torch.einsum("nk,nkl,nl->n", weights, missed, weights).clamp_min(0)
         trace = missed.diagonal(dim1=1, dim2=2).sum(1).clamp_min(0)
-        self._missed_leverage = trace * (beyond if np.isfinite(beyond) else 0.0)
+        self.missed_leverage = trace * (beyond if np.isfinite(beyond) else 0.0)
 
     @cached_property
     def coordinates(self) -> Tensor:
@@ -210,7 +249,8 @@ class SpectralRemoval(Removal):
         return self._change[:, self._reached] * self.spectrum.s[self._reached].sqrt()
 
     def _weight_sqnorm(self) -> Tensor:
-        return self._change.square() @ self.spectrum.s + self._missed
+        found = self._held.square() @ self.spectrum.s if self._row is None else self._sqnorm
+        return found + self._missed
 
     def _hessian_sqnorm(self) -> Tensor:
         return self._change.square() @ (self.spectrum.s * (self.spectrum.s + self._phi.shift))
@@ -225,8 +265,16 @@ class SpectralRemoval(Removal):
     def _prediction_sqnorm(self) -> Tensor:
         if self._moment is None:
             return super()._prediction_sqnorm()
-        moved = self._change @ self._moment
-        return torch.linalg.vecdot(moved, moved)
+        # C is lower triangular: a strip of its columns needs the coordinates from its first row on, half the operations
+        if self._row is None:
+            rows, weight, scale = self._held, torch.ones_like(self.spectrum.s), 1.0
+        else:
+            rows, weight, scale = self.spectrum.u, self._row[1], self._row[0].square()
+        total = rows.new_zeros(len(rows))
+        for begin in range(0, self._moment.shape[1], _STRIP):
+            strip = weight[begin:, None] * self._moment[begin:, begin : begin + _STRIP]
+            total += torch.linalg.vector_norm(rows[:, begin:] @ strip, dim=1).square()
+        return total * scale
 
     def _predict(self, begin: int, end: int) -> Tensor:
         return self._change[begin:end] @ self._probe.T
@@ -239,7 +287,7 @@ class SpectralRemoval(Removal):
 
     def _leverage(self) -> Tensor:
         rows = (self.spectrum.u.square() @ (self._scale * self.spectrum.s)).reshape(self.residual.shape).sum(1)
-        return self.sum_over_blocks(rows) + self._missed_leverage
+        return self.sum_over_blocks(rows) + self.missed_leverage
 
     def trained_residual(self) -> Tensor:
         """Y - f at the end of the training on all samples, [n, k]."""

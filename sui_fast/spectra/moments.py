@@ -65,7 +65,8 @@ class FeatureSpectrum:
         return Spectrum(self.rows(features), self.s, 0.0, complete=False)
 
     def moment(self, gram: Tensor, samples: int) -> Tensor:
-        """C [r', p], ||c C||^2 the mean over validation samples of ||df||^2 for a change c on the eigenvectors.
+        """Lower triangular C [r', p], ||c C||^2 the mean over validation samples of ||df||^2 for a change c on the
+        eigenvectors.
 
         Args:
             gram: Z^T Z of the validation samples. samples: how many they are.
@@ -73,7 +74,8 @@ class FeatureSpectrum:
         turned = self.turn * self.s
         values, vectors = torch.linalg.eigh(turned.T @ gram @ turned / samples)
         keep = values > 1e-16 * values[-1].clamp_min(0)
-        return vectors[:, keep] * values[keep].sqrt()
+        root = vectors[:, keep] * values[keep].sqrt()
+        return torch.linalg.qr(root.T, mode="r").R.T.contiguous()
 
 
 def feature_spectrum(moments: Moments, precision: float = 2.0**-24) -> FeatureSpectrum:
