@@ -15,6 +15,7 @@ from ._errors import ArgumentError, complaint
 from .jacobians import jacobian
 from .loo import (
     Removal,
+    add_to_kernel,
     check_stability,
     leave_one_out,
     loo_error_curve,
@@ -29,6 +30,7 @@ from .streaming import (
     Processes,
     Source,
     collect,
+    features_of,
     fit_map,
     kernel_error,
     moments_of,
@@ -64,6 +66,8 @@ class Run:
         self.model, self.wanted, self.reg, self.training = model, wanted, reg, training
         self.convention, self.groups, self.sigma, self.seed, self.progress = convention, groups, sigma, seed, progress
         self.samples = self.probes = self.y = self.labels = None
+        self.candidates = self.new_y = self.new_labels = None
+        self.new_values: dict[str, np.ndarray] = {}
         self.sgd: dict[str, Any] = {}
 
     def dense(self, stages: Stages, common: dict[str, Any]):
@@ -98,6 +102,16 @@ class Run:
                 )  # fmt: skip
         with stages("measures"):
             values, more = self._measure(removal, self.y, self.labels, jac.n * reg)
+        if self.candidates is not None:
+            with stages("candidates"):
+                new = jacobian(self.model, self.candidates, progress=self.progress, **common)
+                reach = None if self.probes is None else probe.gram(new)
+                phi = make_filter(jac.n, reg=reg, **self.training)
+                added = add_to_kernel(
+                    theta, r0, new.gram(jac), new.own_blocks(), self.new_y - new.outputs.to(torch.float64), phi,
+                    cross=cross, reach=reach, convention=self.convention,
+                )  # fmt: skip
+                self.new_values, _ = self._measure(added, self.new_y, self.new_labels, jac.n * reg)
         details = removal.diagnostics
         details = dict(
             **details,
@@ -132,7 +146,7 @@ class Run:
                 moments = moments_of(stores[0], fmap.rank, device)
                 moments.reduce(processes.total)
                 spectrum = feature_spectrum(moments)
-            moment = None
+            moment = seen = None
             if self.probes is not None:
                 with stages("validation features"):
                     probes = Source(self.model, self.probes, common, *processes.slice(self.probes.n))
@@ -166,11 +180,20 @@ class Run:
                     lost += float(removal.loo_residual.square().sum())
                     missed += float(removal.missed_leverage.sum())
                     details, begin = removal.diagnostics, begin + count
-                nothing = [{name: np.zeros(0) for name in self.wanted}]  # of a process without samples
-                values = {name: np.concatenate([c[name] for c in columns or nothing]) for name in self.wanted}
-                values = processes.gather(values)
+                values = processes.gather(self._join(columns))
                 lost, missed = processes.total(torch.tensor([lost, missed], dtype=torch.float64)).tolist()
                 edf = missed + float((spectrum.s * torch.from_numpy(phi(spectrum.s.cpu().numpy())).to(device)).sum())
+            if self.candidates is not None:
+                with stages("candidates"):
+                    new = Source(self.model, self.candidates, common, *processes.slice(self.candidates.n))
+                    columns, begin = [], new.begin
+                    for sample in features_of(new, fmap, self.new_y, begin, self.progress):
+                        part = slice(begin, begin + len(sample["features"]))
+                        added = solver.addition(sample, phi, seen)
+                        labels = None if self.new_labels is None else self.new_labels[part]
+                        columns.append(self._measure(added, self.new_y[part], labels, n * reg)[0])
+                        begin = part.stop
+                    self.new_values = processes.gather(self._join(columns))
             with stages("error estimate"):
                 error, exact_edf = kernel_error(source, fmap, n * reg, self.seed)
                 details["effective_dimension"] = edf = max(edf, exact_edf) if phi.converged else edf
@@ -191,6 +214,10 @@ class Run:
             **more,
         )
         return values, details, reg, self.samples.ids if self.groups is None else np.unique(np.asarray(self.groups))
+
+    def _join(self, columns: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        nothing = [{name: np.zeros(0) for name in self.wanted}]  # of a process without samples
+        return {name: np.concatenate([column[name] for column in columns or nothing]) for name in self.wanted}
 
     @staticmethod
     def _about(n: int, k: int, parameters: int, coverage: float, dtype) -> dict[str, Any]:

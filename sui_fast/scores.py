@@ -27,6 +27,7 @@ class Scores:
         units: {measure: unit}.
         labels: class of each sample, int64 [n], or None.
         inputs: small inputs for the report [n, ...], or None; not saved.
+        candidates: Scores of samples that were not trained on, where ``score`` was given some, or None; saved apart.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Scores:
         self.values = {name: np.asarray(column, dtype=np.float64) for name, column in values.items()}
         self.settings, self.diagnostics, self.units = settings, diagnostics, units or {}
         self.labels, self.inputs = labels, inputs
+        self.candidates: Scores | None = None
         for name, column in {**self.values, "labels": labels}.items():
             if column is not None and np.shape(column) != (len(self.ids),):
                 raise ArgumentError(

@@ -55,6 +55,7 @@ def score(
     store=None,
     resume: bool = True,
     progress: bool = True,
+    candidates=None,
     sgd_batch_size: int = 1,
     sgd_lr: float | None = None,
     sgd_jitter: float = 1e-9,
@@ -94,6 +95,9 @@ def score(
         groups: one label per sample, [n]: samples with equal labels are removed together, one row of scores each.
         convention: "sum", "mean" or "iclr2021" (see ``leave_one_out``).
         progress: show a bar on runs longer than two seconds.
+        candidates: samples with targets that are not trained on: what each would add. Their scores are
+            ``Scores.candidates``, with the measures of ``train`` (not "si_sgd"); the left-out residual and margin are
+            those of the model as it is.
         sgd_batch_size, sgd_lr, sgd_jitter: noise of "si_sgd" (lr: default ``lr``, else 1).
     Returns:
         Scores, one row per sample in the order of ``train``.
@@ -101,6 +105,9 @@ def score(
         ArgumentError, DataError, StabilityError, CoverageError, SpectrumError; each names the argument and the remedy.
     Source: Harutyunyan et al., ICLR 2021, Definitions 3.1 and 4.1, eqs. 5 and 16.
     """
+    if candidates is not None and "si_sgd" in measures:
+        got, todo = "'si_sgd', whose noise depends on the sample", "Score them in two calls."
+        raise ArgumentError(complaint("measures", "measures that candidates have", got, todo))
     wanted = _check_arguments(measures, loss, sigma, method, rank, val, sgd_batch_size, sgd_jitter)
     sgd_lr = sgd_lr if sgd_lr is not None else (lr if lr is not None else 1.0)
     if not (isinstance(sgd_lr, int | float) and math.isfinite(sgd_lr) and sgd_lr > 0):
@@ -122,6 +129,8 @@ def score(
             run.samples = as_samples(train, with_targets=True, argument="train")
             if "fsi" in wanted:
                 run.probes = as_samples(val, with_targets=None, argument="val")
+            if candidates is not None:
+                run.candidates = as_samples(candidates, with_targets=True, argument="candidates")
         common = dict(outputs=outputs, params=params, batch_size=batch_size)
         with stages("look"):
             first = jacobian(model, run.samples.slice(0, 1), dtype=dtype, **common)
@@ -133,6 +142,11 @@ def score(
             if "loo_margin" in wanted:
                 _check_labels(labels, groups)
         run.y, run.labels = y.to(first.device), labels
+        if candidates is not None:
+            new_y, run.new_labels = regression_targets(run.candidates.targets, first.k, "candidates")
+            run.new_y = new_y.to(first.device)
+            if "loo_margin" in wanted:
+                _check_labels(run.new_labels, None)
         if chosen == "dense":
             if store is not None and method == "dense":
                 raise ArgumentError(complaint("store", "None with an exact method", repr(store), "Drop it."))
@@ -168,15 +182,24 @@ def score(
         seconds=stages.seconds,
         peak_bytes=_peak_bytes(first.device),
     )
-    return Scores(
+    units = {name: UNITS[name] for name in values}
+    common = dict(settings=settings, diagnostics=diagnostics, units=units)
+    scores = Scores(
         ids=ids,
         values=values,
-        settings=settings,
-        diagnostics=diagnostics,
-        units={name: UNITS[name] for name in values},
         labels=labels.cpu().numpy() if labels is not None and groups is None else None,
         inputs=_small_inputs(run.samples) if groups is None else None,
+        **common,
     )
+    if candidates is not None:
+        scores.candidates = Scores(
+            ids=run.candidates.ids,
+            values=run.new_values,
+            labels=None if run.new_labels is None else run.new_labels.cpu().numpy(),
+            inputs=_small_inputs(run.candidates),
+            **common,
+        )
+    return scores
 
 
 def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:

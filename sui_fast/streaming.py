@@ -15,7 +15,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from ._errors import ArgumentError, StabilityError, complaint
 from .jacobians import Jacobian, jacobian
 from .jacobians.data import Samples, batch_length
-from .loo import SpectralRemoval, check_stability, make_blocks, make_filter, shard_blocks
+from .loo import Addition, SpectralRemoval, add_samples, check_stability, make_blocks, make_filter, shard_blocks
 from .spectra import (
     RANK_FOR,
     FeatureMap,
@@ -165,19 +165,25 @@ def smooth_rank(rank: int) -> int:
 
 def collect(source: Source, fmap: FeatureMap, y: Tensor | None, store: Store | _Memory, progress: bool) -> None:
     """Pass 1: features [n, k, r] float32, residual [n, k] and the diagonal that the features miss [n, k, k]."""
-    size = None
-    begin = source.begin + store.rows
-    bar = tqdm(total=source.end - begin, desc=f"{fmap.kind} features", delay=2, leave=False, disable=not progress)
-    while begin < source.end:
-        if size is None:
-            k = source.part(begin, begin + 1).k
-            size = max(16, min(_SHARD // (k * fmap.rank), 4096))
-        end = min(begin + size, source.end)
-        parts = [_features(source.part(b, min(b + 256, end)), fmap, y, b) for b in range(begin, end, 256)]
-        store.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-        bar.update(end - begin)
-        begin = end
-    bar.close()
+    for shard in features_of(source, fmap, y, source.begin + store.rows, progress):
+        store.append(shard)
+
+
+def features_of(
+    source: Source, fmap: FeatureMap, y: Tensor | None, begin: int, progress: bool
+) -> Iterator[dict[str, Tensor]]:
+    """What pass 1 keeps of the samples from ``begin`` on, shard by shard."""
+    if begin >= source.end:
+        return
+    size = max(16, min(_SHARD // (source.part(begin, begin + 1).k * fmap.rank), 4096))
+    with tqdm(
+        total=source.end - begin, desc=f"{fmap.kind} features", delay=2, leave=False, disable=not progress
+    ) as bar:
+        for first in range(begin, source.end, size):
+            end = min(first + size, source.end)
+            parts = [_features(source.part(b, min(b + 256, end)), fmap, y, b) for b in range(first, end, 256)]
+            yield {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            bar.update(end - first)
 
 
 def _features(part: Jacobian, fmap: FeatureMap, y: Tensor | None, first: int) -> dict[str, Tensor]:
@@ -245,6 +251,26 @@ class LowRank:
         if "missed" in shard and self.groups is None:
             found.add_missed(shard["missed"].to(self.device))
         return found
+
+    def addition(self, sample: dict[str, Tensor], phi, seen: Moments | None) -> Addition:
+        """What new samples with these features and residuals would add; seen: moments of the validation samples."""
+        z, residual = (sample[name].to(self.device, torch.float64) for name in ("features", "residual"))
+        spectrum = self.spectrum
+        root = spectrum.s.sqrt()
+        v = spectrum.turn * root
+        hidden = z @ spectrum.beyond
+        unseen = hidden @ hidden.transpose(1, 2)
+        if "missed" in sample:
+            unseen = unseen + sample["missed"].to(self.device)
+        found = add_samples(
+            z @ v, unseen, residual, spectrum.s, root * spectrum.gain, phi,
+            n=spectrum.samples, convention=self.convention,
+        )  # fmt: skip
+        if seen is None:
+            return found
+        change = found.inside @ v.T + torch.einsum("ckr,ck->cr", hidden, found.beyond) @ spectrum.beyond.T
+        moved = ((change @ seen.gram) * change).sum(1).clamp_min(0) / seen.samples
+        return replace(found, prediction_sqnorm=moved)
 
     def loo_error_curve(self, total: Callable[[Tensor], Tensor], points: int = 31, **training) -> tuple:
         """As in loo.regularisation, summed over shards and processes."""

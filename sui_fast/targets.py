@@ -8,26 +8,26 @@ from torch import Tensor
 from ._errors import DataError, complaint
 
 
-def regression_targets(targets: Tensor | None, k: int) -> tuple[Tensor, Tensor | None]:
+def regression_targets(targets: Tensor | None, k: int, argument: str = "train") -> tuple[Tensor, Tensor | None]:
     """Targets of the mean squared loss and, where they stand for classes, the class of each sample.
 
     Args:
         targets: float [n, k] or [n]; integer classes [n], in 0..k-1 (k > 1) or {0, 1} (k = 1).
-        k: outputs of the model.
+        k: outputs of the model. argument: where the targets came from, for messages.
     Returns:
         y float64 [n, k] and labels int64 [n] or None (numbers that are neither one-hot rows nor all 0 or 1).
     Raises:
         DataError: missing targets, wrong shape, a class out of range, NaN or infinity (with the sample's number).
     """
     if targets is None:
-        raise DataError(complaint("train", "samples with targets", "inputs only", "Pass (inputs, targets)."))
+        raise DataError(complaint(argument, "samples with targets", "inputs only", "Pass (inputs, targets)."))
     if targets.is_floating_point():
         y = targets.to(torch.float64)
         y = y[:, None] if y.ndim == 1 else y
         if y.ndim != 2 or y.shape[1] != k:
             raise DataError(
                 complaint(
-                    "train",
+                    argument,
                     f"float targets of shape [n, {k}], as the model has {k} outputs",
                     f"shape {list(targets.shape)}",
                     "Pass one target per output, or integer classes.",
@@ -37,7 +37,7 @@ def regression_targets(targets: Tensor | None, k: int) -> tuple[Tensor, Tensor |
         if len(bad):
             raise DataError(
                 complaint(
-                    "train",
+                    argument,
                     "finite targets",
                     f"NaN or infinity at sample {int(bad[0])}",
                     "Remove or repair that sample.",
@@ -53,7 +53,7 @@ def regression_targets(targets: Tensor | None, k: int) -> tuple[Tensor, Tensor |
     if labels.ndim != 1:
         raise DataError(
             complaint(
-                "train",
+                argument,
                 "integer classes of shape [n]",
                 f"shape {list(targets.shape)}",
                 "Pass one class per sample; convert multi-output targets to float.",
@@ -64,7 +64,7 @@ def regression_targets(targets: Tensor | None, k: int) -> tuple[Tensor, Tensor |
     if len(bad):
         raise DataError(
             complaint(
-                "train",
+                argument,
                 f"classes in 0..{classes - 1}, as the model has {k} output{'s' if k > 1 else ''}",
                 f"{int(labels[bad[0]])} at sample {int(bad[0])}",
                 "Relabel the classes from 0, or widen the model.",

@@ -1,5 +1,6 @@
 """Leave-one-out: what changes when samples are removed."""
 
+from .addition import Addition, add_samples, add_to_kernel
 from .blocks import make_blocks, shard_blocks
 from .regularisation import loo_error_curve
 from .removal import Removal
@@ -7,8 +8,11 @@ from .solve import check_stability, leave_one_out, make_filter, remove_from_spec
 from .spectral import SpectralRemoval
 
 __all__ = [
+    "Addition",
     "Removal",
     "SpectralRemoval",
+    "add_samples",
+    "add_to_kernel",
     "check_stability",
     "leave_one_out",
     "loo_error_curve",

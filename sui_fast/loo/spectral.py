@@ -161,8 +161,9 @@ class SpectralRemoval(Removal):
         s, g, w = self.spectrum.s, self._gain, 1 / (self.spectrum.s + shift)
         v, squares = self._left_out, torch.empty_like(self._left_out)
         forms = torch.stack([w, torch.ones_like(w), s * w.square()], 1)
-        for part, index, block in self._chunks(np.arange(len(self)), torch.arange(len(self), device=s.device)[:, None]):
-            u, own = block[:, 0], self.residual.reshape(-1)[part]
+        step = max(1, CHUNK // max(1, len(s)))
+        for part in (slice(begin, begin + step) for begin in range(0, len(self), step)):
+            u, own = self.spectrum.u[part], self.residual.reshape(-1)[part]
             kernel, norm, squares[part] = (u.square() @ forms).unbind(1)
             if self.spectrum.complete:
                 v[part] = (u @ (w * g)) / kernel

@@ -47,12 +47,14 @@ class FeatureSpectrum:
     Attributes:
         s: eigenvalues, ascending, float64 [r'], > 0.
         turn: [r, r'], u = Z turn.
+        beyond: the other directions [r, r - r'], in which no sample has features.
         gain: u^T r0 over all samples [r'].
         samples: n.
     """
 
     s: Tensor
     turn: Tensor
+    beyond: Tensor
     gain: Tensor
     samples: int
 
@@ -92,6 +94,6 @@ def feature_spectrum(moments: Moments, precision: float = 2.0**-24) -> FeatureSp
     if not top > 0:
         raise SpectrumError(complaint("features", "some that are not zero", "zeros", "Check params=."))
     keep = s > top * max(precision**2 * moments.samples, len(s) * 2.0**-52)
-    s, v = s[keep], v[:, keep]
+    beyond, s, v = v[:, ~keep], s[keep], v[:, keep]
     turn = v / s.sqrt()
-    return FeatureSpectrum(s, turn, turn.T @ moments.pull, moments.samples)
+    return FeatureSpectrum(s, turn, beyond, turn.T @ moments.pull, moments.samples)
