@@ -19,6 +19,7 @@ from .jacobians import Jacobian, jacobian, ntk
 from .loo import Removal, leave_one_out
 from .ops import explain, use_backend
 from .planning import Plan
+from .review import Review, read_review
 from .scores import Scores
 from .scoring import plan, score
 
@@ -33,6 +34,7 @@ __all__ = [
     "Jacobian",
     "Plan",
     "Removal",
+    "Review",
     "Scores",
     "SpectrumError",
     "StabilityError",
@@ -44,6 +46,7 @@ __all__ = [
     "leave_one_out",
     "ntk",
     "plan",
+    "read_review",
     "score",
     "use_backend",
 ]

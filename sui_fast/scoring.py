@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+import platform
 import sys
 import time as clock
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from .jacobians.data import as_samples
 from .loo import make_filter
 from .measures import MEASURES, UNITS
 from .planning import METHODS, Plan, choose_method, make_plan
+from .previews import LARGEST, image_shape, shrink
 from .runs import Run, Stages
 from .scores import Scores
 from .streaming import check_rank
@@ -28,6 +32,7 @@ except ImportError:  # not on Windows
     resource = None
 
 LOSSES = ("mse",)
+TEXT_COLUMNS = ("text", "sentence", "content", "document", "question", "prompt")  # what a report shows of a sample
 
 
 def score(
@@ -180,6 +185,7 @@ def score(
         method_reason=reason,
         **details,
         seconds=stages.seconds,
+        versions=versions(),
         peak_bytes=_peak_bytes(first.device),
     )
     units = {name: UNITS[name] for name in values}
@@ -189,6 +195,9 @@ def score(
         values=values,
         labels=labels.cpu().numpy() if labels is not None and groups is None else None,
         inputs=_small_inputs(run.samples) if groups is None else None,
+        texts=_texts(train, run.samples.n) if groups is None else None,
+        suggested=run.suggested,
+        neighbours=run.neighbours,
         **common,
     )
     if candidates is not None:
@@ -279,6 +288,15 @@ def _device_of(model: torch.nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
+def versions() -> dict[str, str]:
+    """What a run depends on, for its run card."""
+    found = {"python": platform.python_version()}
+    for name in ("sui-fast", "torch", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
@@ -288,11 +306,34 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def _small_inputs(samples, most: int = 16_384) -> np.ndarray | None:
-    """The inputs for the report, where they are one array of at most ``most`` numbers a sample."""
+    """The inputs for the report, where they are one array: pictures made small, others of at most ``most`` numbers."""
     parts = []
     for batch in samples.batches(256):
-        if not isinstance(batch, torch.Tensor) or batch[0].numel() > most:
+        if not isinstance(batch, torch.Tensor):
             return None
-        parts.append(batch.detach().cpu().to(torch.float32).numpy())
+        if batch[0].numel() > most:
+            if image_shape(tuple(batch.shape[1:])) is None:
+                return None
+            first = batch.shape[1] in (1, 3, 4) if batch.ndim == 4 else False
+            pixels = batch.detach().cpu().to(torch.float32)
+            pixels = pixels.movedim(1, -1) if first else pixels.reshape(*batch.shape[:3], -1)
+            parts.append(shrink(pixels.numpy(), LARGEST))
+        else:
+            parts.append(batch.detach().cpu().to(torch.float32).numpy())
+    if len({part.shape[1:] for part in parts}) != 1:
+        return None
     stacked = np.concatenate(parts)
     return stacked if stacked.nbytes < 1 << 28 else None
+
+
+def _texts(train, n: int) -> list[str] | None:
+    """The texts of a Hugging Face Dataset, for the report."""
+    names = getattr(train, "column_names", None)
+    if not isinstance(names, list) or not hasattr(train, "with_format"):
+        return None
+    for name in TEXT_COLUMNS:
+        if name in names:
+            found = train.with_format(None)[name][:]
+            if len(found) == n and all(isinstance(text, str) for text in found):
+                return list(found)
+    return None

@@ -15,6 +15,7 @@ ROOMS = [
     ["spectra"],
     ["loo"],
     ["measures"],
+    ["previews", "review"],
     ["targets", "scores"],
     ["planning", "streaming"],
     ["runs"],
