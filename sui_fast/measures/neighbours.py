@@ -26,14 +26,21 @@ def kernel_neighbours(theta: Tensor, k: int, labels: Tensor | None, most: int = 
     traces = sum(theta[c::k, c::k] for c in range(k)) if k > 1 else theta
     norms = traces.diagonal().clamp_min(0).sqrt()
     inverse = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
-    return nearest(lambda begin, end: traces[begin:end] * inverse[begin:end, None] * inverse, len(norms), labels, most)
+
+    def similarities(rows: Tensor) -> Tensor:
+        return traces[rows] * inverse[rows, None] * inverse
+
+    return nearest(similarities, torch.arange(len(norms), device=theta.device), len(norms), labels, most)
 
 
-def input_neighbours(inputs: np.ndarray, labels: np.ndarray | None, most: int = 3) -> dict[str, np.ndarray]:
+def input_neighbours(
+    inputs: np.ndarray, labels: np.ndarray | None, most: int = 3, rows: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """The samples whose inputs are most alike: cosine between inputs less their mean.
 
     Args:
-        inputs: [n, ...]. labels: class of each sample, [n], or None. most: neighbours of each kind.
+        inputs: [n, ...]. labels: class of each sample, [n], or None. most: neighbours of each kind. rows: the samples
+            whose neighbours are wanted; default: all.
     Returns:
         As ``nearest``.
     """
@@ -41,14 +48,15 @@ def input_neighbours(inputs: np.ndarray, labels: np.ndarray | None, most: int = 
     flat = flat - flat.mean(0)
     flat = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-30)
     known = None if labels is None else torch.from_numpy(np.unique(labels, return_inverse=True)[1])
-    return nearest(lambda begin, end: flat[begin:end] @ flat.T, len(flat), known, most)
+    wanted = torch.arange(len(flat)) if rows is None else torch.from_numpy(np.asarray(rows, dtype=np.int64))
+    return nearest(lambda chosen: flat[chosen] @ flat.T, wanted, len(flat), known, most)
 
 
-def nearest(similarities, n: int, labels: Tensor | None, most: int) -> dict[str, np.ndarray]:
+def nearest(similarities, rows: Tensor, n: int, labels: Tensor | None, most: int) -> dict[str, np.ndarray]:
     """The most similar samples of another class and of the same class.
 
     Args:
-        similarities: function (begin, end) -> [end - begin, n]. n: samples.
+        similarities: function of sample numbers [b] -> [b, n]. rows: sample numbers. n: samples.
         labels: class of each sample, [n]; None: all are of the same class. most: neighbours of each kind.
     Returns:
         {"other", "same"}: sample numbers int64 [n, q], nearest first, -1 where there are fewer;
@@ -57,14 +65,12 @@ def nearest(similarities, n: int, labels: Tensor | None, most: int) -> dict[str,
     most = max(min(most, n - 1), 0)
     found: dict[str, list[Tensor]] = {name: [] for name in ("other", "other_similarity", "same", "same_similarity")}
     step = max(1, _CHUNK // max(n, 1))
-    for begin in range(0, n, step):
-        end = min(begin + step, n)
-        similar = similarities(begin, end).to(torch.float32)
-        own = torch.arange(begin, end, device=similar.device)
-        alike = torch.ones_like(similar, dtype=torch.bool) if labels is None else labels[begin:end, None] == labels
+    for own in rows.split(step):
+        similar = similarities(own).to(torch.float32)
+        alike = torch.ones_like(similar, dtype=torch.bool) if labels is None else labels[own, None] == labels
         for name, mask in (("other", ~alike), ("same", alike)):
             masked = similar.masked_fill(~mask, -torch.inf)
-            masked[own - begin, own] = -torch.inf
+            masked[torch.arange(len(own), device=own.device), own] = -torch.inf
             value, place = masked.topk(most, dim=1)
             missing = value == -torch.inf
             found[name].append(place.masked_fill(missing, -1))
