@@ -19,6 +19,7 @@ from .jacobians import Jacobian, jacobian, ntk
 from .loo import Removal, leave_one_out
 from .ops import explain, use_backend
 from .planning import Plan
+from .report import Comparison, compare
 from .review import Review, read_review
 from .scores import Scores
 from .scoring import plan, score
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "BackendError",
+    "Comparison",
     "CoverageError",
     "DataError",
     "ModelError",
@@ -40,6 +42,7 @@ __all__ = [
     "StabilityError",
     "StoreError",
     "SuiError",
+    "compare",
     "doctor",
     "explain",
     "jacobian",

@@ -10,6 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from .._errors import ArgumentError, complaint
 from . import sections as parts
 from .payload import dumps, payload, rows_shown
 
@@ -37,6 +38,8 @@ def write_report(
     Returns:
         the path.
     """
+    if texts is not None and len(texts) != len(scores):
+        raise ArgumentError(complaint("texts", f"one per sample ({len(scores)})", len(texts), "Align them."))
     rows = rows_shown(scores)
     shown = scores if len(rows) == len(scores) else scores.select(rows)
     some = None if texts is None else [texts[i] for i in rows]
@@ -44,11 +47,12 @@ def write_report(
     names = dict(zip(data["classes"], data["names"], strict=True))
     note = "" if len(rows) == len(scores) else f" The page shows {len(rows)} of them: the extremes and a random rest."
     lead = (
-        f"What each of {len(scores)} training samples alone tells the model: its weights (SI) and its predictions (F-SI)."
-        f"{note}"
+        f"What each of {len(scores)} training samples alone tells the model: its weights (SI) and its predictions "
+        f"(F-SI).{note}"
     )
     found = [("Suspected label errors", "suspects", _SUSPECTS)] if scores.labels is not None else []
-    found.append(("Most and least informative", "gallery", _GALLERY.format(first=parts.safe(data["columns"][0]["name"]))))
+    ranking = next(c["name"] for c in data["columns"] if c["key"] == data["start"]["sort"])
+    found.append(("Most and least informative", "gallery", _GALLERY.format(first=parts.safe(ranking))))
     if scores.labels is not None and len(scores):
         found.append(("Classes", "classes", parts.classes(scores, names)))
     found += _applications(sections)
@@ -74,7 +78,8 @@ def write_page(
         the path.
     """
     style = (_HERE / "report.css").read_text(encoding="utf-8")
-    script = "(() => {\n'use strict';\n" + "".join((_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS) + "})();\n"
+    body = "".join((_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    script = "(() => {\n'use strict';\n" + body + "})();\n"
     json = dumps({**data, "key": hashlib.sha256(repr((title, data["ids"], data["labels"])).encode()).hexdigest()[:16]})
     policy = (
         f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
@@ -104,13 +109,13 @@ def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-_SUSPECTS = """<p>The model trained without the sample contradicts its label. Beside each: the nearest samples of another
-class, which speak against the label.</p>
+_SUSPECTS = """<p>The model trained without the sample contradicts its label. Beside each: the nearest samples of
+another class, which speak against the label.</p>
 <div class=bar><button type=button id=review-suspects class=primary>Review them one by one</button>
 <span id=suspect-count></span></div><ul class=suspects id=suspect-list></ul>
 <button type=button id=more-suspects hidden>Show more</button>"""
-_GALLERY = """<p>High: what the model would miss most, rare, hard or wrongly labelled samples. Low: what the others already
-teach, typical or duplicated ones.</p>
+_GALLERY = """<p>High: what the model would miss most, rare, hard or wrongly labelled samples. Low: what the others
+already teach, typical or duplicated ones.</p>
 <div class=bar><label>by <select id=gallery-by></select></label></div>
 <h3 id=most-title>Most informative by {first}</h3><ul class=strip id=most></ul>
 <h3 id=least-title>Least informative by {first}</h3><ul class=strip id=least></ul>"""

@@ -39,7 +39,9 @@ ABOUT = {
     "si_langevin": "information about the final weights, Langevin noise",
     "si_sgd": "information about the final weights, noise of SGD at its steady state",
 }
-_PREFIXES = {-15: "f", -12: "p", -9: "n", -6: "\u00b5", -3: "m", 0: "", 3: "k", 6: "M"}
+_FIRST = ("si", "fsi", "loo_margin")
+_PLAIN = ("", "outputs", "units of the targets")  # units that say nothing new in a heading
+PREFIXES = {-15: "f", -12: "p", -9: "n", -6: "\u00b5", -3: "m", 0: "", 3: "k", 6: "M"}
 
 
 def text_of(x: Any) -> str:
@@ -53,11 +55,12 @@ def column(key: str, values: np.ndarray, unit: str = "", *, exponent: int | None
     finite = values[np.isfinite(values)]
     exponent = exponent_of(values) if exponent is None and unit == "nats" else exponent or 0
     positive = finite[finite > 0]
-    spread = len(positive) > 1 and (finite >= 0).all() and np.quantile(positive, 0.99) > 30 * np.quantile(positive, 0.01)
+    low, high = np.quantile(positive, [0.01, 0.99]) if len(positive) else (1.0, 1.0)
+    spread = (finite >= 0).all() and high > 30 * low
     return {
         "key": key,
         "name": NAMES.get(key, text_of(key)),
-        "unit": _PREFIXES[exponent] + text_of(unit) if unit else "",
+        "unit": "" if unit in _PLAIN else PREFIXES[exponent] + text_of(unit),
         "exponent": exponent,
         "log": bool(spread),
         "about": ABOUT.get(key, ""),
@@ -72,7 +75,7 @@ def exponent_of(values: np.ndarray) -> int:
     if not len(sizes):
         return 0
     exponent = 3 * math.floor(math.log10(np.median(sizes)) / 3)
-    return exponent if exponent in _PREFIXES else 0
+    return exponent if exponent in PREFIXES else 0
 
 
 def suspects_of(scores: Scores) -> np.ndarray:
@@ -124,9 +127,10 @@ def payload(
     n = len(scores)
     texts = scores.texts if texts is None else texts
     if columns is None:
-        columns = [column(name, v, scores.units.get(name, "")) for name, v in scores.values.items()]
+        names = sorted(scores.values, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
+        columns = [column(name, scores[name], scores.units.get(name, "")) for name in names]
     suspects = suspects_of(scores) if suspects is None else suspects
-    labels, suggested, values, names = _classes(scores, class_names)
+    labels, suggested, values, titles = _classes(scores, class_names)
     data: dict[str, Any] = {
         "ids": [text_of(x) for x in scores.ids.tolist()],
         "numeric": scores.ids.dtype.kind in "iuf",
@@ -134,7 +138,7 @@ def payload(
         "labels": labels,
         "suggested": suggested,
         "classes": values,
-        "names": names,
+        "names": titles,
         "suspects": suspects.tolist(),
         "neighbours": _neighbours(scores, suspects),
         "start": start or _start(scores),

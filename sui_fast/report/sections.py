@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._errors import ArgumentError, complaint
-from .payload import NAMES, exponent_of, suspects_of, text_of
+from .payload import NAMES, PREFIXES, exponent_of, suspects_of, text_of
 
 if TYPE_CHECKING:
     from ..scores import Scores
@@ -68,11 +68,22 @@ def tiles(scores: Scores) -> str:
         found.append(("regularisation", settings["reg"], "of the mean loss"))
     if "loo_mse" in details:
         found.append(("left-out error", details["loo_mse"], "mean squared"))
-    cells = "".join(
+    return figures(found)
+
+
+def figures(cells: Sequence[tuple[str, Any, str]]) -> str:
+    """Key figures: (name, value, note)."""
+    inside = "".join(
         f"<div><dt>{safe(name)}</dt><dd>{safe(number(value))}</dd><dd class=note>{safe(note)}</dd></div>"
-        for name, value, note in found
+        for name, value, note in cells
     )
-    return f"<dl class=tiles>{cells}</dl>"
+    return f"<dl class=tiles>{inside}</dl>"
+
+
+def unit_of(scores: Scores, name: str, exponent: int) -> str:
+    """Name of a measure with its unit, as in F-SI (\u00b5nats)."""
+    known = NAMES.get(name, text_of(name))
+    return f"{known} ({PREFIXES[exponent]}nats)" if scores.units.get(name) == "nats" else known
 
 
 def classes(scores: Scores, names: dict[str, str]) -> str:
@@ -86,22 +97,20 @@ def classes(scores: Scores, names: dict[str, str]) -> str:
         v, unit = scores[name], scores.units.get(name, "")
         exponent = exponent_of(v) if unit == "nats" else 0
         log = bool((v[np.isfinite(v)] >= 0).all() and (v > 0).any())
-        positions = _positions(v, log)
-        frames[name] = (exponent, positions)
-        prefix = {-6: "\u00b5", -3: "m", 0: "", -9: "n", -12: "p", -15: "f", 3: "k", 6: "M"}[exponent]
-        label = f"{NAMES.get(name, name)} ({prefix}{unit})" if unit else NAMES.get(name, name)
-        heads.append(f"<th scope=col>median {safe(label)}</th><th scope=col class=bars>10% to 90%</th>")
+        frames[name] = (exponent, positions(v, log))
+        heads.append(f"<th scope=col>median {safe(unit_of(scores, name, exponent))}</th>")
+        heads.append("<th scope=col class=bars>10% to 90%</th>")
     total = {name: np.nansum(scores[name]) for name in measures[:1]}
     lines = []
     for value in shown:
         rows = labels == value
         cells = []
         for name in measures:
-            exponent, positions = frames[name]
+            exponent, place = frames[name]
             v = scores[name][rows]
             v = v[np.isfinite(v)]
             median = f"{np.median(v) / 10.0**exponent:.3g}" if len(v) else "\u2013"
-            cells.append(f"<td>{safe(median)}</td><td class=bars>{_bar(positions, v)}</td>")
+            cells.append(f"<td>{safe(median)}</td><td class=bars>{bar(place, v)}</td>")
         name = measures[0]
         share = np.nansum(scores[name][rows]) / total[name] if total[name] else 0.0
         cells.append(f"<td>{share:.1%}</td>" if name != "loo_margin" else "<td>\u2013</td>")
@@ -111,11 +120,12 @@ def classes(scores: Scores, names: dict[str, str]) -> str:
     first = safe(NAMES.get(measures[0], measures[0]))
     return (
         f"{note}<div class=wide><table class=plain><thead><tr><th scope=col>class</th><th scope=col>samples</th>"
-        f"{''.join(heads)}<th scope=col>share of all {first}</th></tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        f"{''.join(heads)}<th scope=col>share of all {first}</th></tr></thead>"
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 
-def _positions(values: np.ndarray, log: bool):
+def positions(values: np.ndarray, log: bool):
     """A function from values to places between 0 and 100 along the range of all of them."""
     finite = values[np.isfinite(values)]
     finite = finite[finite > 0] if log else finite
@@ -130,12 +140,13 @@ def _positions(values: np.ndarray, log: bool):
     return place
 
 
-def _bar(place, v: np.ndarray) -> str:
+def bar(place, v: np.ndarray) -> str:
     if not len(v):
         return ""
     low, middle, high = place(np.quantile(v, [0.1, 0.5, 0.9]))
     return (
-        '<svg viewBox="0 0 104 10" width="104" height="10" aria-hidden="true"><line class="rail" x1="2" x2="102" y1="5" y2="5"/>'
+        '<svg viewBox="0 0 104 10" width="104" height="10" aria-hidden="true">'
+        '<line class="rail" x1="2" x2="102" y1="5" y2="5"/>'
         f'<line class="span" x1="{low + 2:.1f}" x2="{max(high, low + 1) + 2:.1f}" y1="5" y2="5"/>'
         f'<circle class="mid" cx="{middle + 2:.1f}" cy="5" r="3.4"/></svg>'
     )
@@ -155,7 +166,8 @@ def warnings_of(scores: Scores) -> list[str]:
     if isinstance(error, float) and error > 0.05:
         found.append(f"The kernel is an approximation with an estimated relative error of {error:.2g}.")
     bad = {name: int((~np.isfinite(v)).sum()) for name, v in scores.values.items()}
-    found += [f"{NAMES.get(name, text_of(name))} is not finite for {count} samples." for name, count in bad.items() if count]
+    names = {name: NAMES.get(name, text_of(name)) for name in bad}
+    found += [f"{names[name]} is not finite for {count} samples." for name, count in bad.items() if count]
     return found
 
 
@@ -231,9 +243,7 @@ def _picture(result: Any, title: str) -> str:
         return ""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110, bbox_inches="tight", facecolor="white")
-    close = getattr(figure, "clear", None)
-    if close is not None:
-        _close(figure)
+    _close(figure)
     return (
         f'<img class=plot alt="Plot: {safe(title)}" src="data:image/png;base64,'
         f'{base64.b64encode(file.getvalue()).decode()}">'
