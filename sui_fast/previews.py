@@ -21,13 +21,18 @@ def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
     """(height, width, channels) of one sample where it can be a picture: [h, w], [c, h, w] or [h, w, c]; else None."""
     if len(shape) == 2:
         found = (*shape, 1)
-    elif len(shape) == 3 and shape[0] in _CHANNELS:
+    elif channels_first(shape):
         found = (shape[1], shape[2], shape[0])
     elif len(shape) == 3 and shape[2] in _CHANNELS:
         found = shape
     else:
         return None
     return found if min(found[:2]) >= 2 and max(found[:2]) <= 4096 else None
+
+
+def channels_first(shape: tuple[int, ...]) -> bool:
+    """Whether one sample is [c, h, w]; where both ends could be channels, one or three of them at the front win."""
+    return len(shape) == 3 and shape[0] in _CHANNELS and (shape[0] < 4 or shape[2] not in _CHANNELS)
 
 
 def as_images(inputs: np.ndarray | None, largest: int = LARGEST) -> np.ndarray | None:
@@ -43,7 +48,7 @@ def as_images(inputs: np.ndarray | None, largest: int = LARGEST) -> np.ndarray |
     if inputs is None or not len(inputs) or image_shape(inputs.shape[1:]) is None:
         return None
     images = inputs[..., None] if inputs.ndim == 3 else inputs
-    if inputs.ndim == 4 and inputs.shape[1] in _CHANNELS:
+    if channels_first(inputs.shape[1:]):
         images = images.transpose(0, 2, 3, 1)
     images = shrink(images[..., :3], largest)
     if images.dtype == np.uint8:

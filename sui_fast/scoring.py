@@ -20,7 +20,7 @@ from .jacobians.data import as_samples
 from .loo import make_filter
 from .measures import MEASURES, UNITS
 from .planning import METHODS, Plan, choose_method, make_plan
-from .previews import LARGEST, image_shape, shrink
+from .previews import LARGEST, channels_first, image_shape, shrink
 from .runs import Run, Stages
 from .scores import Scores
 from .streaming import check_rank
@@ -314,8 +314,8 @@ def _small_inputs(samples, most: int = 16_384) -> np.ndarray | None:
         if batch[0].numel() > most:
             if image_shape(tuple(batch.shape[1:])) is None:
                 return None
-            first = batch.shape[1] in (1, 3, 4) if batch.ndim == 4 else False
             pixels = batch.detach().cpu().to(torch.float32)
+            first = channels_first(tuple(batch.shape[1:]))
             pixels = pixels.movedim(1, -1) if first else pixels.reshape(*batch.shape[:3], -1)
             parts.append(shrink(pixels.numpy(), LARGEST))
         else:

@@ -93,7 +93,7 @@ class Comparison:
             logs = all(c["log"] for c in cols[-2:])
             cols[-2]["log"] = cols[-1]["log"] = logs
         about = "change of the rank from A to B, in percent of all ranks"
-        cols.append({**column("move", 100 * move, about=about, absolute=True), "unit": "%"})
+        cols.insert(2, {**column("move", 100 * move, about=about, absolute=True), "unit": "%"})
         start = {
             "x": f"A {self.measure}", "y": f"B {self.measure}", "hist": "move", "sort": "move", "descending": True,
             "diagonal": True,

@@ -80,11 +80,13 @@ def exponent_of(values: np.ndarray) -> int:
 
 def suspects_of(scores: Scores) -> np.ndarray:
     """Rows whose label the model trained without them contradicts, the clearest first."""
+    if scores.labels is None:
+        return np.zeros(0, dtype=np.int64)
     if "loo_margin" in scores.values:
         margin = scores["loo_margin"]
         rows = np.flatnonzero(margin < 0)
         return rows[np.argsort(margin[rows], kind="stable")]
-    if scores.suggested is None or scores.labels is None:
+    if scores.suggested is None:
         return np.zeros(0, dtype=np.int64)
     by = next((n for n in ("loo_residual", "fsi", "si") if n in scores.values), scores.default_measure)
     rows = np.flatnonzero(scores.suggested != scores.labels)

@@ -56,7 +56,7 @@ def tiles(scores: Scores) -> str:
     found: list[tuple[str, Any, str]] = [("samples", len(scores), "")]
     if scores.labels is not None:
         found.append(("classes", len(np.unique(scores.labels)), ""))
-    if "loo_margin" in scores.values or (scores.suggested is not None and scores.labels is not None):
+    if scores.labels is not None and ("loo_margin" in scores.values or scores.suggested is not None):
         share = len(suspects_of(scores)) / max(len(scores), 1)
         found.append(("suspected labels", len(suspects_of(scores)), f"{share:.1%} of the samples"))
     if "method" in details:
@@ -252,9 +252,9 @@ def _picture(result: Any, title: str) -> str:
 
 def _close(figure: Any) -> None:
     """Take the figure off pyplot's list, where it is on it."""
-    import matplotlib.pyplot as plt
+    from matplotlib import pyplot
 
-    plt.close(figure)
+    pyplot.close(figure)
 
 
 def _columns(columns: dict[str, Any]) -> str:
