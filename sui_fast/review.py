@@ -6,10 +6,13 @@ import csv
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 
 from ._errors import ArgumentError, DataError, complaint
+from .jacobians.data import Samples, as_samples
 
 COLUMNS = ("id", "decision", "label", "new_label")
 DECISIONS = ("keep", "relabel", "drop")
@@ -51,22 +54,68 @@ class Review:
         ids, labels = np.asarray(ids), np.array(labels)
         if len(ids) != len(labels):
             raise ArgumentError(complaint("labels", f"one per id ({len(ids)})", len(labels), "Align them."))
-        rows: dict[str, list[int]] = {}
-        for row, name in enumerate(ids.tolist()):
-            rows.setdefault(str(name), []).append(row)
         kept = np.ones(len(ids), dtype=bool)
         if not (labels.dtype.kind in "iu" and self.new_labels.dtype.kind in "iu"):
             labels = labels.astype(str).astype(object)
-        for name, what, new in zip(self.ids.tolist(), self.decisions, self.new_labels.tolist(), strict=True):
-            found = rows.get(str(name), [])
+        for row, what, new in zip(self._rows(ids), self.decisions, self.new_labels.tolist(), strict=True):
+            if what == "drop":
+                kept[row] = False
+            elif what == "relabel":
+                labels[row] = new
+        return kept, labels.astype(str) if labels.dtype == object else labels
+
+    def _rows(self, ids: np.ndarray) -> list[int]:
+        """Row of each decision."""
+        places: dict[str, list[int]] = {}
+        for row, name in enumerate(ids.tolist()):
+            places.setdefault(str(name), []).append(row)
+        rows = []
+        for name in self.ids.tolist():
+            found = places.get(str(name), [])
             if len(found) != 1:
                 got = f"{name!r} {len(found)} times"
                 raise DataError(complaint("ids", "every reviewed id once", got, "Pass the data that were reviewed."))
+            rows.append(found[0])
+        return rows
+
+    def clean(self, data: Any, argument: str = "train") -> Samples:
+        """The data set after the review: without what was dropped, with the new labels.
+
+        Args:
+            data: what was scored, as ``score`` takes it; classes as integers or one-hot rows. argument: its name.
+        Returns:
+            Samples, which ``score`` and the applications take in place of the data set.
+        Raises:
+            DataError: a decided id is not in the data, every sample was dropped, or a new label names no class.
+        """
+        samples = as_samples(data, with_targets=True, argument=argument)
+        targets, kept = samples.targets.clone(), np.ones(samples.n, dtype=bool)
+        for row, what, new in zip(self._rows(samples.ids), self.decisions, self.new_labels.tolist(), strict=True):
             if what == "drop":
-                kept[found[0]] = False
+                kept[row] = False
             elif what == "relabel":
-                labels[found[0]] = new
-        return kept, labels.astype(str) if labels.dtype == object else labels
+                targets[row] = _target(new, targets[row])
+        rows = np.flatnonzero(kept)
+        if not len(rows):
+            todo = "Keep some of them."
+            raise DataError(complaint(argument, "at least one sample that stays", "all dropped", todo))
+        some = samples.pick(rows)
+        some.targets = targets[torch.from_numpy(rows)]
+        return some
+
+
+def _target(label: Any, old: torch.Tensor) -> torch.Tensor:
+    """A new label as a target of the kind that was there: a number, or a one-hot row."""
+    try:
+        number = float(label) if old.is_floating_point() else int(label)
+        if old.ndim and len(old) > 1:
+            if not 0 <= number < len(old) or number != int(number):
+                raise ValueError(f"no class of {len(old)}")
+            return torch.nn.functional.one_hot(torch.tensor(int(number)), len(old)).to(old.dtype)
+        return torch.full_like(old, number)
+    except ValueError as error:
+        todo = "Review with the labels that the data have, not with their names."
+        raise DataError(complaint("new_label", "a class number", f"{label!r} ({error})", todo)) from None
 
 
 def read_review(path: str | os.PathLike) -> Review:

@@ -309,8 +309,11 @@ def _small_inputs(samples, most: int = 16_384) -> np.ndarray | None:
     """The inputs for the report, where they are one array: pictures made small, others of at most ``most`` numbers."""
     parts = []
     for batch in samples.batches(256):
-        if not isinstance(batch, torch.Tensor):
-            return None
+        if not isinstance(batch, torch.Tensor):  # several inputs: side by side where all are real numbers
+            several = list(batch.values()) if isinstance(batch, dict) else list(batch)
+            if not all(isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim <= 2 for x in several):
+                return None
+            batch = torch.cat([x.reshape(len(x), -1).cpu().to(torch.float32) for x in several], 1)
         if batch[0].numel() > most:
             if image_shape(tuple(batch.shape[1:])) is None:
                 return None

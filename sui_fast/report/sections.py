@@ -236,7 +236,9 @@ def application(result: Any) -> tuple[str, str]:
 def _picture(result: Any, title: str) -> str:
     try:
         figure = result.plot()
-    except ImportError:
+    except Exception as error:
+        if not isinstance(error, ImportError) and not isinstance(error.__cause__, ImportError):
+            raise
         return "<p>The plot needs matplotlib: pip install matplotlib.</p>"
     figure = getattr(figure, "figure", figure)
     if figure is None:

@@ -302,6 +302,25 @@ def test_reviews_that_are_none(tmp_path, text):
         read_review(tmp_path / "r.csv")
 
 
+def test_a_review_cleans_the_data_that_score_takes(tmp_path):
+    import torch
+
+    (tmp_path / "r.csv").write_text(CSV + "2,relabel,0,2\r\n0,drop,1,1\r\n3,keep,1,1\r\n")
+    review = read_review(tmp_path / "r.csv")
+    x, y = torch.arange(10.0).reshape(5, 2), torch.tensor([1, 0, 0, 1, 2])
+    for targets in (y, torch.nn.functional.one_hot(y, 3).double()):
+        clean = review.clean((x, targets))
+        found = clean.targets.argmax(1) if clean.targets.ndim == 2 else clean.targets
+        assert clean.ids.tolist() == [1, 2, 3, 4] and found.tolist() == [0, 2, 1, 2]
+        assert torch.equal(next(clean.batches(10)), x[1:])
+    assert y.tolist() == [1, 0, 0, 1, 2]
+    scores = sui_fast.score(torch.nn.Linear(2, 3), clean, measures=("si",), reg=0.1, progress=False)
+    assert scores.ids.tolist() == [1, 2, 3, 4] and scores.labels.tolist() == [0, 2, 1, 2]
+    (tmp_path / "r.csv").write_text(CSV + "2,relabel,0,cat\r\n")
+    with pytest.raises(DataError, match="new_label"):
+        read_review(tmp_path / "r.csv").clean((x, y))
+
+
 def test_compare_aligns_by_id(tmp_path):
     from scipy import stats
 
