@@ -39,8 +39,9 @@ def as_images(inputs: np.ndarray | None, largest: int = LARGEST) -> np.ndarray |
     """Pictures of the inputs, or None where they are none.
 
     Args:
-        inputs: [n, h, w], [n, c, h, w] or [n, h, w, c] with c = 1, 3 or 4 (the fourth is dropped); uint8 is taken as it
-            is, other types are stretched between the 0.1% and 99.9% quantile of each channel.
+        inputs: [n, h, w], [n, c, h, w] or [n, h, w, c] with c = 1, 3 or 4 (the fourth is dropped); uint8 and numbers
+            that fill 0 .. 1 or 0 .. 255 are taken as they are, others are stretched between the 0.1% and 99.9% quantile of
+            each channel.
         largest: pixels of the longer side; larger pictures are averaged down.
     Returns:
         uint8 [n, h, w, c], c = 1 or 3.
@@ -58,6 +59,9 @@ def as_images(inputs: np.ndarray | None, largest: int = LARGEST) -> np.ndarray |
     low, high = np.quantile(few, 0.001, axis=0), np.quantile(few, 0.999, axis=0)
     flat = high - low < 1e-12 * np.maximum(np.abs(high), 1e-300)  # an almost constant channel: its full range
     low, high = np.where(flat, few.min(0), low), np.where(flat, few.max(0), high)
+    for top in (1.0, 255.0):
+        if few.min() >= 0 and 0.5 * top < few.max() <= top:
+            low, high = np.zeros_like(low), np.full_like(high, top)
     scale = 255 / np.where(high > low, high - low, 1.0)
     with np.errstate(invalid="ignore"):
         stretched = np.clip((images - low) * scale + 0.5, 0, 255)

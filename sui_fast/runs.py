@@ -23,7 +23,14 @@ from .loo import (
     make_filter,
     remove_from_spectrum,
 )
-from .measures import information, kernel_neighbours, loo_margin, sgd_information, suggested_label
+from .measures import (
+    feature_neighbours,
+    information,
+    kernel_neighbours,
+    loo_margin,
+    sgd_information,
+    suggested_label,
+)
 from .spectra import dense_spectrum, feature_spectrum
 from .streaming import (
     LowRank,
@@ -193,6 +200,13 @@ class Run:
                 values = processes.gather(self._join(columns, ("suggested",) * suggest))
                 if suggest:
                     self.suggested = values.pop("suggested").astype(np.int64)
+                if suggest and groups is None and processes.count == 1:
+                    doubt = np.flatnonzero(self.suggested != self.labels.cpu().numpy())
+                    measure = next(iter(values))
+                    worst = values["loo_margin"][doubt] if "loo_margin" in values else -values[measure][doubt]
+                    self.neighbours = feature_neighbours(
+                        lambda: (shard["features"] for shard in solver.shards()), n, self.labels, doubt[worst.argsort()]
+                    )
                 lost, missed = processes.total(torch.tensor([lost, missed], dtype=torch.float64)).tolist()
                 edf = missed + float((spectrum.s * torch.from_numpy(phi(spectrum.s.cpu().numpy())).to(device)).sum())
             if self.candidates is not None:

@@ -309,6 +309,18 @@ def test_degenerate_values_are_drawn(visit, tmp_path, values):
     assert len(ids(page)) == len(values) and "NaN" not in page.locator("#explore").inner_text()
 
 
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_few_samples(visit, tmp_path, n):
+    page = visit(make_scores(60).select(np.arange(n)).report(tmp_path / "r.html"))
+    assert count(page) == f"{n} samples"
+    for key in "kdru":
+        page.keyboard.press(key)
+    page.keyboard.press("ArrowDown")
+    page.focus("#scatter")
+    page.keyboard.press("ArrowRight")
+    assert len(ids(page)) == n
+
+
 def test_compare_in_the_browser(visit, tmp_path):
     a, b = make_scores(60), make_scores(60)
     b.values["fsi"] = b.values["fsi"] * np.random.default_rng(2).random(60)

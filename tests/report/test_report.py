@@ -210,6 +210,22 @@ def test_kernel_neighbours_against_brute_force():
     assert alone["same"].tolist() == [[-1], [-1]] and alone["other"].tolist() == [[1], [0]]
 
 
+def test_feature_neighbours_are_those_of_the_kernel():
+    import torch
+
+    from sui_fast.measures import feature_neighbours
+
+    rng = torch.Generator().manual_seed(0)
+    z, labels = torch.randn(50, 2, 7, generator=rng, dtype=torch.float64), torch.arange(50) % 3
+    kernel = kernel_neighbours(z.reshape(100, 7) @ z.reshape(100, 7).T, 2, labels)
+    suspects = np.array([31, 4, 20])
+    found = feature_neighbours(lambda: iter(z.split(8)), 50, labels, suspects)
+    for name, rows in kernel.items():
+        assert np.allclose(found[name][suspects], rows[suspects], atol=1e-5)
+    assert (np.delete(found["other"], suspects, 0) == -1).all()
+    assert feature_neighbours(lambda: iter(z.split(8)), 50, labels, suspects[:0]) is None
+
+
 def test_score_gives_suggestions_and_neighbours():
     import torch
 
@@ -226,15 +242,20 @@ def test_score_gives_suggestions_and_neighbours():
     low = sui_fast.score(
         torch.nn.Linear(4, 2), (x, y), measures=("loo_margin",), reg=1.0, progress=False, method="sketch", rank=256
     )
-    assert ((low["loo_margin"] < 0) == (low.suggested != low.labels)).all()
+    doubt = low.suggested != low.labels
+    assert ((low["loo_margin"] < 0) == doubt).all() and doubt.any()
+    assert (low.neighbours["other"][doubt] >= 0).all() and (low.neighbours["other"][~doubt] == -1).all()
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (1, 5, 6), (3, 5, 6), (5, 6, 3), (4, 5, 6)])
 def test_pictures_of_every_layout(shape):
-    inputs = np.random.default_rng(0).random((7, *shape))
+    inputs = np.random.default_rng(0).normal(size=(7, *shape))
     images = as_images(inputs)
     assert images.dtype == np.uint8 and images.shape[:3] == (7, 5, 6) and images.shape[3] in (1, 3)
     assert images.min() == 0 and images.max() == 255
+    natural = np.abs(inputs) / np.abs(inputs).max()
+    assert np.abs(as_images(natural).astype(int) - as_images(natural * 255)).max() <= 1
+    assert as_images(natural).min() == round(255 * natural[:, :3].min() if shape[0] == 4 else 255 * natural.min())
     assert as_images(np.zeros((3, 9))) is None and as_images(np.full((2, 4, 4), np.nan)).max() == 0
     assert as_images(np.random.default_rng(0).random((2, 200, 120))).shape == (2, 50, 30, 1)
 
