@@ -40,7 +40,7 @@ CHROMIUM := $(VENV)/.chromium
 $(CHROMIUM): $(STAMP)
 	@if ! { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null 2>&1 && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
 		printf '==> %s\n' "installing chromium for the tests of the report"; \
-		(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium) \
+		(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core) \
 			>/dev/null 2>&1 || printf '==> %s\n' "chromium was not installed; the tests that need it are skipped"; \
 	fi
 	@touch $@

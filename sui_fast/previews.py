@@ -40,8 +40,8 @@ def as_images(inputs: np.ndarray | None, largest: int = LARGEST) -> np.ndarray |
 
     Args:
         inputs: [n, h, w], [n, c, h, w] or [n, h, w, c] with c = 1, 3 or 4 (the fourth is dropped); uint8 and numbers
-            that fill 0 .. 1 or 0 .. 255 are taken as they are, others are stretched between the 0.1% and 99.9% quantile of
-            each channel.
+            that fill 0 .. 1 or 0 .. 255 are taken as they are, others are stretched between the 0.1% and 99.9%
+            quantile of each channel.
         largest: pixels of the longer side; larger pictures are averaged down.
     Returns:
         uint8 [n, h, w, c], c = 1 or 3.

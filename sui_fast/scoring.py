@@ -23,6 +23,7 @@ from .planning import METHODS, Plan, choose_method, make_plan
 from .previews import LARGEST, channels_first, image_shape, shrink
 from .runs import Run, Stages
 from .scores import Scores
+from .spectra import fingerprint_of
 from .streaming import check_rank
 from .targets import regression_targets
 
@@ -186,6 +187,7 @@ def score(
         **details,
         seconds=stages.seconds,
         versions=versions(),
+        model_sha256=_fingerprint(model),
         peak_bytes=_peak_bytes(first.device),
     )
     units = {name: UNITS[name] for name in values}
@@ -295,6 +297,15 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def _fingerprint(model: torch.nn.Module, most: int = 1 << 30) -> str | None:
+    """The first digits of the hash of the weights and buffers, for the run card; None for models too large or odd."""
+    with contextlib.suppress(RuntimeError, TypeError, ValueError, AttributeError):
+        tensors = {name: x for name, x in model.state_dict().items() if isinstance(x, torch.Tensor)}
+        if sum(x.numel() * x.element_size() for x in tensors.values()) <= most:
+            return fingerprint_of(tensors)[:16]
+    return None
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -207,7 +207,8 @@ def _neighbours(scores: Scores, suspects: np.ndarray) -> dict[str, Any] | None:
         found = input_neighbours(inputs, scores.labels, rows=rows)
     data: dict[str, Any] = {"by": by, "rows": None if len(rows) == len(scores) else rows.tolist()}
     for name in ("other", "same"):
-        data[name] = np.asarray(found[name])[:, :3].tolist()
+        near = np.asarray(found[name])[:, :3].astype(np.int64)
+        data[name] = np.where((near >= 0) & (near < len(scores)), near, -1).tolist()  # a file may say anything
         similar = np.round(100 * np.nan_to_num(np.asarray(found[f"{name}_similarity"], dtype=np.float64)))
         data[f"{name}_similarity"] = similar[:, :3].astype(int).tolist()
     return data
