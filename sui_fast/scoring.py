@@ -341,7 +341,8 @@ def _small_inputs(samples, most: int = 16_384) -> np.ndarray | None:
 
 
 def _texts(train, n: int) -> list[str] | None:
-    """The texts of a Hugging Face Dataset, for the report."""
+    """The texts of a Hugging Face Dataset, alone or in a DataLoader, for the report."""
+    train = train.dataset if isinstance(train, torch.utils.data.DataLoader) else train
     names = getattr(train, "column_names", None)
     if not isinstance(names, list) or not hasattr(train, "with_format"):
         return None

@@ -25,8 +25,8 @@ function drawHead() {
   const cells = heads.map(h => {
     const sorted = h.key === state.sort ? (state.descending ? 'descending' : 'ascending') : h.key ? 'none' : null;
     const arrow = sorted === 'descending' ? ' \u25be' : sorted === 'ascending' ? ' \u25b4' : '';
-    const inside = h.key ? el('button', {type: 'button', 'data-key': h.key, click: () => sortBy(h.key)}, h.name + arrow) : h.name;
-    return el('th', {scope: 'col', class: h.number ? 'number' : h.class === 'text' ? 'text' : null, 'aria-sort': sorted, title: h.title || null}, inside);
+    const inside = h.key ? el('button', {type: 'button', 'data-key': h.key}, h.name + arrow) : h.name;
+    return el('th', {scope: 'col', class: h.number ? 'number' : h.class === 'text' ? 'text' : null, 'aria-sort': sorted, title: h.title || null, click: h.key ? () => sortBy(h.key) : null}, inside);
   });
   const focused = document.activeElement?.dataset?.key;
   $('head').replaceChildren(el('tr', {}, ...cells));

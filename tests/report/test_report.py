@@ -226,6 +226,17 @@ def test_feature_neighbours_are_those_of_the_kernel():
     assert feature_neighbours(lambda: iter(z.split(8)), 50, labels, suspects[:0]) is None
 
 
+def test_texts_of_a_hugging_face_dataset_are_shown():
+    import torch
+
+    datasets = pytest.importorskip("datasets")
+    rows = {"text": [f"sentence {i}" for i in range(6)], "x": np.eye(6, 3).tolist(), "label": [0, 1] * 3}
+    data = datasets.Dataset.from_dict(rows).with_format("torch", columns=["x", "label"])
+    run = dict(measures=("si",), reg=0.1, outputs=lambda model, batch: model(batch["x"]), progress=False)
+    for train in (data, torch.utils.data.DataLoader(data, batch_size=4)):
+        assert sui_fast.score(torch.nn.Linear(3, 2), train, **run).texts == rows["text"]
+
+
 def test_score_gives_suggestions_and_neighbours():
     import torch
 
