@@ -262,7 +262,8 @@ class Evaluator:
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             _log.info("vmap does not take this model (%s); rows are formed one sample at a time", error)
             found = self._rows_one_by_one(wrapper, chosen, batch, k)
-        return {name: found[f"model.{name}"].detach().flatten(2) for name in names}
+        rows = {name: found[f"model.{name}"].detach() for name in names}
+        return {name: row.reshape(*row.shape[:2], self.parameters[name].numel()) for name, row in rows.items()}
 
     def _rows_one_by_one(self, wrapper, chosen, batch, k: int) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = {name: [] for name in chosen}
