@@ -21,7 +21,9 @@ from .._errors import ArgumentError, CoverageError, DataError, ModelError, compl
 from .data import batch_length
 from .layers import Use
 from .recorder import Call, Recorder, Replay, Survey
+from .recurrent import own_body
 
+_grad = own_body(torch.autograd.grad)  # with a mode on, the function would turn it off for what checkpoints repeat
 _log = logging.getLogger("sui_fast")
 
 
@@ -32,6 +34,18 @@ class Evaluator:
         if not isinstance(model, nn.Module):
             raise ArgumentError(complaint("model", "a torch.nn.Module", type(model).__name__, "Wrap it in a module."))
         model = unwrapped(model)
+        sharded = next((m for m in model.modules() if type(m).__name__ == "FullyShardedDataParallel"), None)
+        if sharded is None:
+            sharded = next((p for p in model.parameters() if type(p).__name__ == "DTensor"), None)
+        if sharded is not None:
+            raise ArgumentError(
+                complaint(
+                    "model",
+                    "whole parameters",
+                    f"sharded ones ({type(sharded).__name__})",
+                    "Pass the model before sharding, or load its full state dict into one.",
+                )
+            )
         meta = [name for name, p in model.named_parameters() if p.device.type == "meta"]
         if meta:
             raise ArgumentError(
@@ -180,9 +194,7 @@ class Evaluator:
         out = out if project is None else out @ project.to(out)
         overwritten = {name for use in recorder.spoiled() for name in use.parameters}
         unruled = recorder.unruled | dict.fromkeys(overwritten, "an input overwritten in place")
-        return Captured(
-            out.detach(), recorder.uses, unruled, recorder.shapes, _backward(out, recorder), recorder.dtypes
-        )
+        return Captured(out.detach(), recorder.uses, unruled, recorder.shapes, _backward(out, recorder))
 
     def general_rows(self, batch: Any, names: list[str], project: Tensor | None = None) -> dict[str, Tensor]:
         """Rows [b, k, p] of parameters without a rule: torch.func one sample at a time, vectorised where it can be."""
@@ -190,7 +202,7 @@ class Evaluator:
         chosen = {f"model.{name}": self.parameters[name].detach() for name in names}
 
         def of_sample(parameters, sample):
-            return functional_call(wrapper, parameters, (tree_map(lambda x: x[None], sample),), tie_weights=False)[0]
+            return functional_call(wrapper, parameters, (tree_map(lambda x: x[None], sample),), tie_weights=True)[0]
 
         found = None
         if not self.one_by_one:
@@ -220,7 +232,7 @@ class Evaluator:
                     for c in range(len(out))
                 ]
 
-            found = functional_call(wrapper, leaves, (sample, rows), tie_weights=False)
+            found = functional_call(wrapper, leaves, (sample, rows), tie_weights=True)
             for j, (name, leaf) in enumerate(leaves.items()):
                 parts[name].append(torch.stack([torch.zeros_like(leaf) if r[j] is None else r[j] for r in found]))
         return {name: torch.stack(rows) for name, rows in parts.items()}
@@ -241,7 +253,7 @@ class Evaluator:
                 return (None,) * (len(given) + len(real))
             return torch.autograd.grad((out * cotangent).sum(), [*given, *real.values()], allow_unused=True)
 
-        found = functional_call(wrapper, leaves, (batch, gradients), tie_weights=False)
+        found = functional_call(wrapper, leaves, (batch, gradients), tie_weights=True)
         pairs = zip(self.parameters.items(), found, strict=False)
         grads = {name: torch.zeros_like(p) if grad is None else grad for (name, p), grad in pairs}
         outside = {name for name, grad in zip(real, found[len(given) :], strict=True) if grad is not None}
@@ -257,7 +269,6 @@ class Captured:
     unruled: dict[str, str]
     shapes: list[torch.Size]
     gradients: Iterator[tuple[Tensor | None, ...]]
-    dtypes: set[torch.dtype]  # of the results of all uses
 
 
 def _backward(out: Tensor, recorder: Recorder) -> Iterator[tuple[Tensor | None, ...]]:
@@ -267,7 +278,7 @@ def _backward(out: Tensor, recorder: Recorder) -> Iterator[tuple[Tensor | None, 
             seed = torch.zeros_like(out)
             seed[:, c] = 1
             with Replay(recorder):
-                found = torch.autograd.grad(out, targets, seed, retain_graph=c + 1 < k, allow_unused=True)
+                found = _grad(out, targets, seed, retain_graph=c + 1 < k, allow_unused=True)
             yield recorder.turned(found)
         else:
             yield (None,) * len(targets)

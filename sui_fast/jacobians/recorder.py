@@ -23,11 +23,13 @@ from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .layers import Gather, Origin, Part, Place, Pull, Use
+from .layers import Use
+from .origins import Origins, tensors
 from .recurrent import taken_apart
-from .rules import CASTS, COPIES, ELEMENTWISE, RULES, Reading, plain_name, repeated
+from .rules import COPIES, ELEMENTWISE, RULES, Reading, plain_name, repeated
 
 _CUTS = (torch.Tensor.detach, torch.Tensor.data.__get__, torch.detach)
+_FUSED = F.scaled_dot_product_attention
 _STORES = (torch.Tensor.__setitem__,)
 
 
@@ -70,15 +72,18 @@ class Survey(TorchFunctionMode):
     def __init__(self, batch: int):
         super().__init__()
         self.batch, self.calls = batch, []
+        self.dtypes: set[torch.dtype] = set()  # of the results that carry gradients
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         apart = taken_apart(function, args, kwargs)
         if apart is not None:
             return apart(self)
-        shapes = [x.shape for x in _tensors((args, kwargs))]
+        shapes = [x.shape for x in tensors((args, kwargs))]
         out = function(*args, **kwargs)
-        self.calls.append(Seen(function, shapes, [x.shape for x in _tensors(out)]))
+        results = tensors(out)
+        self.calls.append(Seen(function, shapes, [x.shape for x in results]))
+        self.dtypes |= {x.dtype for x in results if x.requires_grad}
         return out
 
 
@@ -104,11 +109,8 @@ class Recorder(TorchFunctionMode):
         self.uses: list[Use] = []
         self.targets: list[Any] = []
         self.shapes: list[torch.Size] = []
-        self.dtypes: set[torch.dtype] = set()
         self.unruled: dict[str, str] = {}
-        self._origins: dict[int, Origin] = {id(p): Part(name, None) for name, p in parameters.items()}
-        self._twins: dict[int, Tensor] = {}  # views taken of a parameter, without its memory
-        self._held: list[Any] = []  # an id is a tensor's own while the tensor lives
+        self._origins = Origins(parameters)
         self._seen = self._met = 0
         self._turns: list[Callable[[Tensor], Tensor] | None] = []
         self._versions: list[tuple[int, Call]] = []
@@ -120,10 +122,7 @@ class Recorder(TorchFunctionMode):
         if apart is not None:
             return apart(self)
         number, self._seen = self._seen, self._seen + 1
-        met: list[Tensor] = []
-        _search(args, self._origins, met)
-        if kwargs:
-            _search(kwargs.values(), self._origins, met)
+        met = self._origins.among(args, kwargs)
         if not met or function in _CUTS or not torch.is_grad_enabled():
             return function(*args, **kwargs)
         if self._survey is None:
@@ -137,27 +136,27 @@ class Recorder(TorchFunctionMode):
         if call is not None and call.kind != "derived":
             self._met += 1
             return self._follow(call, function, args, kwargs, met, None)
-        out = function(*self._swapped(args), **self._swapped(kwargs))
-        results = _tensors(out)
+        out = function(*self._origins.swapped(args), **self._origins.swapped(kwargs))
+        results = tensors(out)
         if call is not None:
             self._met += 1
-            self._derive(function, args, kwargs, met, results)
+            self._origins.follow(function, args, kwargs, met, results)
         elif results or function in _STORES:
             self._give_up(met, function)
         return out
 
     def _decide(self, number: int, function, args, kwargs, met: list[Tensor]) -> Any:
-        bare_args, bare_kwargs = self._swapped(args), self._swapped(kwargs)
+        bare_args, bare_kwargs = self._origins.swapped(args), self._origins.swapped(kwargs)
         if in_place := _in_place(function):  # tried on a copy, as it will run once more
             bare_args = (args[0].detach().clone(), *bare_args[1:]) if isinstance(args[0], Tensor) else bare_args
         out = function(*bare_args, **bare_kwargs)
-        results = _tensors(out)
+        results = tensors(out)
         if not results and function not in _STORES:
             return out
         call = None if function in _STORES else self._judge(number, function, args, kwargs, met, results)
         if call is not None and call.kind == "derived" and not in_place:
             self.plan.append(call)
-            self._derive(function, args, kwargs, met, results)
+            self._origins.follow(function, args, kwargs, met, results)
             return out
         for kind in () if call is None or call.kind else self._kinds(function):
             call.kind = kind
@@ -169,35 +168,28 @@ class Recorder(TorchFunctionMode):
                 self.plan.append(call)
                 return found
         self._give_up(met, function)
-        return function(*self._swapped(args), **self._swapped(kwargs)) if in_place else out
+        return function(*self._origins.swapped(args), **self._origins.swapped(kwargs)) if in_place else out
 
     @staticmethod
     def _kinds(function) -> list[str]:
         kinds = ["rule"] if function in RULES else []
         name = plain_name(function)
-        return kinds + (["given"] if name in ELEMENTWISE or name in COPIES else []) + ["mapped"]
+        return kinds + (["given"] if name in ELEMENTWISE or name in COPIES or function is _FUSED else []) + ["mapped"]
 
     def _next(self, function, met: list[Tensor]) -> Call | None:
         """The decision about this call, None where the pass has left the plan."""
         if self._met < len(self.plan):
             call = self.plan[self._met]
-            if call.function == function and call.names == self._names(met):
+            if call.function == function and call.names == self._origins.names(met):
                 return call
         return None
-
-    def _names(self, met: list[Tensor]) -> frozenset[str]:
-        found: set[str] = set()
-        for x in met:
-            origin = self._origins[id(x)]
-            found |= set(origin.leaves) if isinstance(origin, Pull) else {origin.name}
-        return frozenset(found)
 
     def _judge(self, number: int, function, args, kwargs, met, results: list[Tensor]) -> Call | None:
         """Where the samples are in the arguments and results of a call; None where that has no simple answer."""
         calls = self._survey.calls
         if number >= len(calls) or calls[number].function != function:
             return None
-        given, seen = _tensors((args, kwargs)), calls[number]
+        given, seen = tensors((args, kwargs)), calls[number]
         if len(seen.inputs) != len(given) or len(seen.results) != len(results):
             return None
         try:
@@ -205,9 +197,9 @@ class Recorder(TorchFunctionMode):
             axes = [self._axis(x.shape, other) for x, other in zip(results, seen.results, strict=True)]
         except ValueError:
             return None
-        names = self._names(met)
+        names = self._origins.names(met)
         if all(axis is None for axis in axes):
-            others = [x for x in given if id(x) not in self._origins]
+            others = [x for x in given if x not in self._origins]
             if any(axis is not None for axis in inputs) or any(x.requires_grad for x in others):
                 return None
             return Call(function, "derived", None, inputs, names)
@@ -242,18 +234,21 @@ class Recorder(TorchFunctionMode):
         if wanted is not None and (not isinstance(out, Tensor) or out.shape != wanted):
             return None
         for x, q in zip(unique, copies, strict=True):
-            use = Use("given", {"rows": self._origins[id(x)]}, q.detach().new_empty(self.batch, 0))
+            use = Use("given", {"rows": self._origins[x]}, q.detach().new_empty(self.batch, 0))
             self._record(call, use, q, q.shape, None)
         return out
 
     def _given(self, call: Call, function, args, kwargs, unique: list[Tensor], copies: list[Tensor]) -> Tensor:
         if plain_name(function) in COPIES:
-            shape = function(*self._swapped(args), **self._swapped(kwargs)).shape
+            shape = function(*self._origins.swapped(args), **self._origins.swapped(kwargs)).shape
             return repeated(shape, self._aligned(copies[0], unique[0], shape, call))
-        shape = torch.broadcast_shapes(*(x.shape for x in _tensors((args, kwargs))))
+        if function is _FUSED:  # a bias of attention
+            shape = torch.Size((*args[0].shape[:-1], args[1].shape[-2]))
+        else:
+            shape = torch.broadcast_shapes(*(x.shape for x in tensors((args, kwargs))))
         placed = [self._aligned(q, x, shape, call) for q, x in zip(copies, unique, strict=True)]
         swap = dict(zip(map(id, unique), placed, strict=True))
-        return function(*self._swapped(args, swap), **self._swapped(kwargs, swap))
+        return function(*self._origins.swapped(args, swap), **self._origins.swapped(kwargs, swap))
 
     def _aligned(self, q: Tensor, x: Tensor, shape: torch.Size, call: Call) -> Tensor:
         """Copies [b, *x.shape] of x as an argument whose batch axis is that of the result."""
@@ -313,19 +308,20 @@ class Recorder(TorchFunctionMode):
                 break
         else:
             return None
-        origins = {role: self._turned(x, reading, role) for role, x in reading.given.items() if id(x) in self._origins}
+        origins = {
+            role: self._origins.role(x, reading, role) for role, x in reading.given.items() if x in self._origins
+        }
         axis = self._axis_of(call, reading.input, args, kwargs)
         saved = self._by_sample(reading.saved.detach(), axis, call, reading.order and reading.order[0])
         if call.copy:
             saved = saved.clone()
-        out = function(*self._swapped(args), **self._swapped(kwargs))
+        out = function(*self._origins.swapped(args), **self._origins.swapped(kwargs))
         if not out.requires_grad:
             if self._anchor is None:
                 self._anchor = torch.zeros(1, requires_grad=True, device=out.device)
             out = _Attach.apply(out, self._anchor)
         order = reading.order and reading.order[1]
         shape = self._by_sample(out.detach(), call.result, call, order).shape
-        self.dtypes.add(out.dtype)
         use = Use(reading.rule, origins, saved, reading.options)
 
         def turn(gradient: Tensor) -> Tensor:
@@ -337,9 +333,9 @@ class Recorder(TorchFunctionMode):
 
     def _fits(self, call: Call, reading: Reading, args, kwargs) -> bool:
         """All tracked arguments have a role, and samples lie where the form can take them."""
-        roles = {id(x) for x in reading.given.values() if id(x) in self._origins}
+        roles = {id(x) for x in reading.given.values() if x in self._origins}
         axis = self._axis_of(call, reading.input, args, kwargs)
-        if roles != {id(x) for x in _tensors((args, kwargs)) if id(x) in self._origins} or axis is None:
+        if roles != {id(x) for x in tensors((args, kwargs)) if x in self._origins} or axis is None:
             return False
         ndim, rule, options = reading.input.ndim, reading.rule, reading.options
         if rule == "linear":
@@ -353,7 +349,7 @@ class Recorder(TorchFunctionMode):
 
     @staticmethod
     def _axis_of(call: Call, x: Tensor, args, kwargs) -> Axis | None:
-        for given, axis in zip(_tensors((args, kwargs)), call.inputs, strict=True):
+        for given, axis in zip(tensors((args, kwargs)), call.inputs, strict=True):
             if given is x:
                 return axis
         return None
@@ -390,124 +386,8 @@ class Recorder(TorchFunctionMode):
         return found
 
     def _give_up(self, met: list[Tensor], function: Callable) -> None:
-        for name in self._names(met):
+        for name in self._origins.names(met):
             self.unruled.setdefault(name, getattr(function, "__name__", repr(function)))
-
-    def _swapped(self, x: Any, swap: dict[int, Tensor] | None = None) -> Any:
-        """Arguments with parameters replaced, or detached so that no weight gradient is ever formed."""
-        if isinstance(x, Tensor):
-            if swap and id(x) in swap:
-                return swap[id(x)]
-            return x.detach() if id(x) in self._origins else x
-        if isinstance(x, tuple | list) and not isinstance(x, torch.Size):
-            parts = [self._swapped(part, swap) for part in x]
-            return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
-        return {key: self._swapped(part, swap) for key, part in x.items()} if type(x) is dict else x
-
-    # -- functions of parameters alone --------------------------------------------------------------------------
-
-    def _derive(self, function, args, kwargs, met, results: list[Tensor]) -> None:
-        """Follow results that depend on parameters alone."""
-        kept = self._views(function, args, kwargs, met, results) or self._gathered(function, args, kwargs, met)
-        if kept is None:
-            kept = self._pulled(function, args, kwargs, met)
-        for result, origin in zip(results, kept, strict=True):
-            if origin is not None and result.is_floating_point():
-                self._held.append(result)
-                self._origins[id(result)] = origin
-
-    def _views(self, function, args, kwargs, met, results: list[Tensor]) -> list[Origin] | None:
-        """Results that hold entries of one parameter: the same function on a tensor without memory tells which."""
-        origin = self._origins[id(met[0])]
-        if len({id(x) for x in met}) != 1 or isinstance(origin, Pull):
-            return None
-        twin = self._twins.get(id(met[0]))
-        if twin is None:
-            twin = torch.empty(met[0].shape, device="meta")
-        twins = [twin]
-        if plain_name(function) not in CASTS or results[0].shape != twin.shape:
-            swap = {id(met[0]): twin}
-            try:
-                twins = _tensors(function(*self._swapped(args, swap), **self._swapped(kwargs, swap)))
-            except (RuntimeError, NotImplementedError, TypeError):
-                return None
-            base = twin if twin._base is None else twin._base
-            if len(twins) != len(results) or any(x is not base and x._base is not base for x in twins):
-                return None
-        origins: list[Origin] = []
-        for result, view in zip(results, twins, strict=True):
-            if view.shape != result.shape or 0 in (d for n, d in zip(view.shape, view.stride(), strict=True) if n > 1):
-                return None
-            self._twins[id(result)] = view
-            if isinstance(origin, Part):
-                origins.append(Part(origin.name, self._place(view, self.parameters[origin.name].numel())))
-            elif self._place(view, met[0].numel()) is None:
-                origins.append(origin)
-            else:
-                return None
-        return origins
-
-    @staticmethod
-    def _place(view: Tensor, entries: int) -> Place | None:
-        place = Place(tuple(view.shape), view.stride(), view.storage_offset())
-        return None if place.dense and place.offset == 0 and view.numel() == entries else place
-
-    def _gathered(self, function, args, kwargs, met) -> list[Origin] | None:
-        if function is not F.embedding or len(met) != 1:
-            return None
-        origin, reading = self._origins[id(met[0])], RULES[F.embedding](args, kwargs)
-        if reading is None or reading.given["weight"] is not met[0] or not isinstance(origin, Part) or origin.place:
-            return None
-        token, padding = reading.input, reading.options["padding_idx"]
-        if padding is not None:
-            token = torch.where(token == padding % reading.options["rows"], -1, token)
-        return [Gather(origin.name, token)]
-
-    def _pulled(self, function, args, kwargs, met) -> list[Origin]:
-        leaves: dict[str, Tensor] = {}
-        swap = {id(x): self._attached(self._origins[id(x)], x, leaves) for x in met}
-        with torch.enable_grad():
-            found = function(*self._swapped(args, swap), **self._swapped(kwargs, swap))
-        return [Pull(leaves, x) if x.requires_grad else None for x in _tensors(found)]
-
-    def _attached(self, origin: Origin, x: Tensor, leaves: dict[str, Tensor]) -> Tensor:
-        """A tensor that is computed anew from fresh leaves."""
-        if isinstance(origin, Pull):
-            for name, leaf in origin.leaves.items():
-                if leaves.setdefault(name, leaf) is not leaf:
-                    raise RuntimeError("one parameter, two tapes")
-            return origin.result
-        leaf = leaves.get(origin.name)
-        if leaf is None:
-            leaf = leaves[origin.name] = self.leaf(origin.name)
-        if isinstance(origin, Gather):
-            rows = F.embedding(origin.token.clamp(min=0), leaf)
-            return (rows * (origin.token >= 0)[..., None]).to(x.dtype).view(x.shape)
-        flat = leaf.reshape(-1)
-        return (flat.view(x.shape) if origin.place is None else origin.place.of(flat)).to(x.dtype)
-
-    def leaf(self, name: str) -> Tensor:
-        """The one leaf of a parameter for functions of parameters alone."""
-        for kept in self._held:
-            if isinstance(kept, tuple) and kept[0] == name:
-                return kept[1]
-        leaf = self.parameters[name].detach().clone(memory_format=torch.contiguous_format).requires_grad_()
-        self._held.append((name, leaf))
-        return leaf
-
-    def _turned(self, x: Tensor, reading: Reading, role: str) -> Origin:
-        """Origin of a weight as the form wants it, [*o, *i]."""
-        origin = self._origins[id(x)]
-        if role != "weight" or reading.turn is None:
-            return origin
-        if isinstance(origin, Part):
-            twin = self._twins.get(id(x))
-            if twin is None:
-                twin = torch.empty(x.shape, device="meta")
-            return Part(origin.name, self._place(twin.permute(reading.turn), self.parameters[origin.name].numel()))
-        leaves: dict[str, Tensor] = {}
-        with torch.enable_grad():
-            return Pull(leaves, self._attached(origin, x, leaves).permute(reading.turn))
 
 
 class Replay(Recorder):
@@ -518,7 +398,7 @@ class Replay(Recorder):
         self._by_key = {(call.function, call.names): call for call in recorder.plan}
 
     def _next(self, function, met: list[Tensor]) -> Call | None:
-        return self._by_key.get((function, self._names(met)))
+        return self._by_key.get((function, self._origins.names(met)))
 
     def _record(self, *use) -> None:
         pass
@@ -535,24 +415,6 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         return gradient, None
-
-
-def _search(parts: Any, known: dict[int, Any], found: list[Tensor]) -> None:
-    """Append the arguments that are followed."""
-    for x in parts:
-        if id(x) in known:
-            found.append(x)
-        elif isinstance(x, tuple | list):
-            _search(x, known, found)
-
-
-def _tensors(x: Any) -> list[Tensor]:
-    """Tensors in arguments or results, in the order of tree_flatten."""
-    if isinstance(x, Tensor):
-        return [x]
-    if isinstance(x, tuple | list):
-        return [found for part in x for found in _tensors(part)]
-    return [found for part in x.values() for found in _tensors(part)] if isinstance(x, dict) else []
 
 
 def _in_place(function: Callable) -> bool:

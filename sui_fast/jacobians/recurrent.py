@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _own_body(function: Callable) -> Callable:
+def own_body(function: Callable) -> Callable:
     """PyTorch's own code of a function, without the question at its top whether a mode wants the call whole."""
     code = FunctionType(
         function.__code__,
@@ -27,7 +27,7 @@ def _own_body(function: Callable) -> Callable:
     return code
 
 
-_attention = _own_body(F.multi_head_attention_forward)
+_attention = own_body(F.multi_head_attention_forward)
 
 
 def attention(mode: Any, *args, **kwargs):
@@ -146,11 +146,16 @@ def taken_apart(function: Callable, args: tuple, kwargs: dict) -> Callable | Non
     """A function of the mode that makes this call out of visible ones, or None."""
     if function is F.multi_head_attention_forward:
         return lambda mode: attention(mode, *args, **kwargs)
-    if function in _LAYERS and not kwargs and len(args) == 9 and isinstance(args[2], tuple | list):
+    if function in _LAYERS and not kwargs and not _packed(args):
         return lambda mode: _LAYERS[function](mode, *args)
     if function in _CELLS and not kwargs and len(args) >= 4:
         return lambda mode: _cell(mode, _CELLS[function], *args)
     return None
+
+
+def _packed(args: tuple) -> bool:
+    """Whether the second argument holds the batch sizes of packed sequences."""
+    return isinstance(args[1], Tensor) and not args[1].is_floating_point()
 
 
 def _cell(mode: Any, step: Callable, x, state, w_input, w_state, b_input=None, b_state=None):
