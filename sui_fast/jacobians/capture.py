@@ -24,6 +24,7 @@ from .recorder import Call, Recorder, Replay, Survey
 from .recurrent import own_body
 
 _grad = own_body(torch.autograd.grad)  # with a mode on, the function would turn it off for what checkpoints repeat
+_COPIED = 5 * 10**8  # entries of a model that may be copied to float32 for the proof
 _log = logging.getLogger("sui_fast")
 
 
@@ -67,6 +68,7 @@ class Evaluator:
         self.parameters = choose_parameters(model, params)
         first = next(iter(self.parameters.values()))
         self.device, self.dtype = first.device, first.dtype
+        self._entries = sum(p.numel() for p in model.parameters())
         self.one_by_one = False  # whether torch.func turned out not to vectorise this model
         kind = self.device.type
         self._autocast = dict(
@@ -163,6 +165,19 @@ class Evaluator:
                         if not torch.equal(buffer, before):
                             buffer.copy_(before)
 
+    def exact(self) -> Evaluator:
+        """The same without rounding to half precision: no autocast, a float32 copy of a bfloat16 or float16 model."""
+        half = self.dtype in (torch.float16, torch.bfloat16)
+        if not half and not self._autocast["enabled"] or half and self._entries > _COPIED:
+            return self
+        other = copy.copy(self)
+        other._autocast = self._autocast | dict(enabled=False)
+        if half:
+            other.model, other.dtype = copy.deepcopy(self.model).float(), torch.float32
+            named = dict(other.model.named_parameters())
+            other.parameters = {name: named[name] for name in self.parameters}
+        return other
+
     def survey(self, batch: Any) -> tuple[Survey, Tensor]:
         """Shapes of all calls of a forward pass, and the outputs."""
         survey = Survey(batch_length(batch))
@@ -194,7 +209,9 @@ class Evaluator:
         out = out if project is None else out @ project.to(out)
         overwritten = {name for use in recorder.spoiled() for name in use.parameters}
         unruled = recorder.unruled | dict.fromkeys(overwritten, "an input overwritten in place")
-        return Captured(out.detach(), recorder.uses, unruled, recorder.shapes, _backward(out, recorder))
+        return Captured(
+            out.detach(), recorder.uses, unruled, recorder.shapes, recorder.dtypes, _backward(out, recorder)
+        )
 
     def general_rows(self, batch: Any, names: list[str], project: Tensor | None = None) -> dict[str, Tensor]:
         """Rows [b, k, p] of parameters without a rule: torch.func one sample at a time, vectorised where it can be."""
@@ -267,7 +284,8 @@ class Captured:
     outputs: Tensor
     uses: list[Use]
     unruled: dict[str, str]
-    shapes: list[torch.Size]
+    shapes: list[torch.Size]  # of the results of the uses
+    dtypes: list[torch.dtype]
     gradients: Iterator[tuple[Tensor | None, ...]]
 
 

@@ -15,7 +15,7 @@ from .._errors import ArgumentError, CoverageError, complaint
 from .capture import Captured, Evaluator
 from .data import Samples, as_samples, to_device
 from .jacobian import Jacobian
-from .layers import Use
+from .layers import Gather, Origin, Part, Use
 from .proof import CHECKED, Plan, prove
 
 _proven: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Plan]] = weakref.WeakKeyDictionary()
@@ -60,14 +60,12 @@ def jacobian(
         key = (tuple(evaluator.parameters), outputs, evaluator.dtype, _signature(batch))
         known = _proven.setdefault(model, {})
         if key not in known:
-            known[key] = prove(evaluator, batch, lambda captured, rows: _collect(evaluator, captured, rows))
+            known[key] = prove(evaluator, batch, _collect)
         for _ in range(2):
             store = _run(evaluator, samples, batch_size, known[key], progress)
             if isinstance(store, _Store):
                 break
-            known[key] = prove(
-                evaluator, batch, lambda captured, rows: _collect(evaluator, captured, rows), known[key].general | store
-            )
+            known[key] = prove(evaluator, batch, _collect, known[key].general | store)
         else:
             name, function = next(iter(store.items()))
             raise CoverageError(
@@ -125,44 +123,60 @@ class _Store:
             # a single batch is kept as it is
             self._saved = [use.saved if b == self.n else self._room(use.saved) for use in uses]
             if not whole:
-                self._grads = [out.new_empty(self.n, k, *shape[1:]) for shape in captured.shapes]
+                pairs = zip(captured.shapes, captured.dtypes, strict=True)
+                self._grads = [out.new_empty(self.n, k, *shape[1:], dtype=dtype) for shape, dtype in pairs]
             self._rows = {name: self._room(value) for name, value in rows.items()}
         same = (
             whole
             or len(uses) == len(self._uses)
             and all(
-                mine.key == use.key and use.saved.shape[1:] == saved.shape[1:] and shape[1:] == grads.shape[2:]
+                mine.key == use.key and use.saved.ndim == saved.ndim and len(shape) + 1 == grads.ndim
                 for mine, use, saved, grads, shape in zip(
                     self._uses, uses, self._saved, self._grads, captured.shapes, strict=True
                 )
             )
         )
         if not same or k != self._outputs.shape[1]:
-            raise CoverageError(
-                complaint(
-                    "model",
-                    "the same layers and shapes in every batch",
-                    f"others in the batch at sample {self.filled}",
-                    "Pad the inputs to one length, or remove control flow that depends on the data.",
-                )
-            )
+            self._refuse()
+        if not whole:
+            self._widen(captured)
         part = slice(self.filled, self.filled + b)
         self._outputs[part] = out
         for use, saved in zip(uses, self._saved, strict=True):
             if use.saved is not saved:
-                saved[part] = use.saved
+                _fill(saved[part], use.saved)
         if whole:
             pairs = zip(captured.shapes, next(captured.gradients), strict=True)
             self._grads = [out.new_zeros(b, 1, *x[1:]) if g is None else g[:, None] for x, g in pairs]
         for c, found in enumerate(captured.gradients):
             for grads, gradient in zip(self._grads, found, strict=True):
-                if gradient is None:
-                    grads[part, c] = 0
-                else:
-                    grads[part, c] = gradient
+                _fill(grads[part, c], gradient)
         for name, value in rows.items():
             self._rows[name][part] = value
         self.filled += b
+
+    def _refuse(self) -> None:
+        raise CoverageError(
+            complaint(
+                "model",
+                "the same layers and shapes in every batch",
+                f"others in the batch at sample {self.filled}",
+                "Pad the inputs to one length, or remove control flow that depends on the data.",
+            )
+        )
+
+    def _widen(self, captured: Captured) -> None:
+        """Room for longer sequences than before: zeros at positions that a batch does not have add nothing to its rows."""
+        for i, (use, shape) in enumerate(zip(captured.uses, captured.shapes, strict=True)):
+            mine = self._uses[i]
+            if use.rule == "given" and shape[1:] != self._grads[i].shape[2:]:
+                wider = shape[1:].numel() > self._grads[i].shape[2:].numel()
+                small, large = (mine, use) if wider else (use, mine)
+                if not _is_prefix(small.origins["rows"], large.origins["rows"]):
+                    self._refuse()
+                mine.origins = large.origins
+            self._saved[i] = _padded(self._saved[i], 1, use.saved.shape[1:])
+            self._grads[i] = _padded(self._grads[i], 2, shape[1:])
 
     def _room(self, like: Tensor) -> Tensor:
         return like.new_empty(self.n, *like.shape[1:])
@@ -175,6 +189,34 @@ class _Store:
         shapes = {name: p.shape for name, p in evaluator.parameters.items()}
         engines = dict.fromkeys(general, "one by one" if evaluator.one_by_one else "torch.func")
         return Jacobian(self._outputs, shapes, uses, self._rows, dict(general), engines, evaluator.dtype)
+
+
+def _fill(target: Tensor, value: Tensor | None) -> None:
+    """Write a value into the corner of a target, zeros around it."""
+    if value is None or value.shape != target.shape:
+        target.zero_()
+    if value is not None:
+        target[tuple(slice(size) for size in value.shape)] = value
+
+
+def _padded(x: Tensor, first: int, shape: torch.Size) -> Tensor:
+    """x with its axes from ``first`` on at least as long as in the shape."""
+    wanted = [max(a, b) for a, b in zip(x.shape[first:], shape, strict=True)]
+    if wanted == list(x.shape[first:]):
+        return x
+    wide = x.new_zeros(*x.shape[:first], *wanted)
+    wide[tuple(slice(size) for size in x.shape)] = x
+    return wide
+
+
+def _is_prefix(small: Origin, large: Origin) -> bool:
+    """Whether the entries of one tensor are the first ones of the other, along each axis."""
+    if isinstance(small, Part) and isinstance(large, Part):
+        return small.place is not None and large.place is not None  # their strides and offsets are equal
+    if not isinstance(small, Gather) or not isinstance(large, Gather) or small.token.ndim != large.token.ndim:
+        return False
+    corner = large.token[tuple(slice(size) for size in small.token.shape)]
+    return torch.equal(corner, small.token)
 
 
 def _signature(batch: Any) -> tuple:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from math import prod
 
 import torch
@@ -13,6 +14,17 @@ from ..ops.products.rows import Piece, row_writer
 from .gram import gram
 from .joining import join_factors
 from .layers import Factor, Index, Outer, Rows, Use, dense_index, make_factors
+
+
+def _unrounded(method: Callable) -> Callable:
+    """The method without the autocast that a caller may have on for his model."""
+
+    @wraps(method)
+    def called(self: Jacobian, *args, **kwargs):
+        with torch.autocast(self.device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return called
 
 
 class Jacobian:
@@ -64,6 +76,7 @@ class Jacobian:
         held = [self.outputs, *self._rows.values(), *(x for use, g in self._uses for x in (use.saved, g))]
         return sum(x.numel() * x.element_size() for x in held)
 
+    @_unrounded
     def factors(self, start: int = 0, stop: int | None = None) -> list[Factor]:
         """Factors of samples start..stop, uses of one parameter joined so that their rows add up exactly."""
         part = slice(start, self.n if stop is None else stop)
@@ -80,6 +93,7 @@ class Jacobian:
         rows = {name: value[index] for name, value in self._rows.items()}
         return Jacobian(self.outputs[index], self._shapes, uses, rows, self.general, self.engines)
 
+    @_unrounded
     def own_blocks(self, step: int = 64) -> Tensor:
         """Theta of every sample with itself, [n, k, k]: the diagonal blocks of ``gram()``, without the rest."""
         total = self.outputs.new_zeros(self.n, self.k, self.k)
@@ -89,6 +103,7 @@ class Jacobian:
                 part += _own_block(factor)
         return total
 
+    @_unrounded
     def gram(self, other: Jacobian | None = None, *, memory: int = 1 << 28, progress: bool = False) -> Tensor:
         """Theta = J J^T (or J other^T), [N, N'], tile by tile from the factors.
 
@@ -101,6 +116,7 @@ class Jacobian:
         """
         return gram(self, other, memory=memory, progress=progress)
 
+    @_unrounded
     def jvp(self, tangent: Tensor | dict[str, Tensor]) -> Tensor:
         """J t: [N] for a flat tangent [d] (or a dict by name), [N, r] for tangents [r, d]."""
         if isinstance(tangent, dict):
@@ -123,6 +139,7 @@ class Jacobian:
         result = total.reshape(self.n * self.k, -1)
         return result[:, 0] if tangent.ndim == 1 else result
 
+    @_unrounded
     def vjp(self, cotangent: Tensor) -> Tensor:
         """J^T c: [d] for a cotangent [N], [r, d] for cotangents [N, r]."""
         c = cotangent.to(self.outputs).reshape(self.n, self.k, -1)
@@ -160,6 +177,7 @@ class Jacobian:
             use.saved = use.saved.to(self.dtype)
         return use
 
+    @_unrounded
     def rows(self, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
         """Explicit rows of samples start..stop, [(stop - start) k, d]; ``out`` is written where it is given."""
         stop = self.n if stop is None else min(stop, self.n)
@@ -274,6 +292,7 @@ class Jacobian:
 
         return write
 
+    @_unrounded
     def sketch(self, rank: int, seed: int = 0, kind: str = "tensor") -> Tensor:
         """Rows times one fixed random matrix [d, rank], summed over layers: [n, k, rank], E<Px, Py> = <x, y>."""
         total = self.outputs.new_zeros(self.n, self.k, rank)

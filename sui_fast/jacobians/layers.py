@@ -122,7 +122,12 @@ class Use:
 
     @property
     def key(self) -> tuple:
-        parts = [(role, o.name, o.place) for role, o in sorted(self.origins.items()) if isinstance(o, Part)]
+        """Equal for the same call in two batches, whatever their length."""
+        parts = [
+            (role, o.name, None if o.place is None else (o.place.offset, o.place.stride))
+            for role, o in sorted(self.origins.items())
+            if isinstance(o, Part)
+        ]
         return self.rule, tuple(parts), tuple(sorted(self.parameters))
 
     def at(self, part: Any) -> Use:

@@ -13,12 +13,12 @@ from torch.utils._pytree import tree_map
 
 from .._errors import CoverageError, complaint
 from .capture import Captured, Evaluator
-from .data import batch_length
+from .data import batch_length, to_device
 from .jacobian import Jacobian
 from .recorder import Call
 
 _log = logging.getLogger("sui_fast")
-Collect = Callable[[Captured, dict[str, Tensor]], Jacobian]
+Collect = Callable[[Evaluator, Captured, dict[str, Tensor]], Jacobian]
 CHECKED = 8  # samples on which the factors are compared with autograd
 
 
@@ -115,7 +115,36 @@ def _refuse_mixing(evaluator: Evaluator, out: Tensor, more: Tensor, tolerance: f
 def _disagreement(
     evaluator: Evaluator, batch: Any, plan: Plan, collect: Collect, tolerance: float
 ) -> tuple[list[str], set[str]]:
-    """Parameters whose J^T c is not the one of autograd, and those that act through tensors made before."""
+    """Parameters whose J^T c is not the one of autograd, and those that act through tensors made before.
+
+    In bfloat16, float16 and under autocast rounding hides what is to be seen: a float32 copy of the model is asked too.
+    """
+    exact = evaluator.exact()
+    if exact is not evaluator:
+        precise = to_device(batch, exact.device, exact.dtype)
+        found = _compare(exact, precise, plan, collect, _tolerance(exact.dtype))
+        if found is not None and not found[0]:
+            return found
+        wrong = [] if found is None else found[0]
+    found = _compare(evaluator, batch, plan, collect, tolerance)
+    if found is None:
+        raise CoverageError(
+            complaint(
+                "model",
+                "the same use of every parameter in every pass",
+                "other calls in the second pass",
+                "Remove control flow that depends on anything but the inputs.",
+            )
+        )
+    if exact is not evaluator and wrong:
+        return [name for name in found[0] if name in wrong], found[1]
+    return found
+
+
+def _compare(
+    evaluator: Evaluator, batch: Any, plan: Plan, collect: Collect, tolerance: float
+) -> tuple[list[str], set[str]] | None:
+    """``_disagreement`` in one precision; None where the calls are not those of the plan."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     k = plan.outputs
@@ -123,9 +152,9 @@ def _disagreement(
     project = project.to(evaluator.device, evaluator.dtype)
     captured = evaluator.capture(batch, 0, plan.calls, set(plan.general), project)
     if captured.unruled:
-        return list(captured.unruled), set()
+        return None
     rows = evaluator.general_rows(batch, list(plan.general), project) if plan.general else {}
-    found = collect(captured, rows)
+    found = collect(evaluator, captured, rows)
     c = draw(found.n, found.k).to(found.outputs)
     flat = found.vjp(c.reshape(-1))
     true, outside = evaluator.autograd_vjp(batch, c.to(captured.outputs), project)

@@ -589,14 +589,14 @@ def table(found):
 
 HEAD = """# Models
 
-Small configurations with random weights (`tests/jacobians/zoo.py`), in float64. `rows against autograd` and `kernel` are the
-largest error relative to the largest entry, against the Jacobian one backward pass per output and sample gives. Engine: for
-how many parameter tensors layer rules served, for how many torch.func (vectorised) or passes of one sample (`one by one`, where
-control flow depends on the data). Coverage below 100% does not occur: it is a `CoverageError` that names the parameter.
-Overhead: CPU time of the capture over one plain forward and backward pass of the same batch and one output; at this size it
-is mostly Python. At full width it is in the second table.
+Small configurations with random weights (`tests/jacobians/zoo.py`), in float64. Rows and kernel: the largest error
+relative to the largest entry, against one backward pass per output and sample. Engine: for how many parameter tensors
+layer rules served, for how many torch.func (vectorised) or passes of one sample (`one by one`, where control flow
+depends on the data). Coverage below 100% does not occur: it is a `CoverageError` that names the parameter.
+Overhead: CPU time of the capture over one plain forward and backward pass of the same batch and one output; at this
+size it is mostly Python, at full width see below.
 
-Written by `python -m benchmarks.models` or by `SUI_FAST_WRITE_MODELS=1 pytest tests/jacobians/test_models.py`.
+Written by `python -m benchmarks.models`, or by `SUI_FAST_WRITE_MODELS=1 pytest tests/jacobians/test_models.py`.
 
 """
 
