@@ -166,7 +166,7 @@ class _Store:
         )
 
     def _widen(self, captured: Captured) -> None:
-        """Room for longer sequences than before: zeros at positions that a batch does not have add nothing to its rows."""
+        """Room for longer sequences than before: zeros where a batch has no positions add nothing."""
         for i, (use, shape) in enumerate(zip(captured.uses, captured.shapes, strict=True)):
             mine = self._uses[i]
             if use.rule == "given" and shape[1:] != self._grads[i].shape[2:]:
