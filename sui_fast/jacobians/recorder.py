@@ -257,10 +257,12 @@ class Recorder(TorchFunctionMode):
         """Copies [b, *x.shape] of x as an argument whose batch axis is that of the result."""
         dim = call.result.dim
         full = (1,) * (len(shape) - x.ndim) + tuple(x.shape)
+        times = shape[dim] // self.batch
+        if full[dim] == times > 1 and plain_name(call.function) in COPIES:  # repeated along an axis that it has
+            return q.reshape(self.batch, *full).movedim(0, dim).flatten(dim, dim + 1)
         if full[dim] != 1:
             raise ValueError
         q = q.reshape(self.batch, *full[:dim], *full[dim + 1 :]).movedim(0, dim)
-        times = shape[dim] // self.batch
         if times == 1:
             return q
         if call.positions_first:
