@@ -251,7 +251,9 @@ class Evaluator:
 
             found = functional_call(wrapper, leaves, (sample, rows), tie_weights=True)
             for j, (name, leaf) in enumerate(leaves.items()):
-                parts[name].append(torch.stack([torch.zeros_like(leaf) if r[j] is None else r[j] for r in found]))
+                parts[name].append(
+                    torch.stack([torch.zeros_like(leaf) if r[j] is None else r[j].to_dense() for r in found])
+                )
         return {name: torch.stack(rows) for name, rows in parts.items()}
 
     def autograd_vjp(self, batch: Any, cotangent: Tensor, project: Tensor) -> tuple[dict[str, Tensor], set[str]]:
@@ -272,7 +274,7 @@ class Evaluator:
 
         found = functional_call(wrapper, leaves, (batch, gradients), tie_weights=True)
         pairs = zip(self.parameters.items(), found, strict=False)
-        grads = {name: torch.zeros_like(p) if grad is None else grad for (name, p), grad in pairs}
+        grads = {name: torch.zeros_like(p) if grad is None else grad.to_dense() for (name, p), grad in pairs}
         outside = {name for name, grad in zip(real, found[len(given) :], strict=True) if grad is not None}
         return grads, outside
 

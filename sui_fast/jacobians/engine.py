@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .._errors import ArgumentError, CoverageError, complaint
 from .capture import Captured, Evaluator
-from .data import Samples, as_samples, to_device
+from .data import Samples, as_samples, batch_length, to_device
 from .jacobian import Jacobian
 from .layers import Gather, Origin, Part, Use
 from .proof import CHECKED, Plan, prove
@@ -59,7 +59,7 @@ def jacobian(
         batch = to_device(next(samples.batches(CHECKED)), evaluator.device, evaluator.dtype)
         key = (tuple(evaluator.parameters), outputs, evaluator.dtype, _signature(batch))
         known = _proven.setdefault(model, {})
-        if key not in known:
+        if key not in known or known[key].samples < batch_length(batch):  # one sample cannot show that others mix in
             known[key] = prove(evaluator, batch, _collect)
         for _ in range(2):
             store = _run(evaluator, samples, batch_size, known[key], progress)
