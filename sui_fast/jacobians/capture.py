@@ -20,8 +20,9 @@ from torch.utils.checkpoint import CheckpointFunction, checkpoint
 from .._errors import ArgumentError, CoverageError, DataError, ModelError, complaint
 from .data import batch_length
 from .layers import Use
-from .recorder import Call, Recorder, Replay, Survey
+from .recorder import Recorder, Replay
 from .recurrent import own_body
+from .survey import Call, Survey
 
 _grad = own_body(torch.autograd.grad)  # with a mode on, the function would turn it off for what checkpoints repeat
 _COPIED = 5 * 10**8  # entries of a model that may be copied to float32 for the proof
