@@ -60,8 +60,9 @@ def _is_weight(factor: Factor, first: Factor, shapes: dict[str, torch.Size]) -> 
     if isinstance(factor, Rows) or isinstance(first, Rows) or factor.names["weight"] != first.names["weight"]:
         return False
     shape = shapes[factor.names["weight"]]
-    plain = "weight" not in factor.places
-    return plain and (isinstance(factor, Index) or (factor.g.shape[3], factor.a.shape[2]) == (shape[0], shape[1:].numel()))
+    if "weight" in factor.places:
+        return False
+    return isinstance(factor, Index) or (factor.g.shape[3], factor.a.shape[2]) == (shape[0], shape[1:].numel())
 
 
 def _join(group: list[Factor], shapes: dict[str, torch.Size]) -> list[Factor]:

@@ -1,7 +1,7 @@
 """C++ kernels of the sketches (csrc/cpu/rows_kernels.cpp); products and transforms stay with PyTorch's libraries.
 
-The tensor sketch is in `_tensor_cpu.py`, but for ranks that are no powers of two: count sketches, PyTorch's transforms, the
-product summed over positions, one transform back.
+The tensor sketch is in `_tensor_cpu.py`, but for ranks that are no powers of two: count sketches, PyTorch's transforms,
+the product summed over positions, one transform back.
 """
 
 from __future__ import annotations

@@ -85,9 +85,12 @@ def finish(sums: Tensor) -> Tensor:
 def add_scatter(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, ones: bool) -> None:
     """Rows [o, i] of some samples at a time, by matrix products, scattered to out [n, k, rank]."""
     (n, k, s, o), i, rank, dtype = g.shape, a.shape[2], out.shape[2], out.dtype
-    a = torch.cat([a, a.new_ones(n, s, 1)], 2) if ones else a
-    i += ones
-    left, right = hashed(i, rank, 0, stream, seed, dtype), hashed(o, rank, 1, stream, seed, dtype)
+    left, right = hashed(i + ones, rank, 0, stream, seed, dtype), hashed(o, rank, 1, stream, seed, dtype)
+    if ones:  # rows [o, 1] at the place of the last input: a column joined to a would be a copy of a
+        rows = g.sum(2, dtype=dtype).contiguous()
+        tables = [right[0].data_ptr(), right[1].data_ptr(), left[0][i:].data_ptr(), left[1][i:].data_ptr()]
+        args = (rows.data_ptr(), n * k, o, 1, *tables, rank)
+        call("scatter_rows", dtype)(*args, out.data_ptr(), torch.get_num_threads())
     step = -(-max(16 // k, min(n, _ROWS // (k * o * i))) // 16) * 16
     flip = i < o  # the longer lines innermost
     tables = [*left, *right] if flip else [*right, *left]
