@@ -13,21 +13,21 @@ import torch
 
 from ._errors import ArgumentError, complaint
 from .jacobians import jacobian
-from .jacobians.data import as_samples
+from .jacobians.data import Samples, as_samples
+from .jacobians.engine import predict
 from .loo import make_filter
+from .losses import Curved, Goal, Rooted, Squared, check_loss
 from .measures import MEASURES, UNITS
 from .planning import METHODS, Plan, choose_method, make_plan
 from .runs import Run, Stages
 from .scores import Scores
 from .streaming import check_rank
-from .targets import regression_targets
+from .targets import loss_targets
 
 try:
     import resource
 except ImportError:  # not on Windows
     resource = None
-
-LOSSES = ("mse",)
 
 
 def score(
@@ -36,7 +36,7 @@ def score(
     val=None,
     *,
     measures=("si", "fsi"),
-    loss: str = "mse",
+    loss="mse",
     reg: float | str = 0.0,
     time: float | None = None,
     lr: float | None = None,
@@ -67,7 +67,7 @@ def score(
         SI_i   = ||w_-i - w||^2 / (2 sigma^2)
         F-SI_i = mean over validation x of ||f_-i(x) - f(x)||^2 / (2 sigma^2)         in nats
 
-    for the network linearised at its present weights, trained on the mean squared loss with
+    for the network linearised at its present weights, trained on the mean loss with
     reg/2 ||w - w0||^2, and exactly retrained without each sample. The model runs in eval mode and is left as found.
 
     Args:
@@ -76,7 +76,10 @@ def score(
             float [n, k] or [n], or integer classes (one-hot for k > 1, {0, 1} for k = 1).
         val: the same, targets not needed; required by "fsi".
         measures: of "si", "fsi", "si_langevin", "si_sgd", "leverage", "loo_residual", "loo_margin".
-        loss: "mse".
+        loss: "mse"; "cross_entropy" (logits, k > 1) and "binary_cross_entropy" (logits, each output for itself), or a
+            function (outputs [b, k], targets) -> [b], convex in the outputs: in generalised Gauss-Newton form at the
+            present weights, so that leaving out is one Newton step of the problem without the sample. "fsi" stays
+            the change of the outputs (logits).
         reg: lambda' of the mean loss, or "auto": the value with the smallest exact leave-one-out error.
         time: training steps ("gd") or time ("flow"); None: trained to convergence. lr: step size of the mean loss.
         dynamics: "gd" or "flow".
@@ -121,7 +124,7 @@ def score(
     if device is not None and _device_of(model) != torch.device(device):
         model = copy.deepcopy(model).to(device)
 
-    stages = Stages(5 + ("fsi" in wanted) * 2, progress)
+    stages = Stages(6 + ("fsi" in wanted) * 2, progress)
     run = Run(model, wanted, reg, dict(time=time, lr=lr, dynamics=dynamics), convention, groups, sigma, seed, progress)
     run.sgd = dict(lr=sgd_lr, batch_size=sgd_batch_size, jitter=sgd_jitter)
     try:
@@ -134,32 +137,37 @@ def score(
         common = dict(outputs=outputs, params=params, batch_size=batch_size)
         with stages("look"):
             first = jacobian(model, run.samples.slice(0, 1), dtype=dtype, **common)
-            y, labels = regression_targets(run.samples.targets, first.k)
+            targets = loss_targets(loss, run.samples.targets, first.k)
+            labels, inputs = targets[1], run.samples
+            rows = first.k - (loss == "cross_entropy")
             chosen, rank, reason = choose_method(
-                run.samples.n, first.k, first.shape[1], method=method, rank=rank, device=first.device,
+                run.samples.n, rows, first.shape[1], method=method, rank=rank, device=first.device,
                 groups=groups is not None,
             )  # fmt: skip
             if "loo_margin" in wanted:
                 _check_labels(labels, groups)
-        run.y, run.labels = y.to(first.device), labels
-        if candidates is not None:
-            new_y, run.new_labels = regression_targets(run.candidates.targets, first.k, "candidates")
-            run.new_y = new_y.to(first.device)
-            if "loo_margin" in wanted:
-                _check_labels(run.new_labels, None)
+        common["dtype"] = dtype or torch.float64 if chosen == "dense" else dtype
+        with stages("outputs"):
+            run.goal, run.samples, run.outputs = _aim(model, loss, run.samples, targets, first.device, common, progress)
+            if candidates is not None:
+                new_targets = loss_targets(loss, run.candidates.targets, first.k, "candidates")
+                if "loo_margin" in wanted:
+                    _check_labels(new_targets[1], None)
+                new = run.candidates
+                run.new_goal, run.candidates, _ = _aim(model, loss, new, new_targets, first.device, common, progress)
         if chosen == "dense":
             if store is not None and method == "dense":
                 raise ArgumentError(complaint("store", "None with an exact method", repr(store), "Drop it."))
-            found = run.dense(stages, dict(dtype=dtype or torch.float64, **common))
+            found = run.dense(stages, common)
         else:
-            found = run.low_rank(stages, dict(dtype=dtype, **common), chosen, rank, store, resume)
+            found = run.low_rank(stages, common, chosen, rank, store, resume)
         values, details, reg, ids = found
     finally:
         stages.close()
 
     settings = dict(
         measures=list(wanted),
-        loss=loss,
+        loss=loss if isinstance(loss, str) else getattr(loss, "__name__", repr(loss)),
         reg=reg,
         time=time,
         lr=lr,
@@ -182,22 +190,23 @@ def score(
         seconds=stages.seconds,
         peak_bytes=_peak_bytes(first.device),
     )
-    units = {name: UNITS[name] for name in values}
-    common = dict(settings=settings, diagnostics=diagnostics, units=units)
+    special = dict(zip(("loo_residual", "loo_margin"), run.goal.units, strict=True))
+    units = {name: special.get(name, UNITS[name]) for name in values}
+    about = dict(settings=settings, diagnostics=diagnostics, units=units)
     scores = Scores(
         ids=ids,
         values=values,
         labels=labels.cpu().numpy() if labels is not None and groups is None else None,
-        inputs=_small_inputs(run.samples) if groups is None else None,
-        **common,
+        inputs=_small_inputs(inputs) if groups is None else None,
+        **about,
     )
     if candidates is not None:
         scores.candidates = Scores(
             ids=run.candidates.ids,
             values=run.new_values,
-            labels=None if run.new_labels is None else run.new_labels.cpu().numpy(),
-            inputs=_small_inputs(run.candidates),
-            **common,
+            labels=None if new_targets[1] is None else new_targets[1].cpu().numpy(),
+            inputs=_small_inputs(new),
+            **about,
         )
     return scores
 
@@ -228,6 +237,17 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     return make_plan(first, seconds, samples.n, m, method, rank, reason)
 
 
+def _aim(model, loss, samples, targets, device, options, progress) -> tuple[Goal, Samples, Any]:
+    """The goal of the training, samples that carry what its features need, and the outputs they are features of."""
+    y, labels = targets[0].to(device), targets[1]
+    if loss == "mse":
+        return Squared(y, labels), samples, options["outputs"]
+    f0 = predict(model, samples, progress=progress, **options)
+    function = loss if callable(loss) else None
+    goal = Curved("function" if function else loss, f0, y, labels, function)
+    return goal, samples.beside(goal.extra), Rooted(goal.kind, options["outputs"])
+
+
 def _check_arguments(measures, loss, sigma, method, rank, val, sgd_batch_size, sgd_jitter):
     wanted = (measures,) if isinstance(measures, str) else tuple(measures)
     unknown = [name for name in wanted if name not in MEASURES]
@@ -235,8 +255,7 @@ def _check_arguments(measures, loss, sigma, method, rank, val, sgd_batch_size, s
         raise ArgumentError(
             complaint("measures", f"some of {', '.join(MEASURES)}", repr(unknown or wanted), "Choose from the list.")
         )
-    if loss not in LOSSES:
-        raise ArgumentError(complaint("loss", "'mse'", repr(loss), "One-hot squared loss serves classification."))
+    check_loss(loss)
     if method not in METHODS:
         raise ArgumentError(
             complaint(

@@ -15,7 +15,7 @@ ROOMS = [
     ["spectra"],
     ["loo"],
     ["measures"],
-    ["targets", "scores"],
+    ["losses", "targets", "scores"],
     ["planning", "streaming"],
     ["runs"],
     ["scoring"],

@@ -131,6 +131,17 @@ def _is(x: Any, names: dict[int, str]) -> bool:
     return isinstance(x, Tensor) and id(x) in names
 
 
+def model_outputs(model: nn.Module, batch: Any, outputs: Callable | None = None) -> Any:
+    """outputs(model, batch), or what the model returns for the batch: its tensor, or its ``.logits``."""
+    if outputs is not None:
+        out = outputs(model, batch)
+    elif isinstance(batch, dict):
+        out = model(**batch)
+    else:
+        out = model(*batch) if isinstance(batch, tuple) else model(batch)
+    return out if isinstance(out, Tensor) else getattr(out, "logits", out)
+
+
 class Evaluator:
     """A model, its chosen parameters and the way to its outputs [b, k]."""
 
@@ -184,8 +195,6 @@ class Evaluator:
                     "Check the shape and dtype of the inputs, or pass outputs=f(model, batch).",
                 )
             ) from error
-        if not isinstance(out, Tensor):
-            out = getattr(out, "logits", out)
         size = batch_length(batch)
         if not isinstance(out, Tensor) or out.ndim not in (1, 2) or len(out) != size or not out.is_floating_point():
             shape = f"shape {list(out.shape)}, {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
@@ -213,11 +222,7 @@ class Evaluator:
         return out
 
     def _forward(self, batch: Any) -> Any:
-        if self._outputs is not None:
-            return self._outputs(self.model, batch)
-        if isinstance(batch, dict):
-            return self.model(**batch)
-        return self.model(*batch) if isinstance(batch, tuple) else self.model(batch)
+        return model_outputs(self.model, batch, self._outputs)
 
     @contextmanager
     def quiet(self) -> Iterator[None]:

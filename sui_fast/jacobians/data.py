@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,13 @@ from .._errors import DataError, complaint
 _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 _ID_KEYS = ("id", "ids", "idx")
 _SHUFFLED = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+class Known(NamedTuple):
+    """Inputs of a batch with what is known of its samples beside them: a tensor with a row per sample, never cast."""
+
+    inputs: Any
+    known: Tensor
 
 
 class Samples:
@@ -49,6 +56,15 @@ class Samples:
             length = batch_length(chunk)
             for begin in range(0, length, batch_size):
                 yield _map(lambda x, b=begin: x[b : b + batch_size], chunk)
+
+    def beside(self, known: Tensor) -> Samples:
+        """The same inputs, every batch of them a ``Known`` with its rows of ``known`` [n, ...]."""
+        chunks, offset = [], 0
+        for chunk in self._chunks:
+            end = offset + batch_length(chunk)
+            chunks.append(Known(chunk, known[offset:end]))
+            offset = end
+        return Samples(chunks, self.targets, self.ids, self.argument)
 
     def slice(self, begin: int, end: int) -> Samples:
         """Inputs of samples begin .. end, without targets."""
@@ -150,6 +166,8 @@ def to_device(batch: Any, device: torch.device, dtype: torch.dtype | None) -> An
         x = x.clone() if x.is_inference() else x
         return x.to(device, dtype) if dtype is not None and x.is_floating_point() else x.to(device)
 
+    if isinstance(batch, Known):
+        return Known(_map(move, batch.inputs), batch.known.to(device))
     return _map(move, batch)
 
 
@@ -158,6 +176,8 @@ def _map(function, batch: Any) -> Any:
         return function(batch)
     if isinstance(batch, Mapping):
         return {key: _map(function, value) for key, value in batch.items()}
+    if isinstance(batch, Known):
+        return Known(*(_map(function, value) for value in batch))
     if isinstance(batch, tuple | list):
         return tuple(_map(function, value) for value in batch)
     return batch
