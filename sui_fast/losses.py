@@ -21,6 +21,7 @@ from torch import Tensor
 from ._errors import ArgumentError, DataError, complaint
 from .jacobians.capture import model_outputs
 from .jacobians.data import Known
+from .measures import class_margin
 
 LOSSES = ("mse", "cross_entropy", "binary_cross_entropy")
 # Probabilities below exp(-120) count as exp(-120): W changes by 1e-52, and no square of 1 / R overflows.
@@ -45,7 +46,9 @@ class Softmax:
     """
 
     def __init__(self, f: Tensor):
-        log, self.order = torch.sort(F.log_softmax(f.to(torch.float64), 1).clamp_min(_FLOOR), 1, stable=True)
+        log, self.order = torch.sort(
+            F.log_softmax(f.to(torch.float64), 1).clamp_min(_FLOOR), dim=1, stable=True
+        )
         self.p = log.exp()
         tail = _later(self.p)  # sum over i >= j
         self.q, self.conditional = tail[:, 1:], (self.p / tail)[:, :-1]
@@ -165,7 +168,7 @@ class Squared:
     def margin(self, part: slice, v: Tensor) -> Tensor:
         """How clearly the left-out outputs are for the given class, [b]."""
         f, labels = self.left_out(part, v), self.labels[part].to(v.device)
-        return (2.0 * labels - 1.0) * (2.0 * f[:, 0] - 1.0) if f.shape[1] == 1 else class_margin(f, labels)
+        return class_margin(2.0 * f - 1.0 if f.shape[1] == 1 else f, labels)
 
     def error(self, part: slice, v: Tensor) -> Tensor:
         """What reg="auto" makes small, [b]: ||y - f||^2."""
@@ -206,8 +209,7 @@ class Curved:
             return -torch.autograd.grad(_values(self.function, f, y).sum(), f)[0]
 
     def margin(self, part: slice, v: Tensor) -> Tensor:
-        f, labels = self.left_out(part, v), self.labels[part]
-        return (2.0 * labels - 1.0) * f[:, 0] if f.shape[1] == 1 else class_margin(f, labels)
+        return class_margin(self.left_out(part, v), self.labels[part])
 
     def error(self, part: slice, v: Tensor) -> Tensor:
         """What reg="auto" makes small: the loss at the left-out outputs."""
@@ -221,12 +223,6 @@ class Curved:
 
 
 Goal = Squared | Curved
-
-
-def class_margin(f: Tensor, labels: Tensor) -> Tensor:
-    """f[label] minus the largest other output, [b]."""
-    given = f.gather(1, labels[:, None])[:, 0]
-    return given - f.scatter(1, labels[:, None], -torch.inf).amax(1)
 
 
 def check_loss(loss: Any) -> None:
@@ -280,7 +276,7 @@ def expand(function: Callable, f: Tensor, y: Tensor, step: int = 1024) -> tuple[
         lost = torch.linalg.vector_norm(torch.where(keep, 0.0, turned), dim=1)
         bad = torch.nonzero(lost > 1e-7 * size + 1e-12).flatten()
         if len(bad):
-            got = f"a slope of {float(lost[bad[0]]):.3g} in a direction without curvature at sample {begin + int(bad[0])}"
+            got = f"a slope of {float(lost[bad[0]]):.3g} where it has none at sample {begin + int(bad[0])}"
             todo = "Its step has no end there; smooth the loss, or add a small multiple of the squared one."
             raise ArgumentError(complaint("loss", "a function that is curved where it has a slope", got, todo))
         scale = torch.where(keep, s, 0.0).sqrt()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ._errors import ArgumentError, complaint
@@ -26,7 +27,7 @@ from .loo import (
 )
 from .losses import Goal
 from .measures import information, sgd_information
-from .spectra import dense_spectrum, feature_spectrum
+from .spectra import dense_spectrum, feature_spectrum, fingerprint_of
 from .streaming import (
     LowRank,
     Processes,
@@ -87,15 +88,13 @@ class Run:
             theta = jac.gram(progress=self.progress).to(torch.float64)
         if self.probes is not None:
             with stages("validation kernel"):
-                fair = math.sqrt(probe.k / jac.k)  # the solver takes training and validation to have as many outputs
-                cross = fair * probe.gram(jac, progress=self.progress).to(torch.float64)
+                cross = _even(probe.gram(jac, progress=self.progress).to(torch.float64), probe.n, jac.k)
         with stages("leave one out"):
             shared = dict(cross=cross, blocks=blocks, convention=self.convention, as_numpy=False)
             if isinstance(reg, str):
                 spectrum, idle = dense_spectrum(theta), (theta == 0).all(1)
-                regs, errors = loo_error_curve(
-                    spectrum, r0, blocks, idle, error=self.goal.error, convention=self.convention, **self.training
-                )
+                options = dict(self.training, error=self.goal.error, convention=self.convention)
+                regs, errors = loo_error_curve(spectrum, r0, blocks, idle, **options)
                 reg, extra["reg_curve"] = float(regs[errors.argmin()]), _curve(regs, errors)
                 phi = make_filter(jac.n, reg=reg, **self.training)
                 removal: Removal = remove_from_spectrum(spectrum, phi, r0, idle=idle, **shared)
@@ -111,7 +110,7 @@ class Run:
         if self.candidates is not None:
             with stages("candidates"):
                 new = jacobian(self.model, self.candidates, progress=self.progress, **own)
-                reach = None if self.probes is None else fair * probe.gram(new)
+                reach = None if self.probes is None else _even(probe.gram(new), probe.n, jac.k)
                 phi = make_filter(jac.n, reg=reg, **self.training)
                 added = add_to_kernel(
                     theta, r0, new.gram(jac), new.own_blocks(), self.new_goal.residual(everything, new.outputs), phi,
@@ -141,6 +140,8 @@ class Run:
         with stages(f"{method} map"):
             fmap = fit_map(source, method, rank, self.seed, processes)
         about = dict(method=method, rank=fmap.rank, seed=self.seed, options=repr(sorted(common.items(), key=str)))
+        if self.goal.kind != "mse":
+            about["loss"] = f"{self.goal.kind} {fingerprint_of({'outputs': self.goal.f0, 'targets': self.goal.y})}"
         stores = []
         try:
             with stages("features"):
@@ -169,7 +170,8 @@ class Run:
                 )  # fmt: skip
                 reg, extra = self.reg, {}
                 if isinstance(reg, str):
-                    regs, errors = solver.loo_error_curve(processes.total, self.goal.error, source.begin, **self.training)
+                    options = (processes.total, self.goal.error, source.begin)
+                    regs, errors = solver.loo_error_curve(*options, **self.training)
                     reg, extra["reg_curve"] = float(regs[errors.argmin()]), _curve(regs, errors)
                 phi = make_filter(n, reg=reg, **self.training)
                 check_stability(phi, float(spectrum.s[-1]), n)
@@ -239,12 +241,25 @@ def _curve(regs: np.ndarray, errors: np.ndarray) -> dict[str, list[float]]:
     return {"reg": regs.tolist(), "loo_error": errors.tolist()}
 
 
+def _even(cross: Tensor, m: int, rows: int) -> Tensor:
+    """The cross kernel as the solver takes it, ``rows`` to a validation sample, with the same mean of squares.
+
+    Training on logits has a row less per sample than there are logits; the solver knows one number for both.
+    """
+    if len(cross) == m * rows:
+        return cross
+    fill = -len(cross) % rows
+    even = torch.cat([cross, cross.new_zeros(fill, cross.shape[1])])
+    return even * math.sqrt(len(even) / (m * rows))
+
+
 def _version() -> str:
     return metadata.version("sui-fast")
 
 
 def _measure(
-    removal: Removal, wanted, sigma: float, goal: Goal, part: slice, *, shift: float, lr: float, batch_size: int, jitter: float
+    removal: Removal, wanted, sigma: float, goal: Goal, part: slice, *,
+    shift: float, lr: float, batch_size: int, jitter: float,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The columns asked for, in the order asked for, and what is to be said about them."""
     extra: dict[str, Any] = {}

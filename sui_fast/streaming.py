@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 from ._errors import ArgumentError, StabilityError, complaint
 from .jacobians import Jacobian, jacobian
 from .jacobians.data import Samples, batch_length
-from .losses import Goal
 from .loo import Addition, SpectralRemoval, add_samples, check_stability, make_blocks, make_filter, shard_blocks
+from .losses import Goal
 from .spectra import (
     RANK_FOR,
     FeatureMap,

@@ -80,7 +80,7 @@ def loss_targets(loss: object, targets: Tensor | None, k: int, argument: str = "
 
     Args:
         loss: "mse", "cross_entropy" (classes [n], or probabilities [n, k] of every class), "binary_cross_entropy"
-            (numbers in 0..1 or integers {0, 1}, [n, k], or [n] for k = 1), or a function (anything with a row per sample).
+            (numbers in 0..1 or integers {0, 1}, [n, k], or [n] for k = 1), or a function (any tensor [n, ...]).
         targets, k, argument: as in ``regression_targets``.
     Returns:
         y, float64 [n, k] for the named losses, and labels int64 [n] or None.
