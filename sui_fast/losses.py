@@ -11,6 +11,7 @@ Source: Schraudolph 2002; Martens 2020, section 8; docs/math.md, section 12.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,11 +193,31 @@ class Curved:
         self.rows = self._residual.shape[1]
         probability = "probability" if kind != "function" else "units of the loss's gradient"
         self.units = (probability, "nats (log odds)")
+        self._moves = False
 
     def residual(self, part: slice, outputs: Tensor) -> Tensor:
         return self._residual[part].to(outputs.device)
 
+    def of_moves(self) -> Curved:
+        """The same where the left-out residuals v are given as changes of the outputs [b, k]."""
+        other = copy(self)
+        other._moves = True
+        return other
+
+    def derivatives(self) -> tuple[Tensor, Tensor]:
+        """Gradient [n, k] and Hessian [n, k, k] of the losses at the given weights."""
+        n, k = self.f0.shape
+        root = ROOTS[self.kind](self.extra)
+        rows = torch.stack([root.root(e.expand(n, k)) for e in torch.eye(k).to(self.f0)], 2)
+        if self.kind == "function":
+            slope = -torch.einsum("nrk,nr->nk", rows, self._residual)
+        else:
+            slope = -ROOTS[self.kind].slope(self.f0, self.y)
+        return slope, rows.transpose(1, 2) @ rows
+
     def left_out(self, part: slice, v: Tensor) -> Tensor:
+        if self._moves:
+            return self.f0[part] + v
         move = ROOTS[self.kind](self.extra[part]).unroot(self._residual[part] - v.to(self.f0.device))
         return self.f0[part] + move
 

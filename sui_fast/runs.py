@@ -17,6 +17,8 @@ from ._errors import ArgumentError, complaint
 from .jacobians import jacobian
 from .loo import (
     Removal,
+    WeightedProblem,
+    WeightedRemoval,
     add_to_kernel,
     check_stability,
     leave_one_out,
@@ -69,7 +71,7 @@ class Run:
         self.model, self.wanted, self.reg, self.training = model, wanted, reg, training
         self.convention, self.groups, self.sigma, self.seed, self.progress = convention, groups, sigma, seed, progress
         self.samples = self.probes = self.goal = self.outputs = None  # outputs: those whose Jacobian is trained on
-        self.candidates = self.new_goal = None
+        self.candidates = self.new_goal = self.inputs = None
         self.new_values: dict[str, np.ndarray] = {}
         self.sgd: dict[str, Any] = {}
 
@@ -89,6 +91,8 @@ class Run:
         if self.probes is not None:
             with stages("validation kernel"):
                 cross = _even(probe.gram(jac, progress=self.progress).to(torch.float64), probe.n, jac.k)
+        if _is_certain(theta, r0, self.goal):
+            return self._weighted(stages, common, None if self.probes is None else probe)
         with stages("leave one out"):
             shared = dict(cross=cross, blocks=blocks, convention=self.convention, as_numpy=False)
             if isinstance(reg, str):
@@ -123,6 +127,43 @@ class Run:
             error_estimate=max(details["eigen_error"], details["filter_error"]),
             **self._about(jac.n, jac.k, jac.shape[1], jac.coverage, common["dtype"]),
             **self._errors(float(self.goal.error(everything, r0).mean()), float(errors.mean())),
+            **extra,
+            **more,
+        )
+        return values, details, reg, self.samples.ids if self.groups is None else blocks.labels
+
+    def _weighted(self, stages: Stages, common: dict[str, Any], probe):
+        """The exact kernel where the loss is certain of some samples."""
+        if self.candidates is not None or "si_sgd" in self.wanted or self.reg == 0 and self.training["time"] is None:
+            got = "a sample predicted with certainty (curvature of its loss below 1e-8 of the largest)"
+            todo = "Pass reg > 0 or a finite time, without candidates and 'si_sgd'; or use loss='mse'."
+            raise ArgumentError(complaint("loss", "predictions short of certainty for this call", got, todo))
+        with stages("kernel"):
+            jac = jacobian(self.model, self.inputs, progress=self.progress, **common)
+            cross = None if probe is None else probe.gram(jac, progress=self.progress).to(torch.float64)
+            theta = jac.gram(progress=self.progress).to(torch.float64)
+        blocks = make_blocks(jac.n, jac.k, self.groups)
+        n, goal, everything, extra, reg = jac.n, self.goal.of_moves(), slice(None), {}, self.reg
+        with stages("leave one out"):
+            problem = WeightedProblem(theta, *goal.derivatives(), cross)
+
+            def remove(reg: float) -> WeightedRemoval:
+                return WeightedRemoval(problem, make_filter(n, reg=reg, **self.training), self.convention, blocks)
+
+            if isinstance(reg, str):
+                regs = float(problem.s[-1]) / n * np.logspace(-9, 1, 31)
+                errors = np.array([float(goal.error(everything, remove(float(x)).loo_residual).mean()) for x in regs])
+                reg, extra["reg_curve"] = float(regs[errors.argmin()]), _curve(regs, errors)
+            removal = remove(reg)
+        with stages("measures"):
+            values, more = self._measure(removal, goal, everything, n * reg)
+            moved = removal.loo_residual
+            errors = [float(goal.error(everything, x).mean()) for x in (torch.zeros_like(moved), moved)]
+        details = dict(
+            **removal.diagnostics,
+            error_estimate=removal.diagnostics["filter_error"],
+            **self._about(n, jac.k, jac.shape[1], jac.coverage, common["dtype"]),
+            **self._errors(*errors),
             **extra,
             **more,
         )
@@ -239,6 +280,15 @@ class Run:
 
 def _curve(regs: np.ndarray, errors: np.ndarray) -> dict[str, list[float]]:
     return {"reg": regs.tolist(), "loo_error": errors.tolist()}
+
+
+def _is_certain(theta: Tensor, r0: Tensor, goal: Goal) -> bool:
+    """Whether rows of the whitened kernel are so small, or residuals so large, that their digits are lost there."""
+    size = theta.diagonal().reshape(r0.shape).abs()
+    lost = (size < 1e-8 * size.max()) & (r0 != 0) & (size > 0)
+    if goal.kind != "function":
+        lost |= r0.abs() > 1e4
+    return goal.kind != "mse" and bool(lost.any())
 
 
 def _even(cross: Tensor, m: int, rows: int) -> Tensor:

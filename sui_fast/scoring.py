@@ -139,6 +139,7 @@ def score(
             first = jacobian(model, run.samples.slice(0, 1), dtype=dtype, **common)
             targets = loss_targets(loss, run.samples.targets, first.k)
             labels, inputs = targets[1], run.samples
+            run.inputs = inputs
             rows = first.k - (loss == "cross_entropy")
             chosen, rank, reason = choose_method(
                 run.samples.n, rows, first.shape[1], method=method, rank=rank, device=first.device,

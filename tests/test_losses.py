@@ -87,7 +87,7 @@ class Newton:
         if time is None:
             phi = torch.where(x > 1e-12 * x[-1], 1 / x, 0.0)
         else:
-            phi = torch.where(x > 1e-300, (1 - (1 - eta * x) ** time) / x, eta * time)
+            phi = torch.where(x > 1e-300, -torch.expm1(time * torch.log1p(-eta * x)) / x, eta * time)
         return u @ (phi * (u.T @ pull)), h + shift * torch.eye(len(h)).double()
 
     def scores(self, blocks, **training):
@@ -122,6 +122,34 @@ def test_leave_one_out_is_a_newton_step(kind, training):
     for name in want:
         np.testing.assert_allclose(got[name], want[name], rtol=1e-8, err_msg=name)
     assert got["leverage"].sum() == pytest.approx(got.diagnostics["effective_dimension"], rel=1e-8)
+
+
+@pytest.mark.parametrize("scale", [10, 30, 100, 1000, 30_000])
+@pytest.mark.parametrize("kind", ["cross_entropy", "one logit"])
+@pytest.mark.parametrize(
+    "training", [dict(reg=0.01), dict(reg=0.01, convention="mean"), dict(time=9, lr=1e-5, reg=0.0)], ids=str
+)
+def test_predictions_with_certainty(scale, kind, training):
+    """Probabilities of exp(-3e5), for and against the label: the explicit step divides by none of them."""
+    loss, k, y, one = LOSS[kind]
+    groups = np.arange(N) // 2
+    for removed in (None, groups):
+        blocks = [[i] for i in range(N)] if removed is None else [np.flatnonzero(groups == g) for g in range(6)]
+        want = Newton(network(k, scale), y, one).scores(blocks, **training)
+        got = score(
+            network(k, scale), (X, y), PROBE, loss=loss, measures=MEASURES, groups=removed, progress=False, **training
+        )
+        for name in want:
+            atol = 1e-8 * np.max(np.abs(want[name])) + 1e-12 * np.max(want["si"]) * (name == "si_langevin")
+            np.testing.assert_allclose(got[name], want[name], rtol=1e-6, atol=atol, err_msg=name)
+
+
+def test_certainty_without_regularisation_is_an_error():
+    loss, k, y, _ = LOSS["cross_entropy"]
+    with pytest.raises(SuiError, match="reg > 0"):
+        score(network(k, 1000), (X, y), PROBE, loss=loss, progress=False)
+    got = score(network(k, 1000), (X, y), PROBE, loss=loss, reg="auto", progress=False)
+    assert np.isfinite(got["si"]).all() and got.diagnostics["loo_loss"] > 0
 
 
 def test_groups_leave_together():
