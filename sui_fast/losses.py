@@ -138,8 +138,9 @@ class Rooted:
     def __call__(self, model: torch.nn.Module, batch: Known) -> Tensor:
         f = model_outputs(model, batch.inputs, self.base)
         f = f[:, None] if f.ndim == 1 else f
-        wide = f.to(torch.promote_types(f.dtype, torch.float32))  # half precision has no room for small roots
-        return ROOTS[self.kind](batch.known).root(wide).to(f.dtype)
+        with torch.autocast(f.device.type, enabled=False):  # half precision has no room for small roots
+            wide = f.to(torch.promote_types(f.dtype, torch.float32))
+            return ROOTS[self.kind](batch.known).root(wide).to(f.dtype)
 
 
 class Squared:

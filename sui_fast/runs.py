@@ -249,13 +249,13 @@ class Run:
         finally:
             for held in stores:
                 held.close()
-        first = source.part(0, 1)
+        first, first_parameter = source.part(0, 1), next(self.model.parameters())
         details = dict(
             details,
             error_estimate=error,
             features=fmap.rank,
             rank_wanted=better,
-            **self._about(n, first.k, first.shape[1], first.coverage, first.dtype),
+            **self._about(n, first.k, first.shape[1], first.coverage, common["dtype"] or first_parameter.dtype),
             **self._errors(first_error / n, lost / n),
             **extra,
             **more,

@@ -90,7 +90,8 @@ def score(
             that was interrupted goes on (resume=True) with the same scores; resume=False begins anew. Under torchrun a
             run of low rank shares the samples among the processes, and every process returns all scores.
         params: "trainable", "all", names, or a predicate: the parameters that count.
-        outputs: function (model, batch) -> [b, k]; default: the model's tensor, or its ``.logits``.
+        outputs: function (model, batch) -> [b, k]; default: the model's tensor, or its ``.logits``; ready-made ones,
+            of language models too, in ``sui_fast.outputs``.
         batch_size: samples per forward pass; no effect on the result.
         device: where to compute (default: where the model is).
         dtype: of the Jacobian (default float64; for methods of low rank the model's).
@@ -129,15 +130,17 @@ def score(
     run.sgd = dict(lr=sgd_lr, batch_size=sgd_batch_size, jitter=sgd_jitter)
     try:
         with stages("data"):
-            run.samples = as_samples(train, with_targets=True, argument="train")
+            own = getattr(outputs, "target", None)  # language models predict their inputs
+            need = True if own is None else None
+            run.samples = as_samples(train, with_targets=need, argument="train")
             if "fsi" in wanted:
                 run.probes = as_samples(val, with_targets=None, argument="val")
             if candidates is not None:
-                run.candidates = as_samples(candidates, with_targets=True, argument="candidates")
+                run.candidates = as_samples(candidates, with_targets=need, argument="candidates")
         common = dict(outputs=outputs, params=params, batch_size=batch_size)
         with stages("look"):
             first = jacobian(model, run.samples.slice(0, 1), dtype=dtype, **common)
-            targets = loss_targets(loss, run.samples.targets, first.k)
+            targets = loss_targets(loss, _targets(run.samples, own, first.k), first.k)
             labels, inputs = targets[1], run.samples
             run.inputs = inputs
             rows = first.k - (loss == "cross_entropy")
@@ -151,7 +154,7 @@ def score(
         with stages("outputs"):
             run.goal, run.samples, run.outputs = _aim(model, loss, run.samples, targets, first.device, common, progress)
             if candidates is not None:
-                new_targets = loss_targets(loss, run.candidates.targets, first.k, "candidates")
+                new_targets = loss_targets(loss, _targets(run.candidates, own, first.k), first.k, "candidates")
                 if "loo_margin" in wanted:
                     _check_labels(new_targets[1], None)
                 new = run.candidates
@@ -177,7 +180,8 @@ def score(
         method=chosen,
         params=params if isinstance(params, str) else repr(params),
         batch_size=batch_size,
-        dtype=str(details.pop("dtype")).removeprefix("torch."),
+        dtype=str(details["dtype"]).removeprefix("torch."),
+        dtypes=_dtypes(details.pop("dtype"), chosen),
         seed=seed,
         convention=convention,
         grouped=groups is not None,
@@ -238,6 +242,10 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     return make_plan(first, seconds, samples.n, m, method, rank, reason)
 
 
+def _targets(samples: Samples, constant: float | None, k: int) -> torch.Tensor | None:
+    return samples.targets if constant is None else torch.full((samples.n, k), constant, dtype=torch.float64)
+
+
 def _aim(model, loss, samples, targets, device, options, progress) -> tuple[Goal, Samples, Any]:
     """The goal of the training, samples that carry what its features need, and the outputs they are features of."""
     y, labels = targets[0].to(device), targets[1]
@@ -292,6 +300,13 @@ def _check_labels(labels, groups) -> None:
                 "Pass integer classes, or use 'loo_residual'.",
             )
         )
+
+
+def _dtypes(model: torch.dtype, method: str) -> dict[str, str]:
+    """In what the model runs, features (or the kernel) are kept, sums over samples add up, and systems are solved."""
+    name = str(model).removeprefix("torch.")
+    features = name if method == "dense" else "float32"
+    return dict(model=name, features=features, accumulation="float64", solve="float64")
 
 
 def _device_of(model: torch.nn.Module) -> torch.device:

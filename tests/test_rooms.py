@@ -15,7 +15,7 @@ ROOMS = [
     ["spectra"],
     ["loo"],
     ["measures"],
-    ["losses", "targets", "scores"],
+    ["losses", "outputs", "targets", "scores"],
     ["planning", "streaming"],
     ["runs"],
     ["scoring"],
