@@ -8,10 +8,11 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 SAY := @printf '==> %s\n'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench sanitize clean
+.PHONY: help demo demo-text test lint bench sanitize clean
 
 help:
 	@echo "make demo    score every training sample of a real data set; writes demo_out/ with a report to look at"
+	@echo "make demo-text  the same on text: docstrings of installed packages and a sentence encoder, offline"
 	@echo "make test    run the whole test suite"
 	@echo "make lint    check style and imports (ruff)"
 	@echo "make bench   measure against floors and rivals; writes JSON and a Markdown table"
@@ -33,6 +34,10 @@ $(STAMP): $(SOURCES)
 demo: $(STAMP)
 	$(SAY) "sui-fast demo"
 	@$(VENV)/bin/sui-fast demo
+
+demo-text: $(STAMP)
+	$(SAY) "sui-fast demo --text"
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/sui-fast demo --text
 
 test: $(STAMP)
 	$(SAY) "pytest, $(WORKERS) processes of one thread each"

@@ -21,11 +21,12 @@ ROOMS = [
     ["scoring"],
     ["report"],
     ["demo", "doctor"],
+    ["demo_text"],
     ["cli"],
     ["__init__", "__main__"],
 ]
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
-INSIDE = {("scores", "report"), ("demo", "sklearn")}  # drawn only when asked for; needed by the demo alone
+INSIDE = {("scores", "report"), ("demo", "sklearn")}  # drawn only when asked for; needed by the demos alone
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
