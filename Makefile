@@ -8,11 +8,12 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 SAY := @printf '==> %s\n'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo examples test lint bench sanitize clean
+.PHONY: help demo demo-text examples test lint bench sanitize clean
 
 help:
 	@echo "make demo    score every training sample of a real data set; writes demo_out/ with a report to look at"
 	@echo "make examples  run examples/*.py, notebook-like scripts on real data (a few minutes)"
+	@echo "make demo-text  the same on text: docstrings of installed packages and a sentence encoder, offline"
 	@echo "make test    run the whole test suite"
 	@echo "make lint    check style and imports (ruff)"
 	@echo "make bench   measure against floors and rivals; writes JSON and a Markdown table"
@@ -48,6 +49,10 @@ $(CHROMIUM): $(STAMP)
 examples: $(STAMP)
 	@for script in examples/*.py; do printf '==> %s\n' "$$script"; \
 		HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MPLBACKEND=Agg $(VENV)/bin/python $$script || exit 1; done
+
+demo-text: $(STAMP)
+	$(SAY) "sui-fast demo --text"
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/sui-fast demo --text
 
 test: $(STAMP) $(CHROMIUM)
 	$(SAY) "pytest, $(WORKERS) processes of one thread each"

@@ -2,8 +2,8 @@
 
     python -m benchmarks.low_rank [--samples 1000] [--outputs 1 10] [--networks mlp cnn] [--seed 0]
 
-One row per network, number of outputs and training: the effective dimension, and the Spearman correlation of SI and F-SI
-with the exact ones at rank = 2 x (subspace), 5 x (nystrom) and 40 x (sketch) the effective dimension.
+One row per network, number of outputs and training: the effective dimension, and the Spearman correlation of SI and
+F-SI with the exact ones at rank = 2 x (subspace), 5 x (nystrom) and 40 x (sketch) the effective dimension.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 Smooth unique information of samples (Harutyunyan et al., ICLR 2021), exact and fast, from a linearised network.
 """
 
+from . import outputs
 from ._errors import (
     ArgumentError,
     BackendError,
@@ -48,6 +49,7 @@ __all__ = [
     "jacobian",
     "leave_one_out",
     "ntk",
+    "outputs",
     "plan",
     "read_review",
     "score",

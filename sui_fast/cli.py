@@ -13,6 +13,7 @@ from pathlib import Path
 from . import __version__
 from ._errors import ArgumentError, SuiError, complaint
 from .demo import run_demo
+from .demo_text import run_text_demo
 from .doctor import doctor
 from .measures import MEASURES
 from .planning import METHODS
@@ -43,8 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="demo | score | plan | report | compare | doctor")
 
     demo = commands.add_parser("demo", help="score scikit-learn's digits with wrong labels mixed in")
-    demo.add_argument("--out", default="demo_out", help="folder for scores.parquet and report.html")
-    demo.set_defaults(run=lambda a: 0 if run_demo(a.out) is not None else 1)
+    demo.add_argument("--out", help="folder for scores.parquet and report.html (demo_out, demo_out_text)")
+    demo.add_argument("--text", action="store_true", help="docstrings and a sentence encoder instead (extra [text])")
+    demo.set_defaults(run=_demo)
 
     run = commands.add_parser("score", help="score your own model and data")
     _add_method(run)
@@ -101,6 +103,14 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
 
 def _params(a: argparse.Namespace):
     return "trainable" if a.params is None else a.params[0] if a.params in (["all"], ["trainable"]) else a.params
+
+
+def _demo(a: argparse.Namespace) -> int:
+    if a.text:
+        run_text_demo(a.out or "demo_out_text")
+    else:
+        run_demo(a.out or "demo_out")
+    return 0
 
 
 def _plan(a: argparse.Namespace) -> int:

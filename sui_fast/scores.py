@@ -108,6 +108,26 @@ class Scores:
         """The table as a pandas DataFrame (pandas must be installed)."""
         return self.table.to_pandas()
 
+    def to_datasets(self, dataset, prefix: str = ""):
+        """A Hugging Face Dataset with a column per measure added; rows in the order of the scores.
+
+        Args:
+            dataset: what was scored. prefix: of the new columns' names.
+        Raises:
+            ArgumentError: another number of rows, or a column of that name.
+        """
+        if not hasattr(dataset, "add_column") or len(dataset) != len(self):
+            got = f"{len(dataset)} rows" if hasattr(dataset, "add_column") else type(dataset).__name__
+            todo = "Pass the data set that was scored."
+            raise ArgumentError(complaint("dataset", f"a Hugging Face Dataset of {len(self)} rows", got, todo))
+        taken = [prefix + name for name in self.values if prefix + name in dataset.column_names]
+        if taken:
+            got = f"{taken[0]!r}, which is there"
+            raise ArgumentError(complaint("prefix", "names that are free", got, "Pass another one."))
+        for name, column in self.values.items():
+            dataset = dataset.add_column(prefix + name, column)
+        return dataset
+
     def save(self, path: str | os.PathLike, *, previews: bool = True) -> Path:
         """Write the table with settings and units to a Parquet file; the file appears whole or not at all.
 

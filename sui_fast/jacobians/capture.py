@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import sys
 import warnings
@@ -27,6 +28,22 @@ from .survey import Call, Survey
 _grad = own_body(torch.autograd.grad)  # with a mode on, the function would turn it off for what checkpoints repeat
 _COPIED = 5 * 10**8  # entries of a model that may be copied to float32 for the proof
 _log = logging.getLogger("sui_fast")
+
+
+def model_outputs(model: nn.Module, batch: Any, outputs: Callable | None = None) -> Any:
+    """outputs(model, batch), or what the model returns for the batch: its tensor, or its ``.logits``."""
+    if outputs is not None:
+        out = outputs(model, batch)
+    elif isinstance(batch, dict):
+        out = model(*batch.values()) if len(batch) == 1 and not _takes(model, next(iter(batch))) else model(**batch)
+    else:
+        out = model(*batch) if isinstance(batch, tuple) else model(batch)
+    return out if isinstance(out, Tensor) else getattr(out, "logits", out)
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    known = inspect.signature(model.forward).parameters
+    return name in known or any(p.kind is p.VAR_KEYWORD for p in known.values())
 
 
 class Evaluator:
@@ -101,8 +118,6 @@ class Evaluator:
                     "Check the shape and dtype of the inputs, or pass outputs=f(model, batch).",
                 )
             ) from error
-        if not isinstance(out, Tensor):
-            out = getattr(out, "logits", out)
         size = batch_length(batch)
         if not isinstance(out, Tensor) or out.ndim not in (1, 2) or len(out) != size or not out.is_floating_point():
             shape = f"shape {list(out.shape)}, {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
@@ -131,11 +146,7 @@ class Evaluator:
 
     def _forward(self, batch: Any) -> Any:
         with torch.autocast(**self._autocast):
-            if self._outputs is not None:
-                return self._outputs(self.model, batch)
-            if isinstance(batch, dict):
-                return self.model(**batch)
-            return self.model(*batch) if isinstance(batch, tuple) else self.model(batch)
+            return model_outputs(self.model, batch, self._outputs)
 
     @contextmanager
     def quiet(self) -> Iterator[None]:

@@ -109,6 +109,28 @@ def _pass(model, data, make, outputs, params, batch_size, dtype, progress):
     return store, evaluator, known[key].general
 
 
+def predict(
+    model: nn.Module,
+    samples: Samples,
+    *,
+    outputs: Callable | None = None,
+    params: Any = "trainable",
+    batch_size: int = 64,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Outputs [n, k] of all samples, as ``jacobian`` would find them, from forward passes alone."""
+    evaluator, found = Evaluator(model, outputs, params, dtype), []
+    total = -(-samples.n // batch_size)
+    with evaluator.quiet(), torch.no_grad():
+        done = 0
+        for raw in tqdm(samples.batches(batch_size), total=total, desc="outputs", delay=2, leave=False,
+                        disable=not progress):  # fmt: skip
+            found.append(evaluator(to_device(raw, evaluator.device, evaluator.dtype), done))
+            done += len(found[-1])
+    return torch.cat(found)
+
+
 def _run(
     evaluator: Evaluator, store: _Store | _Sketches, samples: Samples, batch_size: int, plan: Plan, progress: bool
 ) -> _Store | _Sketches | dict[str, str]:
