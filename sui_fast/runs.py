@@ -68,6 +68,7 @@ class Run:
         self.samples = self.probes = self.y = self.labels = None
         self.candidates = self.new_y = self.new_labels = None
         self.new_values: dict[str, np.ndarray] = {}
+        self.left_out: np.ndarray | None = None  # predictions of the model trained without each sample [n, k]
         self.sgd: dict[str, Any] = {}
 
     def dense(self, stages: Stages, common: dict[str, Any]):
@@ -112,6 +113,8 @@ class Run:
                     cross=cross, reach=reach, convention=self.convention,
                 )  # fmt: skip
                 self.new_values, _ = self._measure(added, self.new_y, self.new_labels, jac.n * reg)
+        if "loo_margin" in self.wanted:
+            self.left_out = (self.y - removal.loo_residual).cpu().numpy()
         details = removal.diagnostics
         details = dict(
             **details,
@@ -168,7 +171,7 @@ class Run:
                     reg, extra["reg_curve"] = float(regs[errors.argmin()]), _curve(regs, errors)
                 phi = make_filter(n, reg=reg, **self.training)
                 check_stability(phi, float(spectrum.s[-1]), n)
-                columns, more, begin, lost, missed = [], {}, source.begin, 0.0, 0.0
+                columns, left_out, more, begin, lost, missed = [], [], {}, source.begin, 0.0, 0.0
                 details: dict[str, Any] = {}
                 for shard in solver.shards():
                     removal = solver.removal(shard, phi)
@@ -177,10 +180,15 @@ class Run:
                     labels = None if self.labels is None else self.labels[part]
                     found, more = self._measure(removal, self.y[part], labels, n * reg)
                     columns.append(found)
+                    if "loo_margin" in self.wanted:
+                        left_out.append((self.y[part] - removal.loo_residual).cpu().numpy())
                     lost += float(removal.loo_residual.square().sum())
                     missed += float(removal.missed_leverage.sum())
                     details, begin = removal.diagnostics, begin + count
                 values = processes.gather(self._join(columns))
+                if "loo_margin" in self.wanted:
+                    found = {"left_out": np.concatenate([np.zeros((0, self.y.shape[1])), *left_out])}
+                    self.left_out = processes.gather(found)["left_out"]
                 lost, missed = processes.total(torch.tensor([lost, missed], dtype=torch.float64)).tolist()
                 edf = missed + float((spectrum.s * torch.from_numpy(phi(spectrum.s.cpu().numpy())).to(device)).sum())
             if self.candidates is not None:

@@ -27,6 +27,7 @@ class Scores:
         units: {measure: unit}.
         labels: class of each sample, int64 [n], or None.
         inputs: small inputs for the report [n, ...], or None; not saved.
+        left_out: predictions of the model trained without each sample [n, k], where "loo_margin" was asked for; not saved.
         candidates: Scores of samples that were not trained on, where ``score`` was given some, or None; saved apart.
     """
 
@@ -40,11 +41,12 @@ class Scores:
         units: dict[str, str] | None = None,
         labels: np.ndarray | None = None,
         inputs: np.ndarray | None = None,
+        left_out: np.ndarray | None = None,
     ):
         self.ids = np.asarray(ids)
         self.values = {name: np.asarray(column, dtype=np.float64) for name, column in values.items()}
         self.settings, self.diagnostics, self.units = settings, diagnostics, units or {}
-        self.labels, self.inputs = labels, inputs
+        self.labels, self.inputs, self.left_out = labels, inputs, left_out
         self.candidates: Scores | None = None
         for name, column in {**self.values, "labels": labels}.items():
             if column is not None and np.shape(column) != (len(self.ids),):
@@ -161,6 +163,7 @@ class Scores:
             units=self.units,
             labels=None if self.labels is None else self.labels[rows],
             inputs=None if self.inputs is None else self.inputs[rows],
+            left_out=None if self.left_out is None else self.left_out[rows],
         )
 
     def report(self, path: str | os.PathLike, *, title: str = "Unique information of samples") -> Path:

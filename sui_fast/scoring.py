@@ -189,6 +189,7 @@ def score(
         values=values,
         labels=labels.cpu().numpy() if labels is not None and groups is None else None,
         inputs=_small_inputs(run.samples) if groups is None else None,
+        left_out=run.left_out,
         **common,
     )
     if candidates is not None:
