@@ -14,6 +14,7 @@ from ._errors import (
     StoreError,
     SuiError,
 )
+from .apps import Mislabeled, Summary, find_mislabeled, summarize
 from .doctor import doctor
 from .jacobians import Jacobian, jacobian, ntk
 from .loo import Removal, leave_one_out
@@ -31,19 +32,23 @@ __all__ = [
     "DataError",
     "ModelError",
     "Jacobian",
+    "Mislabeled",
     "Plan",
     "Removal",
     "Scores",
     "SpectrumError",
     "StabilityError",
     "StoreError",
+    "Summary",
     "SuiError",
     "doctor",
     "explain",
+    "find_mislabeled",
     "jacobian",
     "leave_one_out",
     "ntk",
     "plan",
     "score",
+    "summarize",
     "use_backend",
 ]

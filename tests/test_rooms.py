@@ -19,13 +19,14 @@ ROOMS = [
     ["planning", "streaming"],
     ["runs"],
     ["scoring"],
+    ["apps"],
     ["report"],
     ["demo", "doctor"],
     ["cli"],
     ["__init__", "__main__"],
 ]
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
-INSIDE = {("scores", "report"), ("demo", "sklearn")}  # drawn only when asked for; needed by the demo alone
+INSIDE = {("scores", "report"), ("demo", "sklearn"), ("apps", "matplotlib")}  # drawn only when asked for; the demo alone
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

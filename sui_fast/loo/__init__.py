@@ -2,6 +2,7 @@
 
 from .addition import Addition, add_samples, add_to_kernel
 from .blocks import make_blocks, shard_blocks
+from .downdate import Remaining
 from .regularisation import loo_error_curve
 from .removal import Removal
 from .solve import check_stability, leave_one_out, make_filter, remove_from_spectrum
@@ -9,6 +10,7 @@ from .spectral import SpectralRemoval
 
 __all__ = [
     "Addition",
+    "Remaining",
     "Removal",
     "SpectralRemoval",
     "add_samples",
