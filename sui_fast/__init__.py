@@ -14,7 +14,16 @@ from ._errors import (
     StoreError,
     SuiError,
 )
-from .apps import Mislabeled, Summary, find_mislabeled, summarize
+from .apps import (
+    InfluenceFunctions,
+    Mislabeled,
+    Summary,
+    Validation,
+    find_mislabeled,
+    influence_functions,
+    summarize,
+    validate_linearization,
+)
 from .doctor import doctor
 from .jacobians import Jacobian, jacobian, ntk
 from .loo import Removal, leave_one_out
@@ -31,6 +40,7 @@ __all__ = [
     "CoverageError",
     "DataError",
     "ModelError",
+    "InfluenceFunctions",
     "Jacobian",
     "Mislabeled",
     "Plan",
@@ -41,9 +51,11 @@ __all__ = [
     "StoreError",
     "Summary",
     "SuiError",
+    "Validation",
     "doctor",
     "explain",
     "find_mislabeled",
+    "influence_functions",
     "jacobian",
     "leave_one_out",
     "ntk",
@@ -51,4 +63,5 @@ __all__ = [
     "score",
     "summarize",
     "use_backend",
+    "validate_linearization",
 ]
