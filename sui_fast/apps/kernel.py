@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._errors import ArgumentError, complaint
 from ..jacobians import Jacobian, Samples, as_samples, jacobian
-from ..loo import Removal, Remaining, leave_one_out, loo_error_curve, make_blocks, make_filter, remove_from_spectrum
+from ..loo import Remaining, Removal, leave_one_out, loo_error_curve, make_blocks, make_filter, make_sets, remove_from_spectrum
 from ..spectra import Spectrum, dense_spectrum
 from ..targets import regression_targets
 
@@ -88,6 +88,15 @@ class LinearProblem:
             self.spectrum, phi, self.r0, cross=self.cross, blocks=make_blocks(self.n, self.k, groups),
             convention=self.convention, as_numpy=False, idle=self.idle,
         )  # fmt: skip
+
+    def without(self, sets: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
+        """||dw||^2 and mean ||df||^2 (None without validation data) of leaving out each of these sets of samples."""
+        phi = make_filter(self.n, reg=self.reg, **self.training)
+        found = remove_from_spectrum(
+            self.spectrum, phi, self.r0, cross=self.cross, blocks=make_sets(self.n, self.k, sets),
+            convention=self.convention, as_numpy=True, idle=self.idle,
+        )  # fmt: skip
+        return found.weight_sqnorm, None if self.cross is None else found.prediction_sqnorm
 
     def remaining(self) -> Remaining:
         """The shrinking training set."""

@@ -1,7 +1,7 @@
 """Leave-one-out: what changes when samples are removed."""
 
 from .addition import Addition, add_samples, add_to_kernel
-from .blocks import make_blocks, shard_blocks
+from .blocks import make_blocks, make_sets, shard_blocks
 from .downdate import Remaining
 from .regularisation import loo_error_curve
 from .removal import Removal
@@ -20,6 +20,7 @@ __all__ = [
     "loo_error_curve",
     "make_blocks",
     "make_filter",
+    "make_sets",
     "remove_from_spectrum",
     "shard_blocks",
 ]
