@@ -39,7 +39,7 @@ def one(epsilon: float, steps: int, seed: int) -> list[float]:
     found = detect_adversarial(mlp(WIDTH, 4, seed + 1), (train, clean), x[N:], truth=marked, progress=False)
     trained = fit(mlp(WIDTH, 4, seed + 1), train, clean, seed)
     loss = nn.functional.cross_entropy(trained(train), clean, reduction="none").detach().numpy()
-    values = [found.auroc, *(found.aurocs[name] for name in ("fsi", "si", "loo_margin"))]
+    values = [found.auroc, *(found.aurocs[name] for name in ("leverage", "loo_residual", "fsi", "si"))]
     return [fooled, *values, auroc(loss, marked)]
 
 
@@ -51,7 +51,7 @@ def main(seeds: int = 2) -> None:
             rows.append([f"{name}, epsilon {epsilon}", f"{values[0]:.0%}", *values[1:].tolist()])
     table(
         "Adversarial examples",
-        ["attack", "fooled", "leave-one-out residual (default)", "F-SI", "SI", "margin", "training loss"],
+        ["attack", "fooled", "surprise (default)", "leverage", "leave-one-out residual", "F-SI", "SI", "training loss"],
         rows,
         f"AUROC; digits 1, 4, 7, 9, n = {N}, {SHARE:.0%} of the training samples attacked with their true labels kept, "
         f"against another MLP-{WIDTH} trained on the clean ones; mean of {seeds} seeds. "

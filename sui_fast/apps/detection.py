@@ -11,7 +11,7 @@ import torch
 from .._errors import ArgumentError, complaint
 from ..measures import information, loo_margin
 from .kernel import LinearProblem, linear_problem
-from .results import Result, auroc, average_precision, check_truth
+from .results import Result, auroc, average_precision, check_truth, ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,12 +163,17 @@ def detect_adversarial(
     sigma: float = 1.0,
     **arguments,
 ) -> Adversarial:
-    """Rank samples of a training set by how much they look made to mislead: they teach what the others contradict.
+    """Rank samples of a training set by how much they look made to mislead.
+
+    ::
+
+        surprise_i = mean rank of the leverage (an input unlike the others) and of the leave-one-out residual (a target
+                     that the others contradict), in [0, 1]
 
     Args:
         model, train, val: as in ``score``.
         truth: adversarial samples, bool [n], for AUROC.
-        by: "fsi", "si", "loo_residual" (default: what the others predict there is far from the target) or "loo_margin".
+        by: "surprise" (default), or one of "fsi", "si", "leverage", "loo_residual", "loo_margin".
         reg, arguments: as in ``find_undersampled``.
     Returns:
         Adversarial.
@@ -176,7 +181,9 @@ def detect_adversarial(
     """
     problem = linear_problem(model, train, val, reg=reg, **arguments)
     measures = _measures(problem, sigma)
-    by = by or "loo_residual"
+    by = by or "surprise"
+    both = [ranks(measures[name]) / problem.n for name in ("leverage", "loo_residual")]
+    measures["surprise"] = (both[0] + both[1]) / 2
     if by not in measures:
         got, todo = repr(by), "Choose one; 'fsi' needs val, 'loo_margin' classes."
         raise ArgumentError(complaint("by", f"one of {', '.join(measures)}", got, todo))
@@ -189,6 +196,7 @@ def _measures(problem: LinearProblem, sigma: float) -> dict[str, np.ndarray]:
     found = {"si": information(removal.weight_sqnorm, sigma)}
     if problem.cross is not None:
         found["fsi"] = information(removal.prediction_sqnorm, sigma)
+    found["leverage"] = removal.leverage
     found["loo_residual"] = removal.loo_residual.square().sum(1).sqrt()
     if problem.labels is not None:
         found["loo_margin"] = loo_margin(problem.y, removal.loo_residual, problem.labels.to(problem.y.device))

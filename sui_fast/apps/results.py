@@ -108,9 +108,10 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman correlation, ties at their mean rank."""
-    return correlation(_ranks(a), _ranks(b))
+    return correlation(ranks(a), ranks(b))
 
 
-def _ranks(x: np.ndarray) -> np.ndarray:
+def ranks(x: np.ndarray) -> np.ndarray:
+    """Rank of each value from 1, ties at their mean rank."""
     _, place, counts = np.unique(np.asarray(x), return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[place]
