@@ -13,7 +13,8 @@ from ..scores import Scores
 from ..scoring import score
 from .results import Result, auroc, average_precision, check_truth
 
-_SHARPNESS = np.geomspace(0.1, 100.0, 41)  # grid of the calibration
+_SHARPNESS = np.geomspace(0.5, 60.0, 41)  # grid of the calibration
+_TYPICAL, _SPREAD = 6.0, 0.3  # of the sharpness and its logarithm: a margin of one half is 95% sure
 _PRIOR = 5.0  # samples a class by which confusion is drawn towards equal chances
 
 
@@ -101,7 +102,7 @@ def find_mislabeled(
     val=None,
     *,
     truth=None,
-    error_rate: float = 0.1,
+    error_rate: float = 0.2,
     reg: float | str = "auto",
     **arguments,
 ) -> Mislabeled:
@@ -112,8 +113,9 @@ def find_mislabeled(
         margin_i = f_-i(x_i)[label] - max over the other classes                (k = 1: (2 label - 1)(2 f_-i(x_i) - 1))
         P(true = c | given = y) ~ p_c T_cy,   p = softmax(b f_-i(x_i))
 
-    The sharpness b and the confusion T of true with given classes maximise the likelihood of the given labels. As f_-i
-    never saw the label of i, that likelihood is honest, and nothing is trained anew.
+    The confusion T of true with given classes maximises the likelihood of the given labels; over the sharpness b the
+    posterior is averaged (in two classes the labels alone tell little about it). As f_-i never saw the label of i, that
+    likelihood is honest, and nothing is trained anew.
 
     Args:
         model, train, val: as in ``score``, with classes as targets; or a ``Scores`` with "loo_margin" as the only one.
@@ -181,7 +183,7 @@ def find_mislabeled(
 
 
 def label_error_probability(outputs: np.ndarray, labels: np.ndarray, steps: int = 60) -> tuple[np.ndarray, float]:
-    """P(label is wrong) [n] and the noise rate, by maximum likelihood over sharpness and confusion (``find_mislabeled``).
+    """P(label is wrong) [n] and the noise rate, from the likelihood of the given labels (``find_mislabeled``).
 
     Args:
         outputs: left-out predictions [n, k], k >= 2. labels: given classes [n].
@@ -190,7 +192,7 @@ def label_error_probability(outputs: np.ndarray, labels: np.ndarray, steps: int 
     shifted = outputs - outputs.max(1, keepdims=True)
     given = np.eye(k)[labels]
     same, other = np.eye(k), (1 - np.eye(k)) / (k - 1)
-    best = (-np.inf, None)
+    totals, found = [], []
     for sharpness in _SHARPNESS:
         weight = np.exp(sharpness * shifted)
         weight /= weight.sum(1, keepdims=True)
@@ -203,6 +205,8 @@ def label_error_probability(outputs: np.ndarray, labels: np.ndarray, steps: int 
             prior = _PRIOR * ((1 - noise) * same + noise * other)
             confusion = (counts + prior) / (counts + prior).sum(1, keepdims=True)
         total = np.log(likelihood).sum() + (prior * np.log(np.maximum(confusion, 1e-300))).sum()
-        if total > best[0]:
-            best = (total, 1 - joint[np.arange(n), labels] / likelihood[:, 0])
-    return best[1], float(best[1].mean())
+        totals.append(total - np.log(sharpness / _TYPICAL) ** 2 / (2 * _SPREAD**2))
+        found.append(1 - joint[np.arange(n), labels] / likelihood[:, 0])
+    share = np.exp(np.array(totals) - max(totals))
+    probability = share @ np.array(found) / share.sum()
+    return probability, float(probability.mean())
