@@ -24,11 +24,12 @@ from .loo import (
     remove_from_spectrum,
 )
 from .measures import information, loo_margin, sgd_information
-from .spectra import dense_spectrum, feature_spectrum
+from .spectra import PROJECTIONS, dense_spectrum, feature_spectrum, project, projection_matrix
 from .streaming import (
     LowRank,
     Processes,
     Source,
+    check_rank,
     collect,
     features_of,
     fit_map,
@@ -70,6 +71,7 @@ class Run:
         self.new_values: dict[str, np.ndarray] = {}
         self.left_out: np.ndarray | None = None  # predictions of the model trained without each sample [n, k]
         self.sgd: dict[str, Any] = {}
+        self.projection: tuple[str, int | None] | None = None
 
     def dense(self, stages: Stages, common: dict[str, Any]):
         """The exact kernel."""
@@ -82,10 +84,10 @@ class Run:
             with stages("validation jacobian"):
                 probe = jacobian(self.model, self.probes, progress=self.progress, **common)
         with stages("kernel"):
-            theta = jac.gram(progress=self.progress).to(torch.float64)
+            theta, features = projected_kernel(jac, self.projection, self.seed, self.progress)
         if self.probes is not None:
             with stages("validation kernel"):
-                cross = probe.gram(jac, progress=self.progress).to(torch.float64)
+                cross = projected_cross(probe, jac, features, self.progress)
         with stages("leave one out"):
             shared = dict(cross=cross, blocks=blocks, convention=self.convention, as_numpy=False)
             if isinstance(reg, str):
@@ -233,6 +235,38 @@ class Run:
 
     def _measure(self, removal: Removal, y, labels, shift: float):
         return _measure(removal, self.wanted, self.sigma, y, labels, shift=shift, **self.sgd)
+
+
+def authors_definitions(compat: str | None, convention: str, method: str, rank: int | None):
+    """(convention, method, rank, projection) that ``compat`` stands for."""
+    if compat is None:
+        return convention, method, rank, None
+    if compat != "iclr2021":
+        raise ArgumentError(complaint("compat", "'iclr2021' or None", repr(compat), "Choose one."))
+    if convention not in ("sum", "iclr2021"):
+        got, todo = repr(convention), "Drop one of the two."
+        raise ArgumentError(complaint("convention", "the one that compat='iclr2021' brings", got, todo))
+    if method not in PROJECTIONS:
+        return "iclr2021", method, rank, None
+    if rank is not None:
+        check_rank(rank)
+    return "iclr2021", "dense", None, (method, rank)
+
+
+def projected_kernel(jac, projection, seed: int, progress: bool):
+    """Theta [N, N] and, with a projection, (its matrix, the projected rows)."""
+    if projection is None:
+        return jac.gram(progress=progress).to(torch.float64), None
+    matrix = projection_matrix(jac, *projection, seed=seed)
+    rows = project(jac, matrix).to(torch.float64)
+    return rows @ rows.T, (matrix, rows)
+
+
+def projected_cross(probe, jac, features, progress: bool):
+    """Theta(validation, train) that goes with ``projected_kernel``."""
+    if features is None:
+        return probe.gram(jac, progress=progress).to(torch.float64)
+    return project(probe, features[0]).to(torch.float64) @ features[1].T
 
 
 def _curve(regs: np.ndarray, errors: np.ndarray) -> dict[str, list[float]]:

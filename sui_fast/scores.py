@@ -27,7 +27,7 @@ class Scores:
         units: {measure: unit}.
         labels: class of each sample, int64 [n], or None.
         inputs: small inputs for the report [n, ...], or None; not saved.
-        left_out: predictions of the model trained without each sample [n, k], where "loo_margin" was asked for; not saved.
+        left_out: predictions of the model trained without each sample [n, k], with "loo_margin"; not saved.
         candidates: Scores of samples that were not trained on, where ``score`` was given some, or None; saved apart.
     """
 

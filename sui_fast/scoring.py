@@ -17,7 +17,7 @@ from .jacobians.data import as_samples
 from .loo import make_filter
 from .measures import MEASURES, UNITS
 from .planning import METHODS, Plan, choose_method, make_plan
-from .runs import Run, Stages
+from .runs import Run, Stages, authors_definitions
 from .scores import Scores
 from .streaming import check_rank
 from .targets import regression_targets
@@ -56,6 +56,7 @@ def score(
     resume: bool = True,
     progress: bool = True,
     candidates=None,
+    compat: str | None = None,
     sgd_batch_size: int = 1,
     sgd_lr: float | None = None,
     sgd_jitter: float = 1e-9,
@@ -98,6 +99,8 @@ def score(
         candidates: samples with targets that are not trained on: what each would add. Their scores are
             ``Scores.candidates``, with the measures of ``train`` (not "si_sgd"); the left-out residual and margin are
             those of the model as it is.
+        compat: "iclr2021": the definitions of the authors' code: convention "iclr2021", and method also "random-subset"
+            or "very-sparse", their projections of each parameter, with rank as their count.
         sgd_batch_size, sgd_lr, sgd_jitter: noise of "si_sgd" (lr: default ``lr``, else 1).
     Returns:
         Scores, one row per sample in the order of ``train``.
@@ -108,6 +111,7 @@ def score(
     if candidates is not None and "si_sgd" in measures:
         got, todo = "'si_sgd', whose noise depends on the sample", "Score them in two calls."
         raise ArgumentError(complaint("measures", "measures that candidates have", got, todo))
+    convention, method, rank, projection = authors_definitions(compat, convention, method, rank)
     wanted = _check_arguments(measures, loss, sigma, method, rank, val, sgd_batch_size, sgd_jitter)
     sgd_lr = sgd_lr if sgd_lr is not None else (lr if lr is not None else 1.0)
     if not (isinstance(sgd_lr, int | float) and math.isfinite(sgd_lr) and sgd_lr > 0):
@@ -123,6 +127,7 @@ def score(
 
     stages = Stages(5 + ("fsi" in wanted) * 2, progress)
     run = Run(model, wanted, reg, dict(time=time, lr=lr, dynamics=dynamics), convention, groups, sigma, seed, progress)
+    run.projection = projection
     run.sgd = dict(lr=sgd_lr, batch_size=sgd_batch_size, jitter=sgd_jitter)
     try:
         with stages("data"):
@@ -147,6 +152,9 @@ def score(
             run.new_y = new_y.to(first.device)
             if "loo_margin" in wanted:
                 _check_labels(run.new_labels, None)
+            if projection is not None:
+                got, todo = "candidates with a projection", "Use method='dense'."
+                raise ArgumentError(complaint("candidates", "None with the authors' projections", got, todo))
         if chosen == "dense":
             if store is not None and method == "dense":
                 raise ArgumentError(complaint("store", "None with an exact method", repr(store), "Drop it."))
@@ -166,6 +174,8 @@ def score(
         dynamics=dynamics,
         sigma=sigma,
         method=chosen,
+        compat=compat,
+        projection=projection,
         params=params if isinstance(params, str) else repr(params),
         batch_size=batch_size,
         dtype=str(details.pop("dtype")).removeprefix("torch."),

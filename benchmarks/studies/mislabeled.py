@@ -67,7 +67,8 @@ def main(seeds: int = 1) -> None:
         rows,
         f"AUROC, digits, n = {N}, 10 outputs, MLP-{WIDTH}, mean of {seeds} seeds. Median seconds: "
         f"find_mislabeled {own:.0f} (with F-SI and reg=\"auto\"; exact, {N * 10} kernel rows), cleanlab on 5 logistic "
-        f"regressions {logistic:.1f}, on 5 MLPs {network:.1f}, one MLP {loss:.1f}. `python -m benchmarks.studies.mislabeled`",
+        f"regressions {logistic:.1f}, on 5 MLPs {network:.1f}, one MLP {loss:.1f}. "
+        "`python -m benchmarks.studies.mislabeled`",
     )  # fmt: skip
 
 

@@ -22,8 +22,12 @@ def gradient_scores(seed: int, x: torch.Tensor, y: torch.Tensor, models: int = 1
     for number in range(models):
         network = mlp(WIDTH, 1, 1000 * seed + number)
         error = (network(x)[:, 0] - y).detach()
-        features = torch.func.vmap(torch.func.grad(lambda p, s, net=network: torch.func.functional_call(net, p, (s,))[0]),
-                                   in_dims=(None, 0))(dict(network.named_parameters()), x)  # fmt: skip
+
+        def output(parameters, sample, network=network):
+            return torch.func.functional_call(network, parameters, (sample,))[0]
+
+        weights = dict(network.named_parameters())
+        features = torch.func.vmap(torch.func.grad(output), in_dims=(None, 0))(weights, x)
         norm = sum(part.flatten(1).square().sum(1) for part in features.values()).sqrt()
         grand += (error.abs() * norm).detach().numpy() / models
         el2n += error.abs().numpy() / models
@@ -78,8 +82,8 @@ def main(seeds: int = 5) -> None:
         "Summaries",
         ["dropped first", *(f"{share:.0%} kept" for share in SHARES)],
         rows,
-        f"Test accuracy of the linearised MLP-{WIDTH} retrained on what is kept (mean loss, reg = {REG}); digits below 5 "
-        f"against the rest, n = {N}, mean of {seeds} seeds. `python -m benchmarks.studies.summaries`",
+        f"Test accuracy of the linearised MLP-{WIDTH} retrained on what is kept (mean loss, reg = {REG}); digits "
+        f"below 5 against the rest, n = {N}, mean of {seeds} seeds. `python -m benchmarks.studies.summaries`",
     )
 
 

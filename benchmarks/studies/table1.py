@@ -1,4 +1,4 @@
-"""Table 1 of the paper on digits, 4 against 9: real leave-one-out retraining, the linearised model, influence functions."""
+"""Table 1 of the paper on digits, 4 against 9: real retraining, the linearised model, influence functions."""
 
 from __future__ import annotations
 
@@ -42,16 +42,17 @@ def main(left_out: int = LEFT_OUT, steps: int = STEPS) -> None:
                 for space in ("weights", "predictions"):
                     value = found.correlations[kind][space]
                     row.append(f"{value['pearson']:.3f} / {value['spearman']:.3f}")
-            rows.append([*row, f"{found.speedup:.0f}", f"{found.seconds['linear']:.2f}", f"{found.seconds['real']:.0f}"])
+            seconds = found.seconds
+            rows.append([*row, f"{found.speedup:.0f}", f"{seconds['linear']:.2f}", f"{seconds['real']:.0f}"])
             print(rows[-1], flush=True)
     table(
         "Table 1",
         ["network", "linearised, weights", "predictions", "influence functions, weights", "predictions",
          "times faster than influence functions", "seconds, all samples", f"seconds of retraining, {left_out}"],
         rows,
-        f"Pearson / Spearman correlation with real retraining ({steps} steps of full-batch gradient descent on the mean "
-        f"loss, {left_out} of {N} samples left out). Influence functions by conjugate gradient at the trained weights. "
-        f"`python -m benchmarks.studies.table1`",
+        f"Pearson / Spearman correlation with real retraining ({steps} steps of full-batch gradient descent on the "
+        f"mean loss, {left_out} of {N} samples left out). Influence functions by conjugate gradient at the trained "
+        f"weights. `python -m benchmarks.studies.table1`",
     )  # fmt: skip
 
 

@@ -31,10 +31,10 @@ def main(seeds: int = 3) -> None:
         rows.append([rare, *np.mean([one(rare, seed) for seed in range(seeds)], 0).tolist()])
     table(
         "Undersampled sub-classes",
-        ["rare digit", "SI", "F-SI", "F-SI over neighbours (default)", "purity of its cluster", "recall of its cluster"],
+        ["rare digit", "SI", "F-SI", "F-SI over neighbours (default)", "purity of its cluster", "recall of it"],
         rows,
-        f"AUROC of {RARE} members of the rare digit among {RARE + 9 * OTHERS} samples; the last two columns: the best of "
-        f"the three clusters named first. Mean of {seeds} seeds. `python -m benchmarks.studies.undersampled`",
+        f"AUROC of {RARE} members of the rare digit among {RARE + 9 * OTHERS} samples; the last two columns: the best "
+        f"of the three clusters named first. Mean of {seeds} seeds. `python -m benchmarks.studies.undersampled`",
     )
 
 

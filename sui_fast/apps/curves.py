@@ -31,7 +31,7 @@ class Curves(Result):
 
     def summary(self) -> str:
         peak = self.times[np.argmax((self.si if self.fsi is None else self.fsi).mean(1))]
-        return f"{len(self.ids)} samples at {len(self.times)} times; information is largest on average at time {peak:g}."
+        return f"{len(self.ids)} samples at {len(self.times)} times; the mean is largest at time {peak:g}."
 
     def columns(self) -> dict[str, np.ndarray]:
         found = {"time": self.times, "si_mean": self.si.mean(1), "si_median": np.median(self.si, 1)}
@@ -69,8 +69,8 @@ def information_curves(
     Args:
         model, train, val, lr, dynamics, reg, sigma, arguments: as in ``score``; lr None: the inverse of the largest
             curvature of the mean loss.
-        times: increasing times; default: ``points`` log-spaced ones, from one step to ten times the slowest that matters
-            (an eigenvalue of 1e-4 of the largest).
+        times: increasing times; default: ``points`` log-spaced ones from 1 to 1e5, with the default lr until
+            directions with 1e-4 of the largest eigenvalue have long converged.
     Returns:
         Curves.
     Raises:

@@ -79,8 +79,8 @@ class Undersampled(Ranking):
         number, label, size, mean = self.clusters[0]
         whole = float(self.value.mean())
         return (
-            f"Most undersampled: cluster {number} of class {label}, {size} samples, on average {mean / whole:.1f} times "
-            f"as informative as all. {super().summary()}"
+            f"Most undersampled: cluster {number} of class {label}, {size} samples, on average {mean / whole:.1f} "
+            f"times as informative as all. {super().summary()}"
         )
 
     def columns(self) -> dict[str, np.ndarray]:

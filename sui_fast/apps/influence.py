@@ -157,7 +157,8 @@ def pick_samples(samples, n: int) -> np.ndarray:
     if samples is None:
         return np.arange(n)
     numbers = np.asarray(samples)
-    if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or not len(numbers) or numbers.min() < 0 or numbers.max() >= n:
+    whole = numbers.ndim == 1 and numbers.dtype.kind in "iu" and len(numbers) > 0
+    if not whole or numbers.min() < 0 or numbers.max() >= n:
         got = repr(samples) if numbers.size < 10 else f"an array of {numbers.dtype}, shape {list(numbers.shape)}"
         raise ArgumentError(complaint("samples", f"numbers of samples in 0..{n - 1}", got, "Pass integers."))
     return numbers.astype(np.int64)
@@ -230,7 +231,9 @@ def _sample_gradients(loss: LossOfWeights, w: Tensor, chosen: np.ndarray, n: int
     return found.detach()
 
 
-def _conjugate_gradient(hessian, b: Tensor, damping: float, iterations: int, tolerance: float, progress: bool) -> Tensor:
+def _conjugate_gradient(
+    hessian: Hessian, b: Tensor, damping: float, iterations: int, tolerance: float, progress: bool
+) -> Tensor:
     """Rows solved at the same time; a row stops where the curvature along its direction is not positive."""
     x, r = torch.zeros_like(b), b.clone()
     p, rr = r.clone(), b.square().sum(1)

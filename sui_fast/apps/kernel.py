@@ -12,7 +12,17 @@ from torch import Tensor
 
 from .._errors import ArgumentError, complaint
 from ..jacobians import Jacobian, Samples, as_samples, jacobian
-from ..loo import Remaining, Removal, leave_one_out, loo_error_curve, make_blocks, make_filter, make_sets, remove_from_spectrum
+from ..loo import (
+    Remaining,
+    Removal,
+    leave_one_out,
+    loo_error_curve,
+    make_blocks,
+    make_filter,
+    make_sets,
+    remove_from_spectrum,
+)
+from ..runs import authors_definitions, projected_cross, projected_kernel
 from ..spectra import Spectrum, dense_spectrum
 from ..targets import regression_targets
 
@@ -138,6 +148,10 @@ def linear_problem(
     lr: float | None = None,
     dynamics: str = "gd",
     convention: str = "sum",
+    compat: str | None = None,
+    method: str = "dense",
+    rank: int | None = None,
+    seed: int = 0,
     outputs=None,
     params="trainable",
     batch_size: int = 64,
@@ -149,6 +163,10 @@ def linear_problem(
     Raises:
         ArgumentError: more rows than an exact kernel can have; as ``score`` otherwise.
     """
+    convention, method, rank, projection = authors_definitions(compat, convention, method, rank)
+    if method not in ("dense", "auto") or rank is not None:
+        got, todo = repr(method), "score() has methods of low rank; these answers need the whole kernel."
+        raise ArgumentError(complaint("method", "'dense', or with compat one of the authors' projections", got, todo))
     training = dict(time=time, lr=lr, dynamics=dynamics)
     make_filter(1, reg=0.0 if isinstance(reg, str) else reg, **training)
     samples = as_samples(train, with_targets=True, argument="train")
@@ -160,12 +178,12 @@ def linear_problem(
         raise ArgumentError(complaint("train", f"at most {MOST_ROWS} rows of an exact kernel", got, todo))
     y, labels = regression_targets(samples.targets, k)
     jac = jacobian(model, samples, progress=progress, **common)
-    theta = jac.gram(progress=progress).to(torch.float64)
+    theta, features = projected_kernel(jac, projection, seed, progress)
     probe = cross = val_y = val_labels = None
     if val is not None:
         probes = as_samples(val, with_targets=None, argument="val")
         probe = jacobian(model, probes, progress=progress, **common)
-        cross = probe.gram(jac, progress=progress).to(torch.float64)
+        cross = projected_cross(probe, jac, features, progress)
         if probes.targets is not None:
             val_y, val_labels = regression_targets(probes.targets, k, "val")
     problem = LinearProblem(

@@ -67,8 +67,8 @@ class Mislabeled(Result):
     def summary(self) -> str:
         n, flagged = len(self.ids), int(self.flagged.sum())
         text = (
-            f"{flagged} of {n} labels flagged (margin at most {self.threshold:.3g}); about {self.error_rate:.0%} of these "
-            f"are expected to be right. Estimated share of wrong labels: {self.noise_rate:.1%}."
+            f"{flagged} of {n} labels flagged (margin at most {self.threshold:.3g}); about {self.error_rate:.0%} of "
+            f"these are expected to be right. Estimated share of wrong labels: {self.noise_rate:.1%}."
         )
         if self.auroc is not None:
             text += (

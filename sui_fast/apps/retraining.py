@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from .._errors import StabilityError, complaint
 from ..jacobians import Evaluator, Samples, to_device
+from ..jacobians.data import batch_length
 
 _log = logging.getLogger("sui_fast")
 _BYTES = 1 << 29  # that the weights and gradients of the models trained together may take
@@ -37,7 +38,7 @@ class LossOfWeights:
         begin = 0
         for raw in samples.batches(batch_size):
             batch = to_device(raw, evaluator.device, evaluator.dtype)
-            size = len(next(iter(batch.values())) if isinstance(batch, dict) else batch if isinstance(batch, Tensor) else batch[0])
+            size = batch_length(batch)
             self.batches.append((batch, slice(begin, begin + size)))
             begin += size
         self.y = y.to(self.start)

@@ -47,8 +47,8 @@ class Sources(Result):
         for j, target in enumerate(self.targets):
             best, whole = int(self.fsi[:, j].argmax()), int(self.group_fsi[:, j].argmax())
             lines.append(
-                f"For {target}, a sample of {self.names[best]} tells most ({self.fsi[best, j]:.3g} nats on average), and "
-                f"{self.names[whole]} as a whole ({self.group_fsi[whole, j]:.3g} nats)."
+                f"For {target}, a sample of {self.names[best]} tells most ({self.fsi[best, j]:.3g} nats on average), "
+                f"and {self.names[whole]} as a whole ({self.group_fsi[whole, j]:.3g} nats)."
             )
         return " ".join(lines)
 
@@ -99,7 +99,8 @@ def compare_sources(
     parts = {name: as_samples(data, with_targets=True, argument=f"sources[{name!r}]") for name, data in sources.items()}
     probes = {name: as_samples(data, with_targets=None, argument=f"val[{name!r}]") for name, data in val.items()}
     names, targets = list(parts), list(probes)
-    problem = linear_problem(model, _together(parts, "sources", True), _together(probes, "val", False), reg=reg, **arguments)
+    together = _together(parts, "sources", True), _together(probes, "val", False)
+    problem = linear_problem(model, *together, reg=reg, **arguments)
     source = np.repeat(np.arange(len(names)), [part.n for part in parts.values()])
     own = np.repeat(np.arange(len(targets)), [part.n * problem.k for part in probes.values()])
     members = [np.flatnonzero(source == i) for i in range(len(names))]

@@ -51,7 +51,8 @@ class Summary(Result):
         return np.sort(self.order[len(self.order) - m :])
 
     def summary(self) -> str:
-        text = f"{len(self.kept)} of {len(self.order)} samples kept, {self.method}, least {self.by.upper()} dropped first."
+        n, name = len(self.order), self.by.upper()
+        text = f"{len(self.kept)} of {n} samples kept, {self.method}, least {name} dropped first."
         if self.labels is not None:
             classes, counts = np.unique(self.labels[self.kept], return_counts=True)
             text += " Per class: " + ", ".join(f"{c}: {m}" for c, m in zip(classes, counts, strict=True)) + "."
@@ -213,7 +214,7 @@ def _quota(quota, labels: np.ndarray | None, m: int) -> dict[int, int]:
         return {c: m * held[c] // len(labels) for c in classes}
     good = isinstance(quota, dict) and all(c in held and 0 <= count <= held[c] for c, count in quota.items())
     if not good or sum(quota.values()) > m:
-        what = f"'equal', 'proportional' or {{class: samples}} with at most {m} samples in all and no more than there are"
+        what = f"'equal', 'proportional' or {{class: samples}} with at most {m} samples in all, no more than there are"
         raise ArgumentError(complaint("quota", what, repr(quota), f"The classes hold {held}."))
     return dict(quota)
 

@@ -143,7 +143,8 @@ def validate_linearization(
     if train_fn is None and (time is None or isinstance(time, bool) or time != int(time) or time < 1):
         got, todo = repr(time), "Pass the steps of gradient descent; a real network is never trained to convergence."
         raise ArgumentError(complaint("time", "a whole number of steps", got, todo))
-    data, probes = (as_samples(x, with_targets=t, argument=a) for x, t, a in ((train, True, "train"), (val, None, "val")))
+    data = as_samples(train, with_targets=True, argument="train")
+    probes = as_samples(val, with_targets=None, argument="val")
     if isinstance(samples, int | np.integer) and not isinstance(samples, bool):
         if not 2 <= samples:
             raise ArgumentError(complaint("samples", "at least 2 samples", repr(samples), "Pass 30, say."))

@@ -78,7 +78,8 @@ class Remaining:
         inside = np.isin(self.kept, gone)
         if inside.sum() != len(gone):
             got = f"{int(gone[~np.isin(gone, self.kept)][0])}, which is not"
-            raise ArgumentError(complaint("samples", "samples still in the training set", got, "Drop each sample once."))
+            todo = "Drop each sample once."
+            raise ArgumentError(complaint("samples", "samples still in the training set", got, todo))
         if self._inverse is not None:
             local = np.repeat(inside, self._k)
             out, keep = (torch.from_numpy(np.flatnonzero(x)).to(self._theta.device) for x in (local, ~local))
