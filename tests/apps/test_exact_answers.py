@@ -163,8 +163,8 @@ def test_influence_functions_of_a_linear_network(method):
         model, (x, y), x[:5], reg=REG, method=method, start=start, tolerance=1e-10, iterations=1000,
         progress=False,
     )  # fmt: skip
-    tolerance = 1e-3 if method == "lissa" else 1e-6
-    assert found.residual < 1e-4 and found.method == method
+    tolerance = 1e-2 if method == "lissa" else 1e-6
+    assert found.residual < tolerance and found.method == method
     assert close(found.weight_sqnorm, (change**2).sum(1), rtol=tolerance)
     assert close(found.prediction_sqnorm, ((change @ j[:5].T) ** 2).mean(1), rtol=tolerance)
 
