@@ -31,6 +31,8 @@ from .jacobians import Jacobian, jacobian, ntk
 from .loo import Removal, leave_one_out
 from .ops import explain, use_backend
 from .planning import Plan
+from .report import Comparison, compare
+from .review import Review, read_review
 from .scores import Scores
 from .scoring import plan, score
 
@@ -39,17 +41,20 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "BackendError",
+    "Comparison",
     "CoverageError",
     "DataError",
     "Jacobian",
     "ModelError",
     "Plan",
     "Removal",
+    "Review",
     "Scores",
     "SpectrumError",
     "StabilityError",
     "StoreError",
     "SuiError",
+    "compare",
     "compare_sources",
     "detect_adversarial",
     "doctor",
@@ -63,6 +68,7 @@ __all__ = [
     "ntk",
     "overlap",
     "plan",
+    "read_review",
     "redundancy",
     "score",
     "summarize",

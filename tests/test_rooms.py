@@ -15,6 +15,7 @@ ROOMS = [
     ["spectra"],
     ["loo"],
     ["measures"],
+    ["previews", "review"],
     ["targets", "scores"],
     ["planning", "streaming"],
     ["runs"],
@@ -26,7 +27,13 @@ ROOMS = [
     ["__init__", "__main__"],
 ]
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
-INSIDE = {("scores", "report"), ("apps", "matplotlib"), ("demo", "sklearn")}  # only when drawing; the demo alone
+INSIDE = {  # drawn only when asked for; optional packages
+    ("scores", "report"),
+    ("apps", "matplotlib"),
+    ("demo", "sklearn"),
+    ("report", "PIL"),
+    ("report", "matplotlib"),
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

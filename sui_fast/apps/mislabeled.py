@@ -26,7 +26,7 @@ class Mislabeled(Result):
         ids, labels: of the samples, as given. order: sample numbers, most suspicious first.
         margin: of the given label under the model trained without the sample; negative: it disagrees.
         second_opinion: F-SI in nats (SI where no validation data were given), large for wrong labels; by: its name.
-        suggested: class that the model without the sample predicts, or None (scores that were saved and loaded).
+        suggested: class that the model without the sample predicts, or None where it is unknown.
         probability: that the label is wrong, given the noise rate estimated from all margins.
         flagged: whether the margin is at most ``threshold``, bool [n].
         error_rate: estimated share of the flagged whose label is right all the same.
@@ -169,7 +169,7 @@ def find_mislabeled(
         margin=margin,
         second_opinion=second,
         by=by,
-        suggested=None if left_out is None else outputs.argmax(1),
+        suggested=scores.suggested if left_out is None else outputs.argmax(1),
         probability=probability,
         flagged=flagged,
         threshold=threshold,

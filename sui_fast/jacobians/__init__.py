@@ -2,7 +2,7 @@
 
 from .capture import Evaluator
 from .data import Samples, as_samples, to_device
-from .engine import jacobian, ntk
+from .engine import jacobian, ntk, sketches
 from .jacobian import Jacobian
 
-__all__ = ["Evaluator", "Jacobian", "Samples", "as_samples", "jacobian", "ntk", "to_device"]
+__all__ = ["Evaluator", "Jacobian", "Samples", "as_samples", "jacobian", "ntk", "sketches", "to_device"]
