@@ -15,6 +15,18 @@ from ._errors import (
     StoreError,
     SuiError,
 )
+from .apps import (
+    compare_sources,
+    detect_adversarial,
+    find_mislabeled,
+    find_undersampled,
+    influence_functions,
+    information_curves,
+    overlap,
+    redundancy,
+    summarize,
+    validate_linearization,
+)
 from .doctor import doctor
 from .jacobians import Jacobian, jacobian, ntk
 from .loo import Removal, leave_one_out
@@ -33,8 +45,8 @@ __all__ = [
     "Comparison",
     "CoverageError",
     "DataError",
-    "ModelError",
     "Jacobian",
+    "ModelError",
     "Plan",
     "Removal",
     "Review",
@@ -44,14 +56,24 @@ __all__ = [
     "StoreError",
     "SuiError",
     "compare",
+    "compare_sources",
+    "detect_adversarial",
     "doctor",
     "explain",
+    "find_mislabeled",
+    "find_undersampled",
+    "influence_functions",
+    "information_curves",
     "jacobian",
     "leave_one_out",
     "ntk",
     "outputs",
+    "overlap",
     "plan",
     "read_review",
+    "redundancy",
     "score",
+    "summarize",
     "use_backend",
+    "validate_linearization",
 ]

@@ -147,13 +147,14 @@ class Squared:
     """1/2 ||f - y||^2: the residual is y - f0, nothing is transformed.
 
     Attributes:
-        labels: class of each sample [n] or None. rows: residuals per sample. units: of "loo_residual", "loo_margin".
+        labels: class of each sample [n] or None. rows, k: residuals and outputs per sample. units: of "loo_residual",
+            "loo_margin".
     """
 
     kind, units = "mse", ("units of the targets", "units of the targets")
 
     def __init__(self, y: Tensor, labels: Tensor | None):
-        self.y, self.labels, self.rows = y, labels, y.shape[1]
+        self.y, self.labels, self.rows, self.k = y, labels, y.shape[1], y.shape[1]
 
     def residual(self, part: slice, outputs: Tensor) -> Tensor:
         """r [b, k'] of the samples ``part``, whose outputs at the given weights are ``outputs``."""
@@ -195,7 +196,7 @@ class Curved:
             self.extra, self._residual = expand(function, self.f0, y)
         else:
             self.extra, self._residual = self.f0, ROOTS[kind](self.f0).residual(y)
-        self.rows = self._residual.shape[1]
+        self.rows, self.k = self._residual.shape[1], f0.shape[1]
         probability = "probability" if kind != "function" else "units of the loss's gradient"
         self.units = (probability, "nats (log odds)")
         self._moves = False

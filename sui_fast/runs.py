@@ -29,11 +29,19 @@ from .loo import (
 )
 from .losses import Goal
 from .measures import feature_neighbours, information, kernel_neighbours, sgd_information
-from .spectra import dense_spectrum, feature_spectrum, fingerprint_of
+from .spectra import (
+    PROJECTIONS,
+    dense_spectrum,
+    feature_spectrum,
+    fingerprint_of,
+    project,
+    projection_matrix,
+)
 from .streaming import (
     LowRank,
     Processes,
     Source,
+    check_rank,
     collect,
     features_of,
     fit_map,
@@ -73,9 +81,11 @@ class Run:
         self.samples = self.probes = self.goal = self.outputs = None  # outputs: those whose Jacobian is trained on
         self.candidates = self.new_goal = self.inputs = None
         self.new_values: dict[str, np.ndarray] = {}
+        self.left_out: np.ndarray | None = None  # predictions of the model trained without each sample [n, k]
         self.suggested: np.ndarray | None = None
         self.neighbours: dict[str, np.ndarray] | None = None
         self.sgd: dict[str, Any] = {}
+        self.projection: tuple[str, int | None] | None = None
 
     def dense(self, stages: Stages, common: dict[str, Any]):
         """The exact kernel."""
@@ -89,10 +99,10 @@ class Run:
             with stages("validation jacobian"):
                 probe = jacobian(self.model, self.probes, progress=self.progress, **common)
         with stages("kernel"):
-            theta = jac.gram(progress=self.progress).to(torch.float64)
+            theta, features = projected_kernel(jac, self.projection, self.seed, self.progress)
         if self.probes is not None:
             with stages("validation kernel"):
-                cross = _even(probe.gram(jac, progress=self.progress).to(torch.float64), probe.n, jac.k)
+                cross = _even(projected_cross(probe, jac, features, self.progress), probe.n, jac.k)
         if _is_certain(theta, r0, self.goal):
             return self._weighted(stages, common, None if self.probes is None else probe)
         with stages("leave one out"):
@@ -129,6 +139,8 @@ class Run:
                     cross=cross, reach=reach, convention=self.convention,
                 )  # fmt: skip
                 self.new_values, _ = self._measure(added, self.new_goal, everything, jac.n * reg)
+        if "loo_margin" in self.wanted:
+            self.left_out = self.goal.left_out(everything, left_out).cpu().numpy()
         details = removal.diagnostics
         details = dict(
             **details,
@@ -224,7 +236,7 @@ class Run:
                     reg, extra["reg_curve"] = float(regs[errors.argmin()]), _curve(regs, errors)
                 phi = make_filter(n, reg=reg, **self.training)
                 check_stability(phi, float(spectrum.s[-1]), n)
-                columns, more, begin, first_error, lost, missed = [], {}, source.begin, 0.0, 0.0, 0.0
+                columns, left_out, more, begin, first_error, lost, missed = [], [], {}, source.begin, 0.0, 0.0, 0.0
                 details: dict[str, Any] = {}
                 suggest = self.goal.labels is not None and self.groups is None
                 for shard in solver.shards():
@@ -235,10 +247,15 @@ class Run:
                     if suggest:
                         found["suggested"] = self.goal.suggest(part, removal.loo_residual).cpu().numpy()
                     columns.append(found)
+                    if "loo_margin" in self.wanted:
+                        left_out.append(self.goal.left_out(part, removal.loo_residual).cpu().numpy())
                     first_error += float(self.goal.error(part, removal.residual).sum())
                     lost += float(self.goal.error(part, removal.loo_residual).sum())
                     missed += float(removal.missed_leverage.sum())
                     details, begin = removal.diagnostics, begin + count
+                if "loo_margin" in self.wanted:
+                    found = {"left_out": np.concatenate(left_out or [np.zeros((0, self.goal.k))])}
+                    self.left_out = processes.gather(found)["left_out"]
                 values = processes.gather(self._join(columns, ("suggested",) * suggest))
                 if suggest:
                     self.suggested = values.pop("suggested").astype(np.int64)
@@ -296,6 +313,38 @@ class Run:
 
     def _measure(self, removal: Removal, goal: Goal, part: slice, shift: float):
         return _measure(removal, self.wanted, self.sigma, goal, part, shift=shift, **self.sgd)
+
+
+def authors_definitions(compat: str | None, convention: str, method: str, rank: int | None):
+    """(convention, method, rank, projection) that ``compat`` stands for."""
+    if compat is None:
+        return convention, method, rank, None
+    if compat != "iclr2021":
+        raise ArgumentError(complaint("compat", "'iclr2021' or None", repr(compat), "Choose one."))
+    if convention not in ("sum", "iclr2021"):
+        got, todo = repr(convention), "Drop one of the two."
+        raise ArgumentError(complaint("convention", "the one that compat='iclr2021' brings", got, todo))
+    if method not in PROJECTIONS:
+        return "iclr2021", method, rank, None
+    if rank is not None:
+        check_rank(rank)
+    return "iclr2021", "dense", None, (method, rank)
+
+
+def projected_kernel(jac, projection, seed: int, progress: bool):
+    """Theta [N, N] and, with a projection, (its matrix, the projected rows)."""
+    if projection is None:
+        return jac.gram(progress=progress).to(torch.float64), None
+    matrix = projection_matrix(jac, *projection, seed=seed)
+    rows = project(jac, matrix).to(torch.float64)
+    return rows @ rows.T, (matrix, rows)
+
+
+def projected_cross(probe, jac, features, progress: bool):
+    """Theta(validation, train) that goes with ``projected_kernel``."""
+    if features is None:
+        return probe.gram(jac, progress=progress).to(torch.float64)
+    return project(probe, features[0]).to(torch.float64) @ features[1].T
 
 
 def _curve(regs: np.ndarray, errors: np.ndarray) -> dict[str, list[float]]:

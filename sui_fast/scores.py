@@ -29,6 +29,7 @@ class Scores:
         units: {measure: unit}.
         labels: class of each sample, int64 [n], or None.
         inputs: small inputs for the report [n, ...], or None; a file keeps pictures in 8 bits, numbers in float32.
+        left_out: predictions of the model trained without each sample [n, k], with "loo_margin"; not saved.
         texts: text of each sample for the report, list of n, or None.
         suggested: class that the model trained without the sample gives it, int64 [n], or None.
         neighbours: {"other", "same"}: the nearest samples of another and of the same class by the kernel, row numbers
@@ -49,11 +50,12 @@ class Scores:
         texts: Sequence[str] | None = None,
         suggested: np.ndarray | None = None,
         neighbours: dict[str, np.ndarray] | None = None,
+        left_out: np.ndarray | None = None,
     ):
         self.ids = np.asarray(ids)
         self.values = {name: np.asarray(column, dtype=np.float64) for name, column in values.items()}
         self.settings, self.diagnostics, self.units = settings, diagnostics, units or {}
-        self.labels, self.inputs = labels, inputs
+        self.labels, self.inputs, self.left_out = labels, inputs, left_out
         self.texts = None if texts is None else list(map(str, texts))
         self.suggested, self.neighbours = suggested, neighbours
         self.candidates: Scores | None = None
@@ -211,6 +213,7 @@ class Scores:
             units=self.units,
             labels=None if self.labels is None else self.labels[rows],
             inputs=None if self.inputs is None else self.inputs[rows],
+            left_out=None if self.left_out is None else self.left_out[rows],
             texts=None if self.texts is None else [self.texts[row] for row in np.arange(len(self))[rows]],
             suggested=None if self.suggested is None else self.suggested[rows],
             neighbours=None if self.neighbours is None else _renumbered(self.neighbours, len(self), rows),

@@ -23,7 +23,7 @@ from .losses import Curved, Goal, Rooted, Squared, check_loss
 from .measures import MEASURES, UNITS
 from .planning import METHODS, Plan, choose_method, make_plan
 from .previews import LARGEST, channels_first, image_shape, shrink
-from .runs import Run, Stages
+from .runs import Run, Stages, authors_definitions
 from .scores import Scores
 from .spectra import fingerprint_of
 from .streaming import check_rank
@@ -63,6 +63,7 @@ def score(
     resume: bool = True,
     progress: bool = True,
     candidates=None,
+    compat: str | None = None,
     sgd_batch_size: int = 1,
     sgd_lr: float | None = None,
     sgd_jitter: float = 1e-9,
@@ -109,6 +110,8 @@ def score(
         candidates: samples with targets that are not trained on: what each would add. Their scores are
             ``Scores.candidates``, with the measures of ``train`` (not "si_sgd"); the left-out residual and margin are
             those of the model as it is.
+        compat: "iclr2021": the definitions of the authors' code: convention "iclr2021", and method also "random-subset"
+            or "very-sparse", their projections of each parameter, with rank as their count.
         sgd_batch_size, sgd_lr, sgd_jitter: noise of "si_sgd" (lr: default ``lr``, else 1).
     Returns:
         Scores, one row per sample in the order of ``train``.
@@ -119,6 +122,7 @@ def score(
     if candidates is not None and "si_sgd" in measures:
         got, todo = "'si_sgd', whose noise depends on the sample", "Score them in two calls."
         raise ArgumentError(complaint("measures", "measures that candidates have", got, todo))
+    convention, method, rank, projection = authors_definitions(compat, convention, method, rank)
     wanted = _check_arguments(measures, loss, sigma, method, rank, val, sgd_batch_size, sgd_jitter)
     sgd_lr = sgd_lr if sgd_lr is not None else (lr if lr is not None else 1.0)
     if not (isinstance(sgd_lr, int | float) and math.isfinite(sgd_lr) and sgd_lr > 0):
@@ -134,6 +138,7 @@ def score(
 
     stages = Stages(6 + ("fsi" in wanted) * 2, progress)
     run = Run(model, wanted, reg, dict(time=time, lr=lr, dynamics=dynamics), convention, groups, sigma, seed, progress)
+    run.projection = projection
     run.sgd = dict(lr=sgd_lr, batch_size=sgd_batch_size, jitter=sgd_jitter)
     try:
         with stages("data"):
@@ -166,6 +171,9 @@ def score(
                     _check_labels(new_targets[1], None)
                 new = run.candidates
                 run.new_goal, run.candidates, _ = _aim(model, loss, new, new_targets, first.device, common, progress)
+        if candidates is not None and projection is not None:
+            got, todo = "candidates with a projection", "Use method='dense'."
+            raise ArgumentError(complaint("candidates", "None with the authors' projections", got, todo))
         if chosen == "dense":
             if store is not None and method == "dense":
                 raise ArgumentError(complaint("store", "None with an exact method", repr(store), "Drop it."))
@@ -185,6 +193,8 @@ def score(
         dynamics=dynamics,
         sigma=sigma,
         method=chosen,
+        compat=compat,
+        projection=projection,
         params=params if isinstance(params, str) else repr(params),
         batch_size=batch_size,
         dtype=str(details["dtype"]).removeprefix("torch."),
@@ -213,6 +223,7 @@ def score(
         labels=labels.cpu().numpy() if labels is not None and groups is None else None,
         inputs=_small_inputs(inputs) if groups is None else None,
         texts=_texts(train, inputs.n) if groups is None else None,
+        left_out=run.left_out,
         suggested=run.suggested,
         neighbours=run.neighbours,
         **about,

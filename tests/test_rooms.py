@@ -20,6 +20,7 @@ ROOMS = [
     ["planning", "streaming"],
     ["runs"],
     ["scoring"],
+    ["apps"],
     ["report"],
     ["demo", "doctor"],
     ["demo_text"],
@@ -29,6 +30,7 @@ ROOMS = [
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 INSIDE = {  # drawn only when asked for; optional packages
     ("scores", "report"),
+    ("apps", "matplotlib"),
     ("demo", "sklearn"),
     ("report", "PIL"),
     ("report", "matplotlib"),

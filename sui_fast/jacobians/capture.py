@@ -269,6 +269,16 @@ class Evaluator:
                 )
         return {name: torch.stack(rows) for name, rows in parts.items()}
 
+    def functional(self) -> Callable[[dict[str, Tensor], Any], Tensor]:
+        """f(parameters by name, batch) -> outputs [b, k], for torch.func; parameters not given stay as they are."""
+        wrapper = _Functional(self)
+
+        def call(parameters: dict[str, Tensor], batch: Any) -> Tensor:
+            named = {f"model.{name}": p for name, p in parameters.items()}
+            return functional_call(wrapper, named, (batch,), tie_weights=True)
+
+        return call
+
     def autograd_vjp(self, batch: Any, cotangent: Tensor, project: Tensor) -> tuple[dict[str, Tensor], set[str]]:
         """J^T c by one plain backward pass over copies of the parameters: what the factors are compared with.
 

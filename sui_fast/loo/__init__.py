@@ -1,7 +1,8 @@
 """Leave-one-out: what changes when samples are removed."""
 
 from .addition import Addition, add_samples, add_to_kernel
-from .blocks import make_blocks, shard_blocks
+from .blocks import make_blocks, make_sets, shard_blocks
+from .downdate import Remaining
 from .regularisation import loo_error_curve
 from .removal import Removal
 from .solve import check_stability, leave_one_out, make_filter, remove_from_spectrum
@@ -10,6 +11,7 @@ from .weighted import WeightedProblem, WeightedRemoval
 
 __all__ = [
     "Addition",
+    "Remaining",
     "Removal",
     "SpectralRemoval",
     "WeightedProblem",
@@ -21,6 +23,7 @@ __all__ = [
     "loo_error_curve",
     "make_blocks",
     "make_filter",
+    "make_sets",
     "remove_from_spectrum",
     "shard_blocks",
 ]

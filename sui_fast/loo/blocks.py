@@ -64,6 +64,11 @@ def shard_blocks(count: int, n: int, k: int) -> Blocks:
     return Blocks(np.arange(count), None, n, k)
 
 
+def make_sets(n: int, k: int, sets: list[np.ndarray]) -> Blocks:
+    """Blocks of any sets of samples, which may overlap: per-block results hold, per-sample ones (left-out) do not."""
+    return Blocks(np.arange(len(sets)), [np.unique(members) for members in sets], n, k)
+
+
 def make_blocks(n: int, k: int, groups: object = None) -> Blocks:
     """Blocks of single samples, or of the samples that share a value in ``groups`` [n]."""
     if groups is None:

@@ -20,7 +20,7 @@ from .spectral import SpectralRemoval
 
 METHODS = ("auto", "dual", "spectral")
 # The dual form takes ||dw||^2 as a difference; where the estimate of what that costs is larger, the spectrum is used.
-_ROUNDING = 2e-9
+CHOLESKY_ROUNDING = 2e-9
 _RIDGELESS_CONDITION = 1e10  # without regularisation nothing cancels: the spectrum is needed only for a singular kernel
 
 
@@ -93,10 +93,10 @@ def leave_one_out(
             )
         )
     if dual_fits and method != "spectral":
-        found = _cholesky_inverse(theta, phi.shift)
+        found = cholesky_inverse(theta, phi.shift)
         if found is not None:
             removal = DualRemoval(found[0], phi.shift, found[1], blocks, r0, cross, as_numpy, idle)
-            sound = removal.rounding <= _ROUNDING if phi.shift > 0 else found[1] <= _RIDGELESS_CONDITION
+            sound = removal.rounding <= CHOLESKY_ROUNDING if phi.shift > 0 else found[1] <= _RIDGELESS_CONDITION
             if sound or method == "dual":
                 return removal
         if method == "dual":
@@ -261,7 +261,7 @@ def check_arrays(ntk, residual, outputs: int, cross_ntk) -> tuple[Tensor, Tensor
     return theta, r0, cross
 
 
-def _cholesky_inverse(theta: Tensor, shift: float) -> tuple[Tensor, float] | None:
+def cholesky_inverse(theta: Tensor, shift: float) -> tuple[Tensor, float] | None:
     """(Theta + shift I)^-1 and its condition number in the 1-norm, or None where there is no Cholesky factor."""
     shifted = theta.clone()
     shifted.diagonal().add_(shift)

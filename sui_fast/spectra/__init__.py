@@ -3,9 +3,11 @@
 from .dense import Spectrum, dense_spectrum
 from .maps import RANK_FOR, FeatureMap, nystrom_map, sketch_map, subspace_map
 from .moments import FeatureSpectrum, Moments, feature_spectrum
+from .projections import PROJECTIONS, project, projection_matrix
 from .store import Store, fingerprint_of
 
 __all__ = [
+    "PROJECTIONS",
     "RANK_FOR",
     "FeatureMap",
     "FeatureSpectrum",
@@ -16,6 +18,8 @@ __all__ = [
     "feature_spectrum",
     "fingerprint_of",
     "nystrom_map",
+    "project",
+    "projection_matrix",
     "sketch_map",
     "subspace_map",
 ]

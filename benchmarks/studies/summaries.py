@@ -1,0 +1,92 @@
+"""Test accuracy against the share of digits kept: iterative and one-shot summaries against random, GraNd and EL2N."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import numpy as np
+import torch
+
+from benchmarks.studies._data import digits, mlp, table
+from sui_fast import score, summarize
+from sui_fast.apps.kernel import linear_problem
+
+N, VALIDATION, WIDTH, REG = 800, 300, 1024, 0.01
+SHARES = (0.5, 0.4, 0.3, 0.2, 0.1)
+
+
+def gradient_scores(seed: int, x: torch.Tensor, y: torch.Tensor, models: int = 10) -> tuple[np.ndarray, np.ndarray]:
+    """GraNd (norm of the loss gradient) and EL2N (norm of the error) at initialisation, mean of ten networks."""
+    grand, el2n = np.zeros(len(x)), np.zeros(len(x))
+    for number in range(models):
+        network = mlp(WIDTH, 1, 1000 * seed + number)
+        error = (network(x)[:, 0] - y).detach()
+
+        def output(parameters, sample, network=network):
+            return torch.func.functional_call(network, parameters, (sample,))[0]
+
+        weights = dict(network.named_parameters())
+        features = torch.func.vmap(torch.func.grad(output), in_dims=(None, 0))(weights, x)
+        norm = sum(part.flatten(1).square().sum(1) for part in features.values()).sqrt()
+        grand += (error.abs() * norm).detach().numpy() / models
+        el2n += error.abs().numpy() / models
+    return grand, el2n
+
+
+def one(seed: int) -> tuple[dict[str, list[float]], float]:
+    """Accuracy of every method at every share, and with all samples."""
+    x, y = digits(seed)
+    y = (y >= 5).long()
+    train, val = (x[:N], y[:N]), (x[N : N + VALIDATION], y[N : N + VALIDATION])
+    test = (x[N + VALIDATION :], y[N + VALIDATION :])
+    model = mlp(WIDTH, 1, seed)
+    judge = linear_problem(model, train, test, reg=REG, progress=False)
+
+    def accuracy(kept) -> float:
+        guess = judge.predictions(np.sort(kept), convention="mean")[:, 0] > 0.5
+        return float((guess == test[1].bool()).double().mean())
+
+    common = dict(reg=REG, progress=False)
+    scores = score(model, train, val, **common)
+    grand, el2n = gradient_scores(seed, *train)
+    order = summarize(model, train, val, SHARES[-1], **common)
+    by_weights = summarize(model, train, val, SHARES[-1], by="si", **common)
+    shuffled = np.random.default_rng(seed).permutation(N)
+    found = {}
+    for share in SHARES:
+        m = round(share * N)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            once = summarize(scores, m=m, method="one-shot")
+        keeps = {
+            "iterative": order.at(m),
+            "iterative, SI": by_weights.at(m),
+            "one-shot": once.kept,
+            "random": shuffled[:m],
+            "most informative dropped first": np.argsort(scores["fsi"], kind="stable")[:m],
+            "GraNd": np.argsort(-grand, kind="stable")[:m],
+            "EL2N": np.argsort(-el2n, kind="stable")[:m],
+        }
+        for name, kept in keeps.items():
+            found.setdefault(name, []).append(accuracy(kept))
+    return found, accuracy(np.arange(N))
+
+
+def main(seeds: int = 5) -> None:
+    results = [one(seed) for seed in range(seeds)]
+    full = np.mean([whole for _, whole in results])
+    rows = [[name, *np.mean([found[name] for found, _ in results], 0).tolist()] for name in results[0][0]]
+    rows.append(["all samples", *[float(full)] * len(SHARES)])
+    table(
+        "Summaries",
+        ["dropped first", *(f"{share:.0%} kept" for share in SHARES)],
+        rows,
+        f"Test accuracy of the linearised MLP-{WIDTH} retrained on what is kept (mean loss, reg = {REG}); digits "
+        f"below 5 against the rest, n = {N}, mean of {seeds} seeds. `python -m benchmarks.studies.summaries`",
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*map(int, sys.argv[1:]))

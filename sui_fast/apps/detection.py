@@ -1,0 +1,259 @@
+"""Samples of a kind that is rare or made up, ranked by what they teach."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from .._errors import ArgumentError, complaint
+from ..losses import Squared
+from ..measures import information
+from .kernel import LinearProblem, linear_problem
+from .results import Result, auroc, average_precision, check_truth, ranks
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking(Result):
+    """Samples by how much they look like what is searched for.
+
+    Attributes:
+        ids, labels: of the samples; labels None where targets name no class. value: larger is more suspect [n].
+        order: numbers, most suspect first. measures: {name: [n]} that were computed. by: what ``value`` is.
+        truth, auroc, aupr: where the truth was given. aurocs: {measure: AUROC} of the single measures.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray | None
+    value: np.ndarray
+    order: np.ndarray
+    measures: dict[str, np.ndarray]
+    by: str
+    truth: np.ndarray | None
+    auroc: float | None
+    aupr: float | None
+    aurocs: dict[str, float]
+
+    def summary(self) -> str:
+        first = ", ".join(str(x) for x in self.ids[self.order[:10]])
+        text = f"Ranked by {self.by}; most suspect: {first}."
+        if self.auroc is not None:
+            single = ", ".join(f"{name} {value:.3f}" for name, value in self.aurocs.items())
+            text += f" Against the truth: AUROC {self.auroc:.3f}, AUPR {self.aupr:.3f} (alone: {single})."
+        return text
+
+    def columns(self) -> dict[str, np.ndarray]:
+        found = {"id": self.ids, **({} if self.labels is None else {"label": self.labels}), "value": self.value}
+        found |= self.measures
+        if self.truth is not None:
+            found["truth"] = self.truth
+        return {name: column[self.order] for name, column in found.items()}
+
+    def _draw(self, ax) -> None:
+        positive = self.value > 0
+        value = np.log10(np.where(positive, self.value, self.value[positive].min() if positive.any() else 1.0))
+        edges = np.linspace(value.min(), value.max() + 1e-9, 41)
+        if self.truth is None:
+            ax.hist(value, edges)
+        else:
+            ax.hist([value[~self.truth], value[self.truth]], edges, stacked=True, label=("others", "searched for"))
+            ax.legend()
+        ax.set(xlabel=f"log10 of {self.by}", ylabel="samples", yscale="symlog")
+
+
+@dataclass(frozen=True, eq=False)
+class Undersampled(Ranking):
+    """``Ranking`` with the clusters inside the classes.
+
+    Attributes:
+        cluster: of each sample, numbered over all classes [n]. clusters: rows (cluster, class, samples, mean value),
+            the most undersampled first.
+    """
+
+    title: ClassVar[str] = "Undersampled parts of classes"
+    cluster: np.ndarray
+    clusters: list[tuple[int, int, int, float]]
+
+    def summary(self) -> str:
+        number, label, size, mean = self.clusters[0]
+        whole = float(self.value.mean())
+        return (
+            f"Most undersampled: cluster {number} of class {label}, {size} samples, on average {mean / whole:.1f} "
+            f"times as informative as all. {super().summary()}"
+        )
+
+    def columns(self) -> dict[str, np.ndarray]:
+        return {**super().columns(), "cluster": self.cluster[self.order]}
+
+
+@dataclass(frozen=True, eq=False)
+class Adversarial(Ranking):
+    """``Ranking`` of samples that may have been made to mislead."""
+
+    title: ClassVar[str] = "Suspected adversarial samples"
+
+
+def find_undersampled(
+    model: torch.nn.Module,
+    train,
+    val=None,
+    *,
+    truth=None,
+    clusters: int = 8,
+    neighbours: int = 10,
+    reg: float | str = "auto",
+    sigma: float = 1.0,
+    seed: int = 0,
+    **arguments,
+) -> Undersampled:
+    """Find unlabelled sub-classes that have too few samples: their members are informative, and alike.
+
+    ::
+
+        value_i = mean of F-SI over i and its nearest samples of the same class by the kernel
+
+    A hard sample on its own is informative too; the mean over neighbours tells a rare kind from it. Each class is
+    clustered by the kernel (k-means on its leading eigenvectors).
+
+    Args:
+        model, train, val: as in ``score``; without val SI takes the place of F-SI.
+        truth: members of the rare kind, bool [n], for AUROC.
+        clusters: in each class. neighbours: averaged over; 0: F-SI as it is.
+        reg, arguments: of ``score``: time, lr, dynamics, convention, outputs, params, batch_size, dtype, progress.
+        seed: of k-means.
+    Returns:
+        Undersampled.
+    Source: Harutyunyan et al., ICLR 2021, section 6 (under-sampled sub-classes).
+    """
+    for name, value, least in (("clusters", clusters, 1), ("neighbours", neighbours, 0)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise ArgumentError(complaint(name, f"a whole number >= {least}", repr(value), "Pass 5, say."))
+    problem = linear_problem(model, train, val, reg=reg, **arguments)
+    measures = _measures(problem, sigma)
+    by = "fsi" if "fsi" in measures else "si"
+    kernel = sample_kernel(problem)
+    labels = np.zeros(problem.n, dtype=np.int64) if problem.labels is None else problem.labels.cpu().numpy()
+    value, cluster, number = measures[by].copy(), np.zeros(problem.n, dtype=np.int64), 0
+    rows: list[tuple[int, int, int, float]] = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        block = kernel[members][:, members]
+        near = np.argsort(-block, axis=1, kind="stable")[:, : neighbours + 1]
+        value[members] = measures[by][members][near].mean(1)
+        own = _cluster(block, min(clusters, len(members)), seed)
+        cluster[members] = own + number
+        for c in np.unique(own):
+            inside = members[own == c]
+            rows.append((int(c + number), int(label), len(inside), float(measures[by][inside].mean())))
+        number += int(own.max()) + 1
+    rows.sort(key=lambda row: -row[3])
+    name = f"{by.upper()}, mean over {neighbours} neighbours" if neighbours else by.upper()
+    return Undersampled(**_ranking(problem, value, measures, name, truth), cluster=cluster, clusters=rows)
+
+
+def detect_adversarial(
+    model: torch.nn.Module,
+    train,
+    val=None,
+    *,
+    truth=None,
+    by: str | None = None,
+    reg: float | str = "auto",
+    sigma: float = 1.0,
+    **arguments,
+) -> Adversarial:
+    """Rank samples of a training set by how much they look made to mislead.
+
+    ::
+
+        surprise_i = mean rank of the leverage (an input unlike the others) and of the leave-one-out residual (a target
+                     that the others contradict), in [0, 1]
+
+    Args:
+        model, train, val: as in ``score``.
+        truth: adversarial samples, bool [n], for AUROC.
+        by: "surprise" (default), or one of "fsi", "si", "leverage", "loo_residual", "loo_margin".
+        reg, arguments: as in ``find_undersampled``.
+    Returns:
+        Adversarial.
+    Source: Harutyunyan et al., ICLR 2021, section 6 (adversarial examples).
+    """
+    problem = linear_problem(model, train, val, reg=reg, **arguments)
+    measures = _measures(problem, sigma)
+    by = by or "surprise"
+    both = [ranks(measures[name]) / problem.n for name in ("leverage", "loo_residual")]
+    measures["surprise"] = (both[0] + both[1]) / 2
+    if by not in measures:
+        got, todo = repr(by), "Choose one; 'fsi' needs val, 'loo_margin' classes."
+        raise ArgumentError(complaint("by", f"one of {', '.join(measures)}", got, todo))
+    value = -measures[by] if by == "loo_margin" else measures[by]
+    return Adversarial(**_ranking(problem, value, measures, by, truth))
+
+
+def _measures(problem: LinearProblem, sigma: float) -> dict[str, np.ndarray]:
+    removal = problem.removal()
+    found = {"si": information(removal.weight_sqnorm, sigma)}
+    if problem.cross is not None:
+        found["fsi"] = information(removal.prediction_sqnorm, sigma)
+    found["leverage"] = removal.leverage
+    found["loo_residual"] = removal.loo_residual.square().sum(1).sqrt()
+    if problem.labels is not None:
+        found["loo_margin"] = Squared(problem.y, problem.labels).margin(slice(None), removal.loo_residual)
+    return {name: column.cpu().numpy() for name, column in found.items()}
+
+
+def _ranking(problem: LinearProblem, value, measures, by: str, truth) -> dict:
+    marks = check_truth(truth, problem.n)
+    aurocs = {}
+    if marks is not None:
+        aurocs = {name: auroc(-x if name == "loo_margin" else x, marks) for name, x in measures.items()}
+    return dict(
+        ids=problem.samples.ids,
+        labels=None if problem.labels is None else problem.labels.cpu().numpy(),
+        value=value,
+        order=np.argsort(-value, kind="stable"),
+        measures=measures,
+        by=by,
+        truth=marks,
+        auroc=None if marks is None else auroc(value, marks),
+        aupr=None if marks is None else average_precision(value, marks),
+        aurocs=aurocs,
+    )
+
+
+def sample_kernel(problem: LinearProblem) -> np.ndarray:
+    """Likeness of samples, tr Theta_ij / sqrt(tr Theta_ii tr Theta_jj), [n, n]."""
+    n, k = problem.n, problem.k
+    trace = problem.theta.view(n, k, n, k).diagonal(dim1=1, dim2=3).sum(2).cpu().numpy()
+    scale = np.sqrt(np.where(trace.diagonal() > 0, trace.diagonal(), 1.0))
+    return trace / scale[:, None] / scale
+
+
+def _cluster(kernel: np.ndarray, count: int, seed: int, rounds: int = 100, starts: int = 5) -> np.ndarray:
+    """k-means on the leading eigenvectors of a centred kernel; the best of a few starts."""
+    centred = kernel - kernel.mean(0) - kernel.mean(1)[:, None] + kernel.mean()
+    s, u = np.linalg.eigh(centred)
+    features = (u * np.sqrt(np.maximum(s, 0)))[:, -max(2 * count, 2) :]
+    rng = np.random.default_rng(seed)
+    best = (np.inf, np.zeros(len(kernel), dtype=np.int64))
+    for _ in range(starts):
+        centres = [features[rng.integers(len(features))]]
+        while len(centres) < count:
+            distance = np.min([((features - c) ** 2).sum(1) for c in centres], 0)
+            total = distance.sum()
+            share = distance / total if total > 0 else np.full(len(features), 1 / len(features))
+            centres.append(features[rng.choice(len(features), p=share)])
+        middle, own = np.array(centres), None
+        for _ in range(rounds):
+            distance = ((features[:, None] - middle) ** 2).sum(2)
+            now = distance.argmin(1)
+            if own is not None and (now == own).all():
+                break
+            own = now
+            middle = np.array([features[own == c].mean(0) if (own == c).any() else middle[c] for c in range(count)])
+        spread = distance.min(1).sum()
+        if spread < best[0]:
+            best = (spread, np.unique(own, return_inverse=True)[1])
+    return best[1]

@@ -1,0 +1,193 @@
+"""The linearised problem of a model and its data, in memory: kernel, residual, validation kernel, regularisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._errors import ArgumentError, complaint
+from ..jacobians import Jacobian, Samples, as_samples, jacobian
+from ..loo import (
+    Remaining,
+    Removal,
+    leave_one_out,
+    loo_error_curve,
+    make_blocks,
+    make_filter,
+    make_sets,
+    remove_from_spectrum,
+)
+from ..runs import authors_definitions, projected_cross, projected_kernel
+from ..spectra import Spectrum, dense_spectrum
+from ..targets import regression_targets
+
+MOST_ROWS = 32_000  # samples x outputs of an exact kernel
+
+
+@dataclass
+class LinearProblem:
+    """Everything that exact answers need, float64.
+
+    Attributes:
+        theta: [N, N]; r0: targets minus initial outputs [n, k]; cross: Theta(validation, train) [m k, N] or None.
+        y: targets [n, k]; labels: classes [n] or None. val_y, val_labels: the same of the validation data, or None.
+        reg: of the mean loss, a number. training: time, lr, dynamics. jac, probe: the Jacobians.
+    """
+
+    samples: Samples
+    jac: Jacobian
+    probe: Jacobian | None
+    theta: Tensor
+    cross: Tensor | None
+    y: Tensor
+    labels: Tensor | None
+    val_y: Tensor | None
+    val_labels: Tensor | None
+    training: dict[str, Any]
+    convention: str
+    reg: float = 0.0
+
+    @property
+    def n(self) -> int:
+        return self.jac.n
+
+    @property
+    def k(self) -> int:
+        return self.jac.k
+
+    @cached_property
+    def r0(self) -> Tensor:
+        return self.y - self.jac.outputs.to(torch.float64)
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        return dense_spectrum(self.theta)
+
+    @cached_property
+    def idle(self) -> Tensor:
+        return (self.theta == 0).all(1)
+
+    def choose_reg(self, reg: float | str) -> None:
+        """Set ``reg``; "auto": the one with the smallest exact leave-one-out error."""
+        if isinstance(reg, str):
+            if reg != "auto":
+                raise ArgumentError(complaint("reg", "a number >= 0 or 'auto'", repr(reg), "Choose one."))
+            blocks = make_blocks(self.n, self.k)
+            regs, errors = loo_error_curve(
+                self.spectrum, self.r0, blocks, self.idle, convention=self.convention, **self.training
+            )
+            reg = float(regs[errors.argmin()])
+        make_filter(self.n, reg=reg, **self.training)
+        self.reg = float(reg)
+
+    def removal(self, groups=None, **changed) -> Removal:
+        """Of every sample or group, from the spectrum where there is one."""
+        training = {**self.training, **changed}
+        if "spectrum" not in self.__dict__ and training["time"] is None:
+            return leave_one_out(
+                self.theta, self.r0, reg=self.reg, cross_ntk=self.cross, groups=groups, convention=self.convention,
+                **training,
+            )  # fmt: skip
+        phi = make_filter(self.n, reg=self.reg, **training)
+        return remove_from_spectrum(
+            self.spectrum, phi, self.r0, cross=self.cross, blocks=make_blocks(self.n, self.k, groups),
+            convention=self.convention, as_numpy=False, idle=self.idle,
+        )  # fmt: skip
+
+    def without(self, sets: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
+        """||dw||^2 and mean ||df||^2 (None without validation data) of leaving out each of these sets of samples."""
+        phi = make_filter(self.n, reg=self.reg, **self.training)
+        found = remove_from_spectrum(
+            self.spectrum, phi, self.r0, cross=self.cross, blocks=make_sets(self.n, self.k, sets),
+            convention=self.convention, as_numpy=True, idle=self.idle,
+        )  # fmt: skip
+        return found.weight_sqnorm, None if self.cross is None else found.prediction_sqnorm
+
+    def remaining(self) -> Remaining:
+        """The shrinking training set."""
+        common = dict(reg=self.reg, convention=self.convention, cross=self.cross)
+        return Remaining(self.theta, self.r0, **common, **self.training)
+
+    def predictions(self, kept: np.ndarray | None = None, convention: str | None = None) -> Tensor:
+        """f on the validation data, [m, k], after training on the kept samples (default: on all)."""
+        rows = slice(None) if kept is None else self.rows(kept)
+        theta, r0 = self.theta[rows][:, rows], self.r0.reshape(-1)[rows]
+        phi = make_filter(self.n, reg=self.reg, **self.training)
+        if kept is not None:
+            phi = phi.without(self.n - len(kept), self.n, convention or self.convention)
+        if phi.converged and phi.shift > 0:
+            shifted = theta.clone()
+            shifted.diagonal().add_(phi.shift)
+            alpha = torch.cholesky_solve(r0[:, None], torch.linalg.cholesky(shifted))[:, 0]
+        else:
+            spectrum = self.spectrum if kept is None else dense_spectrum(theta)
+            gain = spectrum.u.T @ r0
+            scale = torch.from_numpy(phi(spectrum.s.cpu().numpy())).to(gain)
+            alpha = spectrum.u @ torch.where(torch.isfinite(scale), scale * gain, 0.0)
+        moved = (self.cross[:, rows] @ alpha).reshape(-1, self.k)
+        return self.probe.outputs.to(torch.float64) + moved
+
+    def rows(self, samples: np.ndarray) -> Tensor:
+        """Kernel rows of samples."""
+        rows = (np.asarray(samples)[:, None] * self.k + np.arange(self.k)).ravel()
+        return torch.from_numpy(rows).to(self.theta.device)
+
+
+def linear_problem(
+    model: torch.nn.Module,
+    train,
+    val=None,
+    *,
+    reg: float | str = "auto",
+    time: float | None = None,
+    lr: float | None = None,
+    dynamics: str = "gd",
+    convention: str = "sum",
+    compat: str | None = None,
+    method: str = "dense",
+    rank: int | None = None,
+    seed: int = 0,
+    outputs=None,
+    params="trainable",
+    batch_size: int = 64,
+    dtype: torch.dtype = torch.float64,
+    progress: bool = True,
+) -> LinearProblem:
+    """The exact kernel problem; arguments as in ``score``.
+
+    Raises:
+        ArgumentError: more rows than an exact kernel can have; as ``score`` otherwise.
+    """
+    convention, method, rank, projection = authors_definitions(compat, convention, method, rank)
+    if method not in ("dense", "auto") or rank is not None:
+        got, todo = repr(method), "score() has methods of low rank; these answers need the whole kernel."
+        raise ArgumentError(complaint("method", "'dense', or with compat one of the authors' projections", got, todo))
+    training = dict(time=time, lr=lr, dynamics=dynamics)
+    make_filter(1, reg=0.0 if isinstance(reg, str) else reg, **training)
+    samples = as_samples(train, with_targets=True, argument="train")
+    common = dict(outputs=outputs, params=params, batch_size=batch_size, dtype=dtype)
+    k = jacobian(model, samples.slice(0, 1), **common).k
+    if samples.n * k > MOST_ROWS:
+        got = f"{samples.n} samples x {k} outputs"
+        todo = "Pass fewer samples, or outputs= with fewer outputs; score() has methods of low rank."
+        raise ArgumentError(complaint("train", f"at most {MOST_ROWS} rows of an exact kernel", got, todo))
+    y, labels = regression_targets(samples.targets, k)
+    jac = jacobian(model, samples, progress=progress, **common)
+    theta, features = projected_kernel(jac, projection, seed, progress)
+    probe = cross = val_y = val_labels = None
+    if val is not None:
+        probes = as_samples(val, with_targets=None, argument="val")
+        probe = jacobian(model, probes, progress=progress, **common)
+        cross = projected_cross(probe, jac, features, progress)
+        if probes.targets is not None:
+            val_y, val_labels = regression_targets(probes.targets, k, "val")
+    problem = LinearProblem(
+        samples, jac, probe, theta, cross, y.to(theta.device), labels, val_y, val_labels, training, convention
+    )
+    problem.choose_reg(reg)
+    return problem

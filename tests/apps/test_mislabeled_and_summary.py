@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+import torch
+from problems import blobs, network
+
+from sui_fast import ArgumentError, DataError, find_mislabeled, score, summarize
+from sui_fast.apps.mislabeled import label_error_probability
+from sui_fast.apps.results import auroc, average_precision, rank_correlation
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_wrong_labels_come_first(k):
+    classes = max(k, 2)
+    x, y = blobs(160, classes)
+    wrong = np.zeros(120, dtype=bool)
+    wrong[::10] = True
+    noisy = torch.where(torch.from_numpy(wrong), (y[:120] + 1) % classes, y[:120])
+    model = network(k)
+    before = [p.clone() for p in model.parameters()]
+    found = find_mislabeled(model, (x[:120], noisy), (x[120:], y[120:]), truth=wrong, progress=False)
+    assert found.auroc > 0.97 and found.aupr > 0.8
+    assert wrong[found.order[:12]].mean() > 0.8
+    assert (found.suggested[wrong] == y[:120].numpy()[wrong]).mean() > 0.9
+    assert abs(found.noise_rate - 0.1) < 0.08
+    assert (found.flagged == (found.margin <= found.threshold)).all() and found.error_rate <= 0.2
+    assert found.by == "fsi" and (found.rank[found.order] == np.arange(120)).all()
+    assert found.table.num_rows == 120 and "of 120 labels" in found.summary()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    scores = score(model, (x[:120], noisy), (x[120:], y[120:]), reg="auto", measures=("fsi", "loo_margin"))
+    again = find_mislabeled(scores, truth=wrong)
+    assert (again.order == found.order).all()
+
+
+def test_scores_from_a_file_rank_the_same(tmp_path):
+    x, y = blobs(60, 3)
+    scores = score(network(3), (x, y), measures=("si", "loo_margin"), reg=0.01)
+    loaded = type(scores).load(scores.save(tmp_path / "s.parquet"))
+    a, b = find_mislabeled(scores), find_mislabeled(loaded)
+    assert (a.order == b.order).all() and a.by == b.by == "si" and a.fsi is None
+    with pytest.raises(ArgumentError, match="loo_margin"):
+        find_mislabeled(score(network(3), (x, y), measures=("si",)))
+
+
+def test_clean_labels_are_left_alone():
+    x, y = blobs(120, 3, spread=0.2)
+    found = find_mislabeled(network(3), (x, y), progress=False)
+    assert found.flagged.sum() <= 1 and found.noise_rate < 0.02
+
+
+def test_bad_arguments_have_names():
+    x, y = blobs(20, 2)
+    with pytest.raises(DataError, match="train|measures"):
+        find_mislabeled(network(2), (x, None))
+    with pytest.raises(ArgumentError, match="measures|train"):
+        find_mislabeled(network(1), (x, x[:, 0]))
+    with pytest.raises(ArgumentError, match="truth"):
+        find_mislabeled(network(1), (x, y), truth=[True])
+    with pytest.raises(ArgumentError, match="error_rate"):
+        find_mislabeled(network(1), (x, y), error_rate=2)
+    for bad in (0, 21, 1.5, True):
+        with pytest.raises(ArgumentError, match="m: "):
+            summarize(network(1), (x, y), None, bad)
+    with pytest.raises(ArgumentError, match="quota"):
+        summarize(network(1), (x, y), None, 4, quota={0: 5})
+    with pytest.raises(ArgumentError, match="val"):
+        summarize(network(1), (x, y), m=4, by="fsi")
+
+
+def test_probability_is_calibrated():
+    rng = np.random.default_rng(0)
+    n, k, noise = 4000, 3, 0.2
+    outputs = rng.standard_normal((n, k))
+    chance = np.exp(2 * outputs)
+    chance /= chance.sum(1, keepdims=True)
+    true = (rng.random((n, 1)) > chance.cumsum(1)).sum(1)
+    wrong = rng.random(n) < noise
+    labels = np.where(wrong, (true + rng.integers(1, k, n)) % k, true)
+    probability, rate = label_error_probability(outputs, labels)
+    assert abs(rate - noise) < 0.05
+    for low, high in ((0, 0.2), (0.4, 0.6), (0.7, 1)):
+        inside = (probability >= low) & (probability < high)
+        assert abs(probability[inside].mean() - wrong[inside].mean()) < 0.1
+
+
+def test_summary_is_nested_deterministic_and_drops_duplicates(problem):
+    model, (x, y), val = problem
+    x, y = torch.cat([x, x[:10]]), torch.cat([y, y[:10]])  # samples 40.. repeat 0..9
+    found = summarize(model, (x, y), val, 20, reg=1e-3, progress=False)
+    again = summarize(model, (x, y), val, 20, reg=1e-3, progress=False)
+    assert (found.order == again.order).all() and sorted(found.order) == list(range(50))
+    assert set(found.at(20)) < set(found.at(35)) and (found.at(20) == found.kept).all()
+    assert not any(i in found.kept and i + 40 in found.kept for i in range(10))
+    assert found.accuracy and set(found.accuracy) >= {20, 50}
+    assert (np.bincount(found.columns()["dropped_at"]) == 1).all()
+
+
+def test_first_step_is_the_one_shot_order(problem):
+    model, train, val = problem
+    scores = score(model, train, val, reg=0.01)
+    once = summarize(scores, m=30, method="one-shot")
+    assert (np.sort(once.kept) == np.sort(np.argsort(scores["fsi"], kind="stable")[10:])).all()
+    by_model = summarize(model, train, val, 30, method="one-shot", reg=0.01, progress=False)
+    assert (by_model.kept == once.kept).all()
+    with pytest.warns(RuntimeWarning, match="one-shot"):
+        summarize(scores, m=10, method="one-shot")
+
+
+def test_quota_is_kept(problem):
+    model, train, val = problem
+    classes, counts = np.unique(train[1], return_counts=True)
+    want = {int(c): min(int(m), 5) for c, m in zip(classes, counts, strict=True)}
+    for quota in (want, "equal", "proportional"):
+        found = summarize(model, train, val, 18, quota=quota, reg=0.01, progress=False)
+        kept = np.bincount(train[1][found.kept], minlength=len(classes))
+        least = want if quota == want else {int(c): 18 // len(classes) for c in classes}
+        if quota == "proportional":
+            least = {int(c): 18 * int(m) // 40 for c, m in zip(classes, counts, strict=True)}
+        assert len(found.kept) == 18
+        assert all(kept[c] >= min(m, counts[c]) for c, m in least.items())
+
+
+def test_statistics():
+    metrics = pytest.importorskip("sklearn.metrics")
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    value, positive = rng.integers(0, 6, 50), rng.random(50) < 0.3
+    assert np.isclose(auroc(value, positive), metrics.roc_auc_score(positive, value))
+    assert np.isclose(average_precision(value, positive), metrics.average_precision_score(positive, value))
+    assert np.isclose(rank_correlation(value, positive), stats.spearmanr(value, positive)[0])
+    assert np.isnan(auroc(value, np.zeros(50, bool))) and np.isnan(rank_correlation(value, np.ones(50)))
