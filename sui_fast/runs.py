@@ -23,7 +23,14 @@ from .loo import (
     make_filter,
     remove_from_spectrum,
 )
-from .measures import information, loo_margin, sgd_information
+from .measures import (
+    feature_neighbours,
+    information,
+    kernel_neighbours,
+    loo_margin,
+    sgd_information,
+    suggested_label,
+)
 from .spectra import dense_spectrum, feature_spectrum
 from .streaming import (
     LowRank,
@@ -68,6 +75,8 @@ class Run:
         self.samples = self.probes = self.y = self.labels = None
         self.candidates = self.new_y = self.new_labels = None
         self.new_values: dict[str, np.ndarray] = {}
+        self.suggested: np.ndarray | None = None
+        self.neighbours: dict[str, np.ndarray] | None = None
         self.sgd: dict[str, Any] = {}
 
     def dense(self, stages: Stages, common: dict[str, Any]):
@@ -102,6 +111,11 @@ class Run:
                 )  # fmt: skip
         with stages("measures"):
             values, more = self._measure(removal, self.y, self.labels, jac.n * reg)
+            if self.groups is None:
+                classes = None if self.labels is None else self.labels.to(theta.device)
+                self.neighbours = kernel_neighbours(theta, jac.k, classes)
+                if classes is not None:
+                    self.suggested = suggested_label(self.y, removal.loo_residual).cpu().numpy()
         if self.candidates is not None:
             with stages("candidates"):
                 new = jacobian(self.model, self.candidates, progress=self.progress, **common)
@@ -170,17 +184,29 @@ class Run:
                 check_stability(phi, float(spectrum.s[-1]), n)
                 columns, more, begin, lost, missed = [], {}, source.begin, 0.0, 0.0
                 details: dict[str, Any] = {}
+                suggest = self.labels is not None and self.groups is None
                 for shard in solver.shards():
                     removal = solver.removal(shard, phi)
                     count = len(shard["features"])
                     part = slice(begin, begin + count)
                     labels = None if self.labels is None else self.labels[part]
                     found, more = self._measure(removal, self.y[part], labels, n * reg)
+                    if suggest:
+                        found["suggested"] = suggested_label(self.y[part], removal.loo_residual).cpu().numpy()
                     columns.append(found)
                     lost += float(removal.loo_residual.square().sum())
                     missed += float(removal.missed_leverage.sum())
                     details, begin = removal.diagnostics, begin + count
-                values = processes.gather(self._join(columns))
+                values = processes.gather(self._join(columns, ("suggested",) * suggest))
+                if suggest:
+                    self.suggested = values.pop("suggested").astype(np.int64)
+                if suggest and groups is None and processes.count == 1:
+                    doubt = np.flatnonzero(self.suggested != self.labels.cpu().numpy())
+                    measure = next(iter(values))
+                    worst = values["loo_margin"][doubt] if "loo_margin" in values else -values[measure][doubt]
+                    self.neighbours = feature_neighbours(
+                        lambda: (shard["features"] for shard in solver.shards()), n, self.labels, doubt[worst.argsort()]
+                    )
                 lost, missed = processes.total(torch.tensor([lost, missed], dtype=torch.float64)).tolist()
                 edf = missed + float((spectrum.s * torch.from_numpy(phi(spectrum.s.cpu().numpy())).to(device)).sum())
             if self.candidates is not None:
@@ -215,9 +241,10 @@ class Run:
         )
         return values, details, reg, self.samples.ids if self.groups is None else np.unique(np.asarray(self.groups))
 
-    def _join(self, columns: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        nothing = [{name: np.zeros(0) for name in self.wanted}]  # of a process without samples
-        return {name: np.concatenate([column[name] for column in columns or nothing]) for name in self.wanted}
+    def _join(self, columns: list[dict[str, np.ndarray]], more: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+        names = (*self.wanted, *more)
+        nothing = [{name: np.zeros(0) for name in names}]  # of a process without samples
+        return {name: np.concatenate([column[name] for column in columns or nothing]) for name in names}
 
     @staticmethod
     def _about(n: int, k: int, parameters: int, coverage: float, dtype) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+import platform
 import sys
 import time as clock
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -17,8 +20,10 @@ from .jacobians.data import as_samples
 from .loo import make_filter
 from .measures import MEASURES, UNITS
 from .planning import METHODS, Plan, choose_method, make_plan
+from .previews import LARGEST, channels_first, image_shape, shrink
 from .runs import Run, Stages
 from .scores import Scores
+from .spectra import fingerprint_of
 from .streaming import check_rank
 from .targets import regression_targets
 
@@ -28,6 +33,7 @@ except ImportError:  # not on Windows
     resource = None
 
 LOSSES = ("mse",)
+TEXT_COLUMNS = ("text", "sentence", "content", "document", "question", "prompt")  # what a report shows of a sample
 
 
 def score(
@@ -180,6 +186,8 @@ def score(
         method_reason=reason,
         **details,
         seconds=stages.seconds,
+        versions=versions(),
+        model_sha256=_fingerprint(model),
         peak_bytes=_peak_bytes(first.device),
     )
     units = {name: UNITS[name] for name in values}
@@ -189,6 +197,9 @@ def score(
         values=values,
         labels=labels.cpu().numpy() if labels is not None and groups is None else None,
         inputs=_small_inputs(run.samples) if groups is None else None,
+        texts=_texts(train, run.samples.n) if groups is None else None,
+        suggested=run.suggested,
+        neighbours=run.neighbours,
         **common,
     )
     if candidates is not None:
@@ -279,6 +290,24 @@ def _device_of(model: torch.nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
+def versions() -> dict[str, str]:
+    """What a run depends on, for its run card."""
+    found = {"python": platform.python_version()}
+    for name in ("sui-fast", "torch", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _fingerprint(model: torch.nn.Module, most: int = 1 << 30) -> str | None:
+    """The first digits of the hash of the weights and buffers, for the run card; None for models too large or odd."""
+    with contextlib.suppress(RuntimeError, TypeError, ValueError, AttributeError):
+        tensors = {name: x for name, x in model.state_dict().items() if isinstance(x, torch.Tensor)}
+        if sum(x.numel() * x.element_size() for x in tensors.values()) <= most:
+            return fingerprint_of(tensors)[:16]
+    return None
+
+
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
@@ -288,11 +317,38 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def _small_inputs(samples, most: int = 16_384) -> np.ndarray | None:
-    """The inputs for the report, where they are one array of at most ``most`` numbers a sample."""
+    """The inputs for the report, where they are one array: pictures made small, others of at most ``most`` numbers."""
     parts = []
     for batch in samples.batches(256):
-        if not isinstance(batch, torch.Tensor) or batch[0].numel() > most:
-            return None
-        parts.append(batch.detach().cpu().to(torch.float32).numpy())
+        if not isinstance(batch, torch.Tensor):  # several inputs: side by side where all are real numbers
+            several = list(batch.values()) if isinstance(batch, dict) else list(batch)
+            if not all(isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim <= 2 for x in several):
+                return None
+            batch = torch.cat([x.reshape(len(x), -1).cpu().to(torch.float32) for x in several], 1)
+        if batch[0].numel() > most:
+            if image_shape(tuple(batch.shape[1:])) is None:
+                return None
+            pixels = batch.detach().cpu().to(torch.float32)
+            first = channels_first(tuple(batch.shape[1:]))
+            pixels = pixels.movedim(1, -1) if first else pixels.reshape(*batch.shape[:3], -1)
+            parts.append(shrink(pixels.numpy(), LARGEST))
+        else:
+            parts.append(batch.detach().cpu().to(torch.float32).numpy())
+    if len({part.shape[1:] for part in parts}) != 1:
+        return None
     stacked = np.concatenate(parts)
     return stacked if stacked.nbytes < 1 << 28 else None
+
+
+def _texts(train, n: int) -> list[str] | None:
+    """The texts of a Hugging Face Dataset, alone or in a DataLoader, for the report."""
+    train = train.dataset if isinstance(train, torch.utils.data.DataLoader) else train
+    names = getattr(train, "column_names", None)
+    if not isinstance(names, list) or not hasattr(train, "with_format"):
+        return None
+    for name in TEXT_COLUMNS:
+        if name in names:
+            found = train.with_format(None)[name][:]
+            if len(found) == n and all(isinstance(text, str) for text in found):
+                return list(found)
+    return None

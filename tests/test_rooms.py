@@ -15,6 +15,7 @@ ROOMS = [
     ["spectra"],
     ["loo"],
     ["measures"],
+    ["previews", "review"],
     ["targets", "scores"],
     ["planning", "streaming"],
     ["runs"],
@@ -25,7 +26,12 @@ ROOMS = [
     ["__init__", "__main__"],
 ]
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
-INSIDE = {("scores", "report"), ("demo", "sklearn")}  # drawn only when asked for; needed by the demo alone
+INSIDE = {  # drawn only when asked for; optional packages
+    ("scores", "report"),
+    ("demo", "sklearn"),
+    ("report", "PIL"),
+    ("report", "matplotlib"),
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -1,134 +1,32 @@
-"""Capture: ordinary batched forward and k backward passes, seen from a function mode; the model gets no hooks."""
+"""Capture: ordinary batched forward and k backward passes, seen by the recorder; the model gets no hooks."""
 
 from __future__ import annotations
 
 import copy
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from .._errors import ArgumentError, CoverageError, DataError, ModelError, complaint
 from .data import batch_length
-from .layers import RULES, Use
+from .layers import Use
+from .recorder import Recorder, Replay
+from .recurrent import own_body
+from .survey import Call, Survey
 
+_grad = own_body(torch.autograd.grad)  # with a mode on, the function would turn it off for what checkpoints repeat
+_COPIED = 5 * 10**8  # entries of a model that may be copied to float32 for the proof
 _log = logging.getLogger("sui_fast")
-
-
-class Recorder(TorchFunctionMode):
-    """Records every call that takes a chosen parameter; parameters without a rule end in ``unruled``."""
-
-    def __init__(self, names: dict[int, str], batch: int):
-        super().__init__()
-        self.names, self.batch = names, batch
-        self.uses: list[Use] = []
-        self.edges: list[Any] = []
-        self.shapes: list[torch.Size] = []
-        self.versions: list[int] = []
-        self.unruled: dict[str, str] = {}
-        self._anchor = torch.zeros(1, requires_grad=True)
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        met: list[Tensor] = []
-        _search(args, self.names, met)
-        if kwargs:
-            _search(kwargs.values(), self.names, met)
-        if not met:
-            return function(*args, **kwargs)
-        use = self._match(function, args, kwargs)
-        args, kwargs = self._detach(args), {key: self._detach(x) for key, x in kwargs.items()}
-        out = function(*args, **kwargs)
-        if not isinstance(out, Tensor):
-            if any(isinstance(x, Tensor) for x in _flat((out,))):
-                self._give_up(met, function)
-            return out
-        if use is None or out.ndim == 0 or len(out) != self.batch or not out.is_floating_point():
-            self._give_up(met, function)
-            return out
-        if not out.requires_grad:
-            out = _Attach.apply(out, self._anchor)
-        self.uses.append(use)
-        self.edges.append(torch.autograd.graph.get_gradient_edge(out))
-        self.shapes.append(out.shape)
-        self.versions.append(use.saved._version)
-        return out
-
-    def _match(self, function, args, kwargs) -> Use | None:
-        if function not in RULES:
-            return None
-        rule, read = RULES[function]
-        with torch.no_grad():
-            found = read(args, kwargs)
-        if found is None:
-            return None
-        given, saved, options = found
-        names = {role: self.names[id(x)] for role, x in given.items() if _is(x, self.names)}
-        if not set(names) <= {"weight", "bias"} or not isinstance(saved, Tensor) or len(saved) != self.batch:
-            return None
-        if saved.ndim < 2 and rule != "embedding":
-            return None
-        if rule == "embedding":
-            options["rows"] = len(given["weight"])
-        return Use(rule, names, saved.detach(), options)
-
-    def _detach(self, x: Any) -> Any:
-        """The argument with chosen parameters detached, so that no weight gradient is ever formed."""
-        if isinstance(x, tuple | list) and not isinstance(x, torch.Size):
-            return type(x)(self._detach(part) for part in x)
-        return x.detach() if isinstance(x, Tensor) and id(x) in self.names else x
-
-    def _give_up(self, met: list[Tensor], function: Callable) -> None:
-        for tensor in met:
-            self.unruled.setdefault(self.names[id(tensor)], getattr(function, "__name__", repr(function)))
-
-    def spoiled(self) -> set[str]:
-        """Parameters of uses whose saved input was overwritten later."""
-        pairs = zip(self.uses, self.versions, strict=True)
-        return {name for use, version in pairs if use.saved._version != version for name in use.names.values()}
-
-
-class _Attach(torch.autograd.Function):
-    """Puts a result that needs no gradient on the tape, without a copy; in-place functions may still follow."""
-
-    @staticmethod
-    def forward(ctx, out: Tensor, anchor: Tensor) -> Tensor:
-        ctx.mark_dirty(out)
-        return out
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient, None
-
-
-def _search(parts: Any, names: dict[int, str], found: list[Tensor]) -> None:
-    """Append the arguments that are named; the parameters live on, so an id is theirs alone."""
-    for x in parts:
-        if id(x) in names:
-            found.append(x)
-        elif isinstance(x, tuple | list):
-            _search(x, names, found)
-
-
-def _flat(parts: Any) -> Iterator[Any]:
-    """Arguments of a call, lists and tuples opened."""
-    for x in parts:
-        if isinstance(x, tuple | list | type({}.values())):
-            yield from _flat(x)
-        else:
-            yield x
-
-
-def _is(x: Any, names: dict[int, str]) -> bool:
-    return isinstance(x, Tensor) and id(x) in names
 
 
 class Evaluator:
@@ -137,6 +35,19 @@ class Evaluator:
     def __init__(self, model: nn.Module, outputs: Callable | None, params: Any, dtype: torch.dtype | None):
         if not isinstance(model, nn.Module):
             raise ArgumentError(complaint("model", "a torch.nn.Module", type(model).__name__, "Wrap it in a module."))
+        model = unwrapped(model)
+        sharded = next((m for m in model.modules() if type(m).__name__ == "FullyShardedDataParallel"), None)
+        if sharded is None:
+            sharded = next((p for p in model.parameters() if type(p).__name__ == "DTensor"), None)
+        if sharded is not None:
+            raise ArgumentError(
+                complaint(
+                    "model",
+                    "whole parameters",
+                    f"sharded ones ({type(sharded).__name__})",
+                    "Pass the model before sharding, or load its full state dict into one.",
+                )
+            )
         meta = [name for name, p in model.named_parameters() if p.device.type == "meta"]
         if meta:
             raise ArgumentError(
@@ -158,6 +69,12 @@ class Evaluator:
         self.parameters = choose_parameters(model, params)
         first = next(iter(self.parameters.values()))
         self.device, self.dtype = first.device, first.dtype
+        self._entries = sum(p.numel() for p in model.parameters())
+        self.one_by_one = False  # whether torch.func turned out not to vectorise this model
+        kind = self.device.type
+        self._autocast = dict(
+            device_type=kind, enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind)
+        )
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
                 raise CoverageError(
@@ -213,19 +130,30 @@ class Evaluator:
         return out
 
     def _forward(self, batch: Any) -> Any:
-        if self._outputs is not None:
-            return self._outputs(self.model, batch)
-        if isinstance(batch, dict):
-            return self.model(**batch)
-        return self.model(*batch) if isinstance(batch, tuple) else self.model(batch)
+        with torch.autocast(**self._autocast):
+            if self._outputs is not None:
+                return self._outputs(self.model, batch)
+            if isinstance(batch, dict):
+                return self.model(**batch)
+            return self.model(*batch) if isinstance(batch, tuple) else self.model(batch)
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Eval mode and gradients on; mode, buffers and random state as they were afterwards."""
+        """Eval mode and gradients on, nothing compiled; mode, buffers and random state as they were afterwards.
+
+        The user's autocast is on in forward passes alone.
+        """
         modes = [(module, module.training) for module in self.model.modules()]
         buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
         cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(cuda), torch.inference_mode(False), torch.enable_grad():
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(cuda))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.autocast(self.device.type, enabled=False))
+            stack.enter_context(_plain_checkpoints())
+            if "torch._dynamo" in sys.modules:  # compiled functions hide what they call
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             try:
                 for module, _ in modes:
                     module.training = False
@@ -238,58 +166,119 @@ class Evaluator:
                         if not torch.equal(buffer, before):
                             buffer.copy_(before)
 
-    def capture(self, batch: Any, first: int, ruled: set[str]) -> Captured:
-        """Forward pass of a batch with every use of the ruled parameters recorded; backward passes follow on demand."""
-        names = {id(p): name for name, p in self.parameters.items() if name in ruled}
-        recorder = Recorder(names, batch_length(batch))
+    def exact(self) -> Evaluator:
+        """The same without rounding to half precision: no autocast, a float32 copy of a bfloat16 or float16 model."""
+        half = self.dtype in (torch.float16, torch.bfloat16)
+        if not half and not self._autocast["enabled"] or half and self._entries > _COPIED:
+            return self
+        other = copy.copy(self)
+        other._autocast = self._autocast | dict(enabled=False)
+        if half:
+            other.model, other.dtype = copy.deepcopy(self.model).float(), torch.float32
+            named = dict(other.model.named_parameters())
+            other.parameters = {name: named[name] for name in self.parameters}
+        return other
+
+    def survey(self, batch: Any) -> tuple[Survey, Tensor]:
+        """Shapes of all calls of a forward pass, and the outputs."""
+        survey = Survey(batch_length(batch))
+        with survey:
+            out = self(batch)
+        return survey, out.detach()
+
+    def decide(self, batch: Any, survey: Survey, general: set[str]) -> tuple[Recorder, Tensor]:
+        """A forward pass with another number of samples than the survey's, on which the plan is made."""
+        ruled = {name: p for name, p in self.parameters.items() if name not in general}
+        recorder = Recorder(ruled, batch_length(batch), survey)
+        with recorder:
+            out = self(batch)
+        recorder.spoiled()
+        return recorder, out
+
+    def capture(
+        self, batch: Any, first: int, plan: list[Call], general: set[str], project: Tensor | None = None
+    ) -> Captured:
+        """Forward pass of a batch with every use of the ruled parameters recorded; backward passes follow on demand.
+
+        Args:
+            project: [k, m]: outputs become outputs @ project.
+        """
+        ruled = {name: p for name, p in self.parameters.items() if name not in general}
+        recorder = Recorder(ruled, batch_length(batch), plan=plan)
         with recorder:
             out = self(batch, first)
-        unruled = recorder.unruled | dict.fromkeys(recorder.spoiled(), "an input overwritten in place")
-        return Captured(out.detach(), recorder.uses, unruled, recorder.shapes, _backward(out, recorder.edges))
+        out = out if project is None else out @ project.to(out)
+        overwritten = {name for use in recorder.spoiled() for name in use.parameters}
+        unruled = recorder.unruled | dict.fromkeys(overwritten, "an input overwritten in place")
+        return Captured(
+            out.detach(), recorder.uses, unruled, recorder.shapes, recorder.dtypes, _backward(out, recorder)
+        )
 
-    def general_rows(self, batch: Any, names: list[str], k: int) -> dict[str, Tensor]:
+    def general_rows(self, batch: Any, names: list[str], project: Tensor | None = None) -> dict[str, Tensor]:
         """Rows [b, k, p] of parameters without a rule: torch.func one sample at a time, vectorised where it can be."""
-        wrapper = _Functional(self)
+        wrapper = _Functional(self, project)
         chosen = {f"model.{name}": self.parameters[name].detach() for name in names}
 
         def of_sample(parameters, sample):
-            return functional_call(wrapper, parameters, (tree_map(lambda x: x[None], sample),), tie_weights=False)[0]
+            return functional_call(wrapper, parameters, (tree_map(lambda x: x[None], sample),), tie_weights=True)[0]
 
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*performance drop.*")
-                found = vmap(jacrev(of_sample), in_dims=(None, 0))(chosen, batch)
-        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-            _log.info("vmap does not take this model (%s); rows are formed one sample at a time", error)
-            found = self._rows_one_by_one(wrapper, chosen, batch, k)
-        return {name: found[f"model.{name}"].detach().flatten(2) for name in names}
+        found = None
+        if not self.one_by_one:
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message=".*performance drop.*")
+                    found = vmap(jacrev(of_sample), in_dims=(None, 0))(chosen, batch)
+            except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+                _log.info("vmap does not take this model (%s); rows are formed one sample at a time", error)
+                self.one_by_one = True
+        if found is None:
+            found = self._rows_one_by_one(wrapper, chosen, batch)
+        rows = {name: found[f"model.{name}"].detach() for name in names}
+        return {name: row.reshape(*row.shape[:2], self.parameters[name].numel()) for name, row in rows.items()}
 
-    def _rows_one_by_one(self, wrapper, chosen, batch, k: int) -> dict[str, Tensor]:
+    def _rows_one_by_one(self, wrapper, chosen, batch) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = {name: [] for name in chosen}
         for i in range(batch_length(batch)):
             leaves = {name: p.clone().requires_grad_() for name, p in chosen.items()}
-            sample = tree_map(lambda x, i=i: x[i : i + 1], batch)
-            out = functional_call(wrapper, leaves, (sample,), tie_weights=False)[0]
-            rows = [
-                torch.autograd.grad(out[c], list(leaves.values()), retain_graph=c + 1 < k, allow_unused=True)
-                if out.requires_grad
-                else [None] * len(leaves)
-                for c in range(k)
-            ]
+            sample = tree_map(lambda x, i=i: x[i : i + 1] if isinstance(x, Tensor) else x, batch)
+
+            def rows(out: Tensor, leaves=leaves) -> list[tuple]:
+                out, given = out[0], list(leaves.values())
+                if not out.requires_grad:
+                    return [(None,) * len(given)] * len(out)
+                return [
+                    torch.autograd.grad(out[c], given, retain_graph=c + 1 < len(out), allow_unused=True)
+                    for c in range(len(out))
+                ]
+
+            found = functional_call(wrapper, leaves, (sample, rows), tie_weights=True)
             for j, (name, leaf) in enumerate(leaves.items()):
-                parts[name].append(torch.stack([torch.zeros_like(leaf) if r[j] is None else r[j] for r in rows]))
+                parts[name].append(
+                    torch.stack([torch.zeros_like(leaf) if r[j] is None else r[j].to_dense() for r in found])
+                )
         return {name: torch.stack(rows) for name, rows in parts.items()}
 
-    def autograd_vjp(self, batch: Any, cotangent: Tensor) -> dict[str, Tensor]:
-        """J^T c by one plain backward pass over copies of the parameters: what the factors are compared with."""
-        wrapper = _Functional(self)
+    def autograd_vjp(self, batch: Any, cotangent: Tensor, project: Tensor) -> tuple[dict[str, Tensor], set[str]]:
+        """J^T c by one plain backward pass over copies of the parameters: what the factors are compared with.
+
+        Returns:
+            Gradients by name, and the parameters that also act through tensors made before the forward pass.
+        """
+        wrapper = _Functional(self, project)
         leaves = {f"model.{name}": p.detach().clone().requires_grad_() for name, p in self.parameters.items()}
-        out = functional_call(wrapper, leaves, (batch,), tie_weights=False)
-        if not out.requires_grad:
-            return {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        found = torch.autograd.grad((out * cotangent).sum(), list(leaves.values()), allow_unused=True)
-        pairs = zip(self.parameters.items(), found, strict=True)
-        return {name: torch.zeros_like(p) if grad is None else grad for (name, p), grad in pairs}
+        given = list(leaves.values())
+        real = {name: p for name, p in self.parameters.items() if p.requires_grad}
+
+        def gradients(out: Tensor) -> tuple:
+            if not out.requires_grad:
+                return (None,) * (len(given) + len(real))
+            return torch.autograd.grad((out * cotangent).sum(), [*given, *real.values()], allow_unused=True)
+
+        found = functional_call(wrapper, leaves, (batch, gradients), tie_weights=True)
+        pairs = zip(self.parameters.items(), found, strict=False)
+        grads = {name: torch.zeros_like(p) if grad is None else grad.to_dense() for (name, p), grad in pairs}
+        outside = {name for name, grad in zip(real, found[len(given) :], strict=True) if grad is not None}
+        return grads, outside
 
 
 @dataclass
@@ -299,31 +288,62 @@ class Captured:
     outputs: Tensor
     uses: list[Use]
     unruled: dict[str, str]
-    shapes: list[torch.Size]
+    shapes: list[torch.Size]  # of the results of the uses
+    dtypes: list[torch.dtype]
     gradients: Iterator[tuple[Tensor | None, ...]]
 
 
-def _backward(out: Tensor, edges: list[Any]) -> Iterator[tuple[Tensor | None, ...]]:
-    k = out.shape[1]
+def _backward(out: Tensor, recorder: Recorder) -> Iterator[tuple[Tensor | None, ...]]:
+    k, targets = out.shape[1], recorder.targets
     for c in range(k):
-        if edges and out.requires_grad:
+        if targets and out.requires_grad:
             seed = torch.zeros_like(out)
             seed[:, c] = 1
-            yield torch.autograd.grad(out, edges, seed, retain_graph=c + 1 < k, allow_unused=True)
+            with Replay(recorder):
+                found = _grad(out, targets, seed, retain_graph=c + 1 < k, allow_unused=True)
+            yield recorder.turned(found)
         else:
-            yield (None,) * len(edges)
+            yield (None,) * len(targets)
 
 
 class _Functional(nn.Module):
-    """The model behind its outputs function, for torch.func.functional_call."""
+    """The model behind its outputs function, for functional_call; ``finish`` acts while leaves are in place."""
 
-    def __init__(self, evaluator: Evaluator):
+    def __init__(self, evaluator: Evaluator, project: Tensor | None = None):
         super().__init__()
         self.model = evaluator.model
-        self.__dict__["evaluator"] = evaluator
+        self.__dict__["evaluator"], self.__dict__["project"] = evaluator, project
 
-    def forward(self, batch):
-        return self.evaluator(batch)
+    def forward(self, batch, finish: Callable | None = None):
+        out = self.evaluator(batch)
+        out = out if self.project is None else out @ self.project.to(out)
+        return out if finish is None else finish(out)
+
+
+@contextmanager
+def _plain_checkpoints() -> Iterator[None]:
+    """Reentrant checkpoints, which refuse torch.autograd.grad, run as the other kind meanwhile."""
+
+    def apply(function, preserve, *args):
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+
+    CheckpointFunction.apply = staticmethod(apply)
+    try:
+        yield
+    finally:
+        if "apply" in CheckpointFunction.__dict__:  # another thread may have been first
+            del CheckpointFunction.apply
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile and data-parallel wrappers."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def _transformed_any(batch: Any) -> bool:
@@ -346,7 +366,9 @@ def choose_parameters(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
     elif isinstance(params, list | tuple | set) and all(isinstance(name, str) for name in params):
         chosen = {}
         for wanted in params:
-            hits = {n: p for n, p in named.items() if n == wanted or n.startswith(wanted + ".")}
+            hits = {}
+            for inner in (wanted, wanted.removeprefix("_orig_mod.").removeprefix("module.")):  # unwrapped() was here
+                hits = hits or {n: p for n, p in named.items() if n == inner or n.startswith(inner + ".")}
             if not hits:
                 raise ArgumentError(
                     complaint("params", "names or prefixes of parameters", repr(wanted), f"Known: {', '.join(named)}.")

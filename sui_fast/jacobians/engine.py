@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import logging
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 from tqdm.auto import tqdm
 
 from .._errors import ArgumentError, CoverageError, complaint
 from .capture import Captured, Evaluator
 from .data import Samples, as_samples, batch_length, to_device
 from .jacobian import Jacobian
-from .layers import Use
+from .layers import Gather, Origin, Part, Use
+from .proof import CHECKED, Plan, prove
 
-_log = logging.getLogger("sui_fast")
-_CHECKED = 8  # samples of the first batch on which the factors are compared with autograd
-_proven: weakref.WeakKeyDictionary[nn.Module, dict[tuple, dict[str, str]]] = weakref.WeakKeyDictionary()
+_proven: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Plan]] = weakref.WeakKeyDictionary()
 
 
 def jacobian(
@@ -52,22 +51,51 @@ def jacobian(
     Raises:
         ArgumentError, DataError (not finite, with the sample), CoverageError (with the parameter).
     """
+    store, evaluator, general = _pass(model, data, _Store, outputs, params, batch_size, dtype, progress)
+    return store.jacobian(evaluator, general)
+
+
+def sketches(
+    model: nn.Module,
+    data: Any,
+    rank: int,
+    seed: int = 0,
+    kind: str = "tensor",
+    *,
+    outputs: Callable | None = None,
+    params: Any = "trainable",
+    batch_size: int = 64,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``jacobian(...).sketch(rank, seed, kind)``, each batch sketched as soon as its factors exist: no more is held.
+
+    Returns:
+        (outputs [n, k], sketches [n, k, rank]).
+    """
+    make = functools.partial(_Sketches, rank, seed, kind)
+    store, _, _ = _pass(model, data, make, outputs, params, batch_size, dtype, progress)
+    return torch.cat(store.outputs), torch.cat(store.features)
+
+
+def _pass(model, data, make, outputs, params, batch_size, dtype, progress):
+    """All batches through the store that ``make(n)`` returns; with it the evaluator and the general parameters."""
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ArgumentError(complaint("batch_size", "a whole number >= 1", repr(batch_size), "Pass 64, say."))
     with torch.inference_mode(False):
         samples = as_samples(data, with_targets=None, argument="data")
         evaluator = Evaluator(model, outputs, params, dtype)
     with evaluator.quiet():
-        batch = to_device(next(samples.batches(_CHECKED)), evaluator.device, evaluator.dtype)
+        batch = to_device(next(samples.batches(CHECKED)), evaluator.device, evaluator.dtype)
         key = (tuple(evaluator.parameters), outputs, evaluator.dtype, _signature(batch))
         known = _proven.setdefault(model, {})
-        if key not in known:
-            known[key] = _general_parameters(evaluator, batch)
+        if key not in known or known[key].samples < batch_length(batch):  # one sample cannot show that others mix in
+            known[key] = prove(evaluator, batch, _collect)
         for _ in range(2):
-            store = _run(evaluator, samples, batch_size, known[key], progress)
-            if isinstance(store, _Store):
+            store = _run(evaluator, make(samples.n), samples, batch_size, known[key], progress)
+            if not isinstance(store, dict):
                 break
-            known[key] = known[key] | store
+            known[key] = prove(evaluator, batch, _collect, known[key].general | store)
         else:
             name, function = next(iter(store.items()))
             raise CoverageError(
@@ -78,24 +106,61 @@ def jacobian(
                     "Remove control flow that depends on the batch, or leave the parameter out with params=.",
                 )
             )
-    return store.jacobian({name: p.shape for name, p in evaluator.parameters.items()}, known[key])
+    return store, evaluator, known[key].general
 
 
 def _run(
-    evaluator: Evaluator, samples: Samples, batch_size: int, general: dict[str, str], progress: bool
-) -> _Store | dict[str, str]:
+    evaluator: Evaluator, store: _Store | _Sketches, samples: Samples, batch_size: int, plan: Plan, progress: bool
+) -> _Store | _Sketches | dict[str, str]:
     """All batches; or the parameters that turned out to need the general path."""
-    store, ruled = _Store(samples.n), set(evaluator.parameters) - set(general)
     total = -(-samples.n // batch_size)
     bar = tqdm(samples.batches(batch_size), total=total, desc="jacobian", delay=2, leave=False, disable=not progress)
     for raw in bar:
         batch = to_device(raw, evaluator.device, evaluator.dtype)
-        captured = evaluator.capture(batch, store.filled, ruled)
+        captured = evaluator.capture(batch, store.filled, plan.calls, set(plan.general))
         if captured.unruled:
             return captured.unruled
-        k = captured.outputs.shape[1]
-        store.add(captured, evaluator.general_rows(batch, list(general), k) if general else {})
+        rows = evaluator.general_rows(batch, list(plan.general)) if plan.general else {}
+        store.add(captured, rows, evaluator)
     return store
+
+
+def _collect(evaluator: Evaluator, captured: Captured, rows: dict[str, Tensor]) -> Jacobian:
+    """Jacobian of one batch."""
+    store = _Store(len(captured.outputs))
+    store.add(captured, rows)
+    return store.jacobian(evaluator, dict.fromkeys(rows, ""))
+
+
+def _refuse(sample: int) -> None:
+    raise CoverageError(
+        complaint(
+            "model",
+            "the same layers and shapes in every batch",
+            f"others in the batch at sample {sample}",
+            "Pad the inputs to one length, or remove control flow that depends on the data.",
+        )
+    )
+
+
+class _Sketches:
+    """Sketches of all batches; the factors of a batch go with it."""
+
+    def __init__(self, rank: int, seed: int, kind: str, n: int):
+        self.arguments, self.filled = (rank, seed, kind), 0
+        self.outputs: list[Tensor] = []
+        self.features: list[Tensor] = []
+        self._layers: list | None = None
+
+    def add(self, captured: Captured, rows: dict[str, Tensor], evaluator: Evaluator) -> None:
+        jac = _collect(evaluator, captured, rows)
+        features, layers = jac.sketch_of_uses(*self.arguments)
+        if self._layers is not None and (layers != self._layers or jac.k != self.outputs[0].shape[1]):
+            _refuse(self.filled)
+        self._layers = layers
+        self.outputs.append(jac.outputs)
+        self.features.append(features)
+        self.filled += jac.n
 
 
 class _Store:
@@ -109,116 +174,108 @@ class _Store:
         self._grads: list[Tensor] = []
         self._rows: dict[str, Tensor] = {}
 
-    def add(self, captured: Captured, rows: dict[str, Tensor]) -> None:
+    def add(self, captured: Captured, rows: dict[str, Tensor], evaluator: Evaluator | None = None) -> None:
         out, uses = captured.outputs, captured.uses
         b, k = out.shape
         whole = b == self.n and k == 1  # one batch, one backward pass: what it returns is kept, nothing is copied
         if self._outputs is None:
-            self._uses = [Use(use.rule, use.names, use.saved[:0], use.options) for use in uses]
+            self._uses = [use.at(slice(0, 0)) for use in uses]
             self._outputs = self._room(out)
             # a single batch is kept as it is
             self._saved = [use.saved if b == self.n else self._room(use.saved) for use in uses]
             if not whole:
-                self._grads = [out.new_empty(self.n, k, *shape[1:]) for shape in captured.shapes]
+                pairs = zip(captured.shapes, captured.dtypes, strict=True)
+                self._grads = [out.new_empty(self.n, k, *shape[1:], dtype=dtype) for shape, dtype in pairs]
             self._rows = {name: self._room(value) for name, value in rows.items()}
-        same = whole or len(uses) == len(self._uses) and all(
-            mine.key == use.key and use.saved.shape[1:] == saved.shape[1:] and shape[1:] == grads.shape[2:]
-            for mine, use, saved, grads, shape in zip(
-                self._uses, uses, self._saved, self._grads, captured.shapes, strict=True
+        same = (
+            whole
+            or len(uses) == len(self._uses)
+            and all(
+                mine.key == use.key and use.saved.ndim == saved.ndim and len(shape) + 1 == grads.ndim
+                for mine, use, saved, grads, shape in zip(
+                    self._uses, uses, self._saved, self._grads, captured.shapes, strict=True
+                )
             )
         )
         if not same or k != self._outputs.shape[1]:
-            raise CoverageError(
-                complaint(
-                    "model",
-                    "the same layers and shapes in every batch",
-                    f"others in the batch at sample {self.filled}",
-                    "Pad the inputs to one length, or remove control flow that depends on the data.",
-                )
-            )
+            self._refuse()
+        if not whole:
+            self._widen(captured)
         part = slice(self.filled, self.filled + b)
         self._outputs[part] = out
         for use, saved in zip(uses, self._saved, strict=True):
             if use.saved is not saved:
-                saved[part] = use.saved
+                _fill(saved[part], use.saved)
         if whole:
             pairs = zip(captured.shapes, next(captured.gradients), strict=True)
             self._grads = [out.new_zeros(b, 1, *x[1:]) if g is None else g[:, None] for x, g in pairs]
         for c, found in enumerate(captured.gradients):
             for grads, gradient in zip(self._grads, found, strict=True):
-                if gradient is None:
-                    grads[part, c] = 0
-                else:
-                    grads[part, c] = gradient
+                _fill(grads[part, c], gradient)
         for name, value in rows.items():
             self._rows[name][part] = value
         self.filled += b
 
+    def _refuse(self) -> None:
+        _refuse(self.filled)
+
+    def _widen(self, captured: Captured) -> None:
+        """Room for longer sequences than before: zeros where a batch has no positions add nothing."""
+        for i, (use, shape) in enumerate(zip(captured.uses, captured.shapes, strict=True)):
+            mine = self._uses[i]
+            if use.rule == "given" and shape[1:] != self._grads[i].shape[2:]:
+                wider = shape[1:].numel() > self._grads[i].shape[2:].numel()
+                small, large = (mine, use) if wider else (use, mine)
+                if not _is_prefix(small.origins["rows"], large.origins["rows"]):
+                    self._refuse()
+                mine.origins = large.origins
+            self._saved[i] = _padded(self._saved[i], 1, use.saved.shape[1:])
+            self._grads[i] = _padded(self._grads[i], 2, shape[1:])
+
     def _room(self, like: Tensor) -> Tensor:
         return like.new_empty(self.n, *like.shape[1:])
 
-    def jacobian(self, shapes: dict[str, torch.Size], general: dict[str, str]) -> Jacobian:
+    def jacobian(self, evaluator: Evaluator, general: dict[str, str]) -> Jacobian:
         uses = [
-            (Use(use.rule, use.names, saved, use.options), grads)
+            (Use(use.rule, use.origins, saved, use.options), grads)
             for use, saved, grads in zip(self._uses, self._saved, self._grads, strict=True)
         ]
-        return Jacobian(self._outputs, shapes, uses, self._rows, dict(general))
+        shapes = {name: p.shape for name, p in evaluator.parameters.items()}
+        engines = dict.fromkeys(general, "one by one" if evaluator.one_by_one else "torch.func")
+        return Jacobian(self._outputs, shapes, uses, self._rows, dict(general), engines, evaluator.dtype)
+
+
+def _fill(target: Tensor, value: Tensor | None) -> None:
+    """Write a value into the corner of a target, zeros around it."""
+    if value is None or value.shape != target.shape:
+        target.zero_()
+    if value is not None:
+        target[tuple(slice(size) for size in value.shape)] = value
+
+
+def _padded(x: Tensor, first: int, shape: torch.Size) -> Tensor:
+    """x with its axes from ``first`` on at least as long as in the shape."""
+    wanted = [max(a, b) for a, b in zip(x.shape[first:], shape, strict=True)]
+    if wanted == list(x.shape[first:]):
+        return x
+    wide = x.new_zeros(*x.shape[:first], *wanted)
+    wide[tuple(slice(size) for size in x.shape)] = x
+    return wide
+
+
+def _is_prefix(small: Origin, large: Origin) -> bool:
+    """Whether the entries of one tensor are the first ones of the other, along each axis."""
+    if isinstance(small, Part) and isinstance(large, Part):
+        return small.place is not None and large.place is not None  # their strides and offsets are equal
+    if not isinstance(small, Gather) or not isinstance(large, Gather) or small.token.ndim != large.token.ndim:
+        return False
+    corner = large.token[tuple(slice(size) for size in small.token.shape)]
+    return torch.equal(corner, small.token)
 
 
 def _signature(batch: Any) -> tuple:
     leaves, structure = tree_flatten(batch)
     return str(structure), tuple((tuple(x.shape[1:]), x.dtype) if isinstance(x, Tensor) else x for x in leaves)
-
-
-def _general_parameters(evaluator: Evaluator, batch: Any) -> dict[str, str]:
-    """Parameters that need the general path, found on a few samples and proven by autograd.
-
-    Raises:
-        CoverageError: neither path agrees with autograd.
-    """
-    part = tree_map(lambda x: x[:_CHECKED] if isinstance(x, Tensor) else x, batch)
-    shapes = {name: p.shape for name, p in evaluator.parameters.items()}
-    general: dict[str, str] = {}
-    while True:
-        captured = evaluator.capture(part, 0, set(shapes) - set(general))
-        if captured.unruled:
-            general |= captured.unruled
-            continue
-        store = _Store(batch_length(part))
-        rows = evaluator.general_rows(part, list(general), captured.outputs.shape[1]) if general else {}
-        store.add(captured, rows)
-        wrong = _disagreement(evaluator, part, store.jacobian(shapes, general))
-        if not wrong:
-            return general
-        stubborn = [name for name in wrong if name in general]
-        if stubborn:
-            raise CoverageError(
-                complaint(
-                    "model",
-                    "a Jacobian that agrees with autograd",
-                    f"another one for parameter {stubborn[0]!r}",
-                    "Check that outputs depend on one sample each and are deterministic in eval mode, or leave the "
-                    "parameter out with params=.",
-                )
-            )
-        _log.warning("layer rules disagree with autograd for %s; torch.func serves there", ", ".join(wrong))
-        general |= dict.fromkeys(wrong, "a use that the rules do not see")
-
-
-def _disagreement(evaluator: Evaluator, batch: Any, found: Jacobian) -> list[str]:
-    """Parameters whose J^T c is not the one of autograd, for one random c."""
-    generator = torch.Generator().manual_seed(0)
-    c = torch.randn(found.n, found.k, generator=generator, dtype=torch.float64).to(found.outputs)
-    flat = found.vjp(c.reshape(-1))
-    true = evaluator.autograd_vjp(batch, c)
-    tolerance = 200 * torch.finfo(found.dtype).eps ** 0.75
-    largest = max(float(grad.abs().max()) for grad in true.values())
-    return [
-        name
-        for name, grad in true.items()
-        if not float((flat[found.columns(name)] - grad.reshape(-1)).abs().max())
-        <= tolerance * max(float(grad.abs().max()), 1e-3 * largest)
-    ]
 
 
 def ntk(

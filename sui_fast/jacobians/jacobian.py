@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from math import prod
 
 import torch
 from torch import Tensor
 
 from ..ops import jvp, sketch, vjp
 from ..ops.products.rows import Piece, row_writer
+from ..ops.sketching.sums import TensorSums
 from .gram import gram
-from .layers import Factor, Index, Outer, Rows, Use, make_factors
+from .joining import by_map, join_factors
+from .layers import Factor, Index, Outer, Rows, Use, dense_index, make_factors
+
+
+def _unrounded(method: Callable) -> Callable:
+    """The method without the autocast that a caller may have on for his model."""
+
+    @wraps(method)
+    def called(self: Jacobian, *args, **kwargs):
+        with torch.autocast(self.device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return called
 
 
 class Jacobian:
@@ -22,6 +37,8 @@ class Jacobian:
         parameter_names: chosen parameters; columns follow this order, each flattened row by row.
         coverage: share of the chosen entries that the factors account for; 1.0, as anything less is an error.
         general: parameters that went through torch.func, with the function that has no rule.
+        engines: for each parameter "rules", "torch.func" or "one by one" (torch.func could not vectorise the model).
+        dtype: of the factors and of everything computed from them; float32 where the model is bfloat16 or float16.
     """
 
     coverage = 1.0
@@ -33,12 +50,17 @@ class Jacobian:
         uses: list[tuple[Use, Tensor]],
         rows: dict[str, Tensor],
         general: dict[str, str],
+        engines: dict[str, str] | None = None,
+        dtype: torch.dtype | None = None,
     ):
-        self.outputs, self.general = outputs, general
+        dtype = outputs.dtype if dtype is None else dtype
+        dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+        self.outputs, self.general = outputs.to(dtype), general
+        self.engines = dict.fromkeys(shapes, "rules") | dict.fromkeys(general, "torch.func") | (engines or {})
         self._shapes, self._uses, self._rows = shapes, uses, rows
         self.n, self.k = outputs.shape
         self.parameter_names = list(shapes)
-        self.device, self.dtype = outputs.device, outputs.dtype
+        self.device, self.dtype = outputs.device, dtype
         self._begin: dict[str, int] = {}
         total = 0
         for name, shape in shapes.items():
@@ -55,22 +77,24 @@ class Jacobian:
         held = [self.outputs, *self._rows.values(), *(x for use, g in self._uses for x in (use.saved, g))]
         return sum(x.numel() * x.element_size() for x in held)
 
+    @_unrounded
     def factors(self, start: int = 0, stop: int | None = None) -> list[Factor]:
         """Factors of samples start..stop, uses of one parameter joined so that their rows add up exactly."""
         part = slice(start, self.n if stop is None else stop)
-        found: list[Factor] = [Rows({"rows": name}, rows[part]) for name, rows in self._rows.items()]
+        found: list[Factor] = [Rows({"rows": name}, rows[part].to(self.dtype)) for name, rows in self._rows.items()]
         for use, g in self._uses:
-            found += make_factors(Use(use.rule, use.names, use.saved[part], use.options), g[part])
+            found += make_factors(self._typed(use.at(part)), g[part].to(self.dtype))
         return join_factors(found, self._shapes)
 
     def select(self, samples: Sequence[int]) -> Jacobian:
         """The Jacobian of some of the samples, in the order given; a range of step 1 copies nothing."""
         plain = isinstance(samples, range) and samples.step == 1
         index = slice(samples.start, samples.stop) if plain else torch.as_tensor(list(samples), device=self.device)
-        uses = [(Use(use.rule, use.names, use.saved[index], use.options), g[index]) for use, g in self._uses]
+        uses = [(use.at(index), g[index]) for use, g in self._uses]
         rows = {name: value[index] for name, value in self._rows.items()}
-        return Jacobian(self.outputs[index], self._shapes, uses, rows, self.general)
+        return Jacobian(self.outputs[index], self._shapes, uses, rows, self.general, self.engines)
 
+    @_unrounded
     def own_blocks(self, step: int = 64) -> Tensor:
         """Theta of every sample with itself, [n, k, k]: the diagonal blocks of ``gram()``, without the rest."""
         total = self.outputs.new_zeros(self.n, self.k, self.k)
@@ -80,6 +104,7 @@ class Jacobian:
                 part += _own_block(factor)
         return total
 
+    @_unrounded
     def gram(self, other: Jacobian | None = None, *, memory: int = 1 << 28, progress: bool = False) -> Tensor:
         """Theta = J J^T (or J other^T), [N, N'], tile by tile from the factors.
 
@@ -92,6 +117,7 @@ class Jacobian:
         """
         return gram(self, other, memory=memory, progress=progress)
 
+    @_unrounded
     def jvp(self, tangent: Tensor | dict[str, Tensor]) -> Tensor:
         """J t: [N] for a flat tangent [d] (or a dict by name), [N, r] for tangents [r, d]."""
         if isinstance(tangent, dict):
@@ -100,11 +126,13 @@ class Jacobian:
         flat = flat[None] if tangent.ndim == 1 else flat
         total = self.outputs.new_zeros(self.n, self.k, len(flat))
         for factor in self.factors():
-            parts = {role: flat[:, self.columns(name)] for role, name in factor.names.items()}
+            parts = {role: self._part(flat, factor, role).flatten(1) for role in factor.names}
             if isinstance(factor, Rows):
                 total += factor.rows @ parts["rows"].T
             elif isinstance(factor, Index):
-                total += _dense(factor, self._shapes) @ parts["weight"].T
+                weight = parts["weight"].unflatten(1, (-1, factor.g.shape[3]))
+                held = torch.where((factor.token >= 0)[..., None], weight[:, factor.token.clamp(min=0)], 0)
+                total += torch.einsum("nkso,rnso->nkr", factor.g, held)
             else:
                 o = factor.g.shape[3]
                 weight = parts["weight"].reshape(len(flat), o, -1)
@@ -114,6 +142,7 @@ class Jacobian:
         result = total.reshape(self.n * self.k, -1)
         return result[:, 0] if tangent.ndim == 1 else result
 
+    @_unrounded
     def vjp(self, cotangent: Tensor) -> Tensor:
         """J^T c: [d] for a cotangent [N], [r, d] for cotangents [N, r]."""
         c = cotangent.to(self.outputs).reshape(self.n, self.k, -1)
@@ -126,22 +155,47 @@ class Jacobian:
         if isinstance(factor, Outer):
             found = vjp(factor.augmented(), factor.g.contiguous(), c)
             i = factor.a.shape[2]
-            flat[:, self.columns(factor.names["weight"])] = found[..., :i].flatten(1)
+            self._put(flat, factor, "weight", found[..., :i])
             if "bias" in factor.names:
-                flat[:, self.columns(factor.names["bias"])] = found[..., i]
+                self._put(flat, factor, "bias", found[..., i])
             return
-        rows = factor.rows if isinstance(factor, Rows) else _dense(factor, self._shapes)
-        flat[:, self.columns(next(iter(factor.names.values())))] = torch.einsum("nkp,nkr->rp", rows, c)
+        if isinstance(factor, Rows):
+            self._put(flat, factor, "rows", torch.einsum("nkp,nkr->rp", factor.rows, c))
+            return
+        keep = (factor.token >= 0).reshape(-1)
+        target = self._part(flat, factor, "weight").unflatten(1, (-1, factor.g.shape[3]))
+        given = torch.einsum("nkso,nkr->rnso", factor.g, c).flatten(1, 2)
+        target.index_add_(1, factor.token.reshape(-1)[keep], given[:, keep])
 
+    def _part(self, flat: Tensor, factor: Factor, role: str) -> Tensor:
+        """View of the entries [..., *] that a factor speaks of, in a tensor [..., d]."""
+        columns = flat[..., self.columns(factor.names[role])]
+        return factor.places[role].of(columns) if role in factor.places else columns
+
+    def _put(self, flat: Tensor, factor: Factor, role: str, values: Tensor) -> None:
+        target = self._part(flat, factor, role)
+        target.copy_(values.reshape(target.shape))
+
+    def _dense(self, factor: Index) -> Tensor:
+        return dense_index(factor.token, factor.g, self._shapes[factor.names["weight"]][0])
+
+    def _typed(self, use: Use) -> Use:
+        """The use with its input in the dtype of the factors (models in bfloat16, autocast)."""
+        if use.saved.is_floating_point() and use.saved.dtype != self.dtype:
+            use.saved = use.saved.to(self.dtype)
+        return use
+
+    @_unrounded
     def rows(self, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
         """Explicit rows of samples start..stop, [(stop - start) k, d]; ``out`` is written where it is given."""
         stop = self.n if stop is None else min(stop, self.n)
         count = max(stop - start, 0)
         result = self.outputs.new_empty(count * self.k, self.shape[1]) if out is None else out
         view = result.view(count, self.k, -1)
-        self._clear_unused(view)
+        factors = self.factors(start, stop) if count else []
+        self._clear_unused(view, factors)
         if count:
-            for write in self._writers(view, self.factors(start, stop)):
+            for write in self._writers(view, factors):
                 write(0)
         return result
 
@@ -157,20 +211,27 @@ class Jacobian:
         step = max(1, min(self.n, (3 << 19) // size)) if samples is None else samples
         pitch = -(-self.shape[1] // 16) * 16
         buffer = self.outputs.new_empty(step, self.k, pitch)[:, :, : self.shape[1]]
-        self._clear_unused(buffer)
         block = step * max(1, 256 // step)
         for begin in range(0, self.n, block):
             end = min(begin + block, self.n)
-            writers = self._writers(buffer, self.factors(begin, end))
+            factors = self.factors(begin, end)
+            if begin == 0:
+                self._clear_unused(buffer, factors)
+            writers = self._writers(buffer, factors)
             for number, first in enumerate(range(0, end - begin, step)):
                 for write in writers:
                     write(number)
                 yield buffer[: min(step, end - begin - first)].view(-1, self.shape[1])
 
-    def _clear_unused(self, view: Tensor) -> None:
-        used = {name for use, _ in self._uses for name in use.names.values()} | set(self._rows)
+    def _clear_unused(self, view: Tensor, factors: list[Factor]) -> None:
+        """Zero the entries that no factor writes."""
+        used: dict[str, int] = {}
+        for factor in factors:
+            for role, name in factor.names.items():
+                count = prod(factor.places[role].size) if role in factor.places else self._shapes[name].numel()
+                used[name] = used.get(name, 0) + count
         for name in self.parameter_names:
-            if name not in used:
+            if used.get(name, 0) < self._shapes[name].numel():
                 view[:, :, self.columns(name)] = 0
 
     def _writers(self, view: Tensor, factors: list[Factor]) -> list[Callable[[int], None]]:
@@ -178,29 +239,56 @@ class Jacobian:
         writers, pieces = [], []
         for factor in factors:
             if not isinstance(factor, Outer):
-                (name, rows), *_ = _explicit(factor, self._shapes).items()
-                pieces.append(Piece(self._begin[name], rows))
+                (role,) = factor.names
+                rows = factor.rows if isinstance(factor, Rows) else self._dense(factor)
+                self._write_rows(view, factor, role, rows, pieces, writers)
                 continue
-            one = factor.g.shape[2] == 1
-            if one:
-                pieces.append(Piece(self._begin[factor.names["weight"]], factor.g[:, :, 0], factor.a[:, 0]))
+            one, begin = factor.g.shape[2] == 1, self._begin_of(factor, "weight")
+            if one and begin is not None:
+                pieces.append(Piece(begin, factor.g[:, :, 0], factor.a[:, 0]))
             else:
                 writers.append(self._write_outer(view, factor))
             if "bias" in factor.names:
                 bias = factor.g[:, :, 0] if one else factor.g.sum(2)
-                pieces.append(Piece(self._begin[factor.names["bias"]], bias))
+                self._write_rows(view, factor, "bias", bias, pieces, writers)
         return [*writers, row_writer(pieces, view)]
+
+    def _begin_of(self, factor: Factor, role: str) -> int | None:
+        """First column of what a factor fills, None where its columns are not adjacent."""
+        place = factor.places.get(role)
+        if place is not None and not place.dense:
+            return None
+        return self._begin[factor.names[role]] + (0 if place is None else place.offset)
+
+    def _write_rows(self, view: Tensor, factor: Factor, role: str, rows: Tensor, pieces: list, writers: list) -> None:
+        begin, step = self._begin_of(factor, role), len(view)
+        if begin is not None:
+            pieces.append(Piece(begin, rows))
+            return
+        target = self._part(view, factor, role)
+        shaped = rows.reshape(*rows.shape[:2], *target.shape[2:])
+
+        def write(number: int) -> None:
+            portion = shaped[number * step : (number + 1) * step]
+            target[: len(portion)] = portion
+
+        writers.append(write)
 
     def _write_outer(self, view: Tensor, factor: Outer) -> Callable[[int], None]:
         step, (_, k, s, o), i = len(view), factor.g.shape, factor.a.shape[2]
-        target = view[:, :, self.columns(factor.names["weight"])].unflatten(2, (o, i))
-        if k == 1:  # the row itself is the result of the product
+        target = self._part(view, factor, "weight")
+        target = target.unflatten(2, (o, i)) if target.ndim == 3 else target
+        if k == 1 and target.ndim == 4:  # the row itself is the result of the product
             products = list(zip(factor.g[:, 0].transpose(1, 2).unbind(), factor.a.unbind(), strict=True))
             places = target[:, 0].unbind()
+            turned = target.stride(3) != 1
 
             def write(number: int) -> None:
                 for place, (g, a) in zip(places, products[number * step : (number + 1) * step], strict=False):
-                    torch.mm(g, a, out=place)
+                    if turned:
+                        torch.mm(a.T, g.T, out=place.T)
+                    else:
+                        torch.mm(g, a, out=place)
 
         else:
             turned, buffer = factor.g.transpose(2, 3), view.new_empty(k * o, i)
@@ -208,21 +296,49 @@ class Jacobian:
             def write(number: int) -> None:
                 for place, g, a in zip(target, turned[number * step :], factor.a[number * step :], strict=False):
                     torch.mm(g.reshape(k * o, s), a, out=buffer)
-                    place.copy_(buffer.view(k, o, i))
+                    place.copy_(buffer.view(place.shape))
 
         return write
 
+    @_unrounded
     def sketch(self, rank: int, seed: int = 0, kind: str = "tensor") -> Tensor:
         """Rows times one fixed random matrix [d, rank], summed over layers: [n, k, rank], E<Px, Py> = <x, y>."""
-        total = self.outputs.new_zeros(self.n, self.k, rank)
-        for stream, factor in enumerate(sorted(self.factors(), key=lambda f: sorted(f.names.values()))):
+        return self.sketch_of_uses(rank, seed, kind)[0]
+
+    def sketch_of_uses(self, rank: int, seed: int = 0, kind: str = "tensor") -> tuple[Tensor, list]:
+        """``sketch``, and the layers in the order of their streams: portions whose lists are equal have equal maps."""
+        if kind == "tensor":
+            return self._tensor_sketch(rank, seed)
+        total, factors = self.outputs.new_zeros(self.n, self.k, rank), sorted(self.factors(), key=_order)
+        for stream, factor in enumerate(factors):
             if isinstance(factor, Outer):
                 a, g = factor.augmented(), factor.g
             else:
-                dense = factor.rows if isinstance(factor, Rows) else _dense(factor, self._shapes)
+                dense = factor.rows if isinstance(factor, Rows) else self._dense(factor)
                 a, g = dense.new_ones(self.n, 1, 1), dense[:, :, None]
             total += sketch(a.contiguous(), g.contiguous(), rank, seed, stream, kind)
-        return total
+        return total, [_order(factor) for factor in factors]
+
+    def _tensor_sketch(self, rank: int, seed: int) -> tuple[Tensor, list]:
+        found: list[Factor] = [Rows({"rows": name}, rows.to(self.dtype)) for name, rows in self._rows.items()]
+        for use, g in self._uses:
+            # linear layers and embeddings are read in half precision as they lie; other rules compute
+            if use.rule not in ("linear", "embedding"):
+                use, g = self._typed(use.at(slice(None))), g.to(self.dtype)
+            found += make_factors(use, g)
+        found = by_map(found, self._shapes)
+        order = sorted(map(_order, found))
+        order = [key for i, key in enumerate(order) if i == 0 or key != order[i - 1]]
+        sums = TensorSums(self.n, self.k, rank, seed, self.outputs)
+        for factor in found:
+            stream = order.index(_order(factor))
+            if isinstance(factor, Outer):
+                sums.outer(factor.a, factor.g, stream, "bias" in factor.names)
+            elif isinstance(factor, Index):
+                sums.index(factor.token, factor.g, self._shapes[factor.names["weight"]][0], stream)
+            else:
+                sums.rows(factor.rows, stream)
+        return sums.total(), order
 
     def columns(self, name: str) -> slice:
         """Columns of a parameter in rows()."""
@@ -243,62 +359,6 @@ def _own_block(factor: Factor) -> Tensor:
     return rows @ rows.transpose(1, 2)
 
 
-def join_factors(factors: list[Factor], shapes: dict[str, torch.Size]) -> list[Factor]:
-    """One factor for each parameter: uses of equal kind join their positions, others become explicit rows."""
-    owners: dict[str, list[Factor]] = {}
-    for factor in factors:
-        for name in factor.names.values():
-            owners.setdefault(name, []).append(factor)
-    if all(len(found) == 1 for found in owners.values()):
-        return factors
-    joined: list[Factor] = []
-    done: set[int] = set()
-    for factor in factors:
-        if id(factor) in done:
-            continue
-        group = _connected(factor, owners)
-        done.update(id(member) for member in group)
-        if len(group) == 1:
-            joined.append(factor)
-        elif all(isinstance(m, Outer) and m.names == factor.names for m in group):
-            joined.append(Outer(factor.names, torch.cat([m.a for m in group], 1), torch.cat([m.g for m in group], 2)))
-        else:
-            total: dict[str, Tensor] = {}
-            for member in group:
-                for name, rows in _explicit(member, shapes).items():
-                    total[name] = total[name] + rows if name in total else rows
-            joined += [Rows({"rows": name}, rows) for name, rows in total.items()]
-    return joined
-
-
-def _connected(factor: Factor, owners: dict[str, list[Factor]]) -> list[Factor]:
-    group, todo, seen = [], [factor], {id(factor)}
-    while todo:
-        member = todo.pop(0)
-        group.append(member)
-        for name in member.names.values():
-            for other in owners[name]:
-                if id(other) not in seen:
-                    seen.add(id(other))
-                    todo.append(other)
-    return group
-
-
-def _dense(factor: Index, shapes: dict[str, torch.Size]) -> Tensor:
-    """Explicit rows [n, k, V * o] of an embedding."""
-    vocabulary, o = shapes[factor.names["weight"]]
-    n, k = factor.g.shape[:2]
-    rows = factor.g.new_zeros(n, k, vocabulary + 1, o)
-    index = factor.token.where(factor.token >= 0, vocabulary)[:, None, :, None].expand(n, k, -1, o)
-    return rows.scatter_add_(2, index, factor.g)[:, :, :vocabulary].flatten(2)
-
-
-def _explicit(factor: Factor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    if isinstance(factor, Rows):
-        return {factor.names["rows"]: factor.rows}
-    if isinstance(factor, Index):
-        return {factor.names["weight"]: _dense(factor, shapes)}
-    found = {factor.names["weight"]: torch.einsum("nkso,nsi->nkoi", factor.g, factor.a).flatten(2)}
-    if "bias" in factor.names:
-        found[factor.names["bias"]] = factor.g.sum(2)
-    return found
+def _order(factor: Factor) -> tuple:
+    """Factors in an order that does not depend on the data: the stream of a sketch is a factor's number in it."""
+    return sorted(factor.names.values()), sorted((p.offset, p.stride) for p in factor.places.values())

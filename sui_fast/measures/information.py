@@ -57,3 +57,15 @@ def loo_margin(targets: Tensor, loo_residual: Tensor, labels: Tensor) -> Tensor:
     given = left_out.gather(1, labels[:, None])[:, 0]
     others = left_out.scatter(1, labels[:, None], -torch.inf)
     return given - others.amax(1)
+
+
+def suggested_label(targets: Tensor, loo_residual: Tensor) -> Tensor:
+    """Class that the model trained without a sample gives it: the largest output, or {0, 1} by 1/2 where k = 1.
+
+    Args:
+        targets, loo_residual: as in ``loo_margin``.
+    Returns:
+        int64 [n].
+    """
+    left_out = targets - loo_residual
+    return (left_out[:, 0] > 0.5).to(torch.int64) if left_out.shape[1] == 1 else left_out.argmax(1)

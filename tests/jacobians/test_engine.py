@@ -274,9 +274,41 @@ def test_dtype_works_on_a_private_copy():
     assert jac.dtype == torch.float64 and model.weight.dtype == torch.float32
 
 
-def test_the_general_path_is_taken_where_rules_do_not_see():
+class Stores(nn.Module):
+    """A parameter written into a tensor; with ``skip`` only where the data say so, which vmap cannot follow."""
+
+    def __init__(self, skip):
+        super().__init__()
+        self.layer, self.first, self.skip = nn.Linear(4, 2), nn.Parameter(torch.randn(4)), skip
+
+    def forward(self, x):
+        y = torch.tanh(x)
+        if not self.skip or bool((x[:, 0] > 0).any()):
+            y[:, 1] = self.first[:1]
+        return self.layer(y)
+
+
+@pytest.mark.parametrize("skip, engine", [(False, "torch.func"), (True, "one by one")])
+def test_the_general_path_is_taken_where_rules_do_not_see(skip, engine):
+    torch.manual_seed(0)
+    model, x = Stores(skip).double(), torch.rand(5, 4).double() + 0.1
+    jac = jacobian(model, x)
+    assert jac.general == {"first": "__setitem__"}
+    assert jac.engines == {"first": engine, "layer.weight": "rules", "layer.bias": "rules"}
+    close(jac.rows(), autograd_rows(model, x)[:, [p for name in jac.parameter_names for p in columns_of(model, name)]])
+
+
+def columns_of(model, wanted):
+    begin = 0
+    for name, p in model.named_parameters():
+        if name == wanted:
+            return range(begin, begin + p.numel())
+        begin += p.numel()
+
+
+def test_position_embeddings_have_rules():
     model, x = build("position, batch = length")
-    assert "position.weight" in jacobian(model, x).general
+    assert jacobian(model, x).general == {}
 
 
 class Mixes(nn.Module):
@@ -287,6 +319,48 @@ class Mixes(nn.Module):
     def forward(self, x):
         y = self.layer(x)
         return y - y.mean(0)
+
+
+class Waits(nn.Module):
+    """The number of steps depends on all samples of a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        for _ in range(1 + int(x.abs().max() > 1)):
+            x = torch.tanh(self.layer(x))
+        return x
+
+
+def test_control_flow_over_the_batch_is_refused():
+    x = torch.tensor([[0.1, 0.2, 0.3], [2.0, 0.1, 0.2], [0.3, 0.2, 0.1]])
+    with pytest.raises(CoverageError, match="sample"):
+        jacobian(Waits(), x)
+
+
+def test_one_sample_proves_nothing_about_more():
+    model = Mixes()
+    jacobian(model, torch.randn(1, 3))
+    with pytest.raises(CoverageError):
+        jacobian(model, torch.randn(5, 3))
+
+
+def test_sparse_gradients():
+    class Sparse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.layer = nn.Embedding(9, 3, sparse=True), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.layer(torch.tanh(self.embed(x)).sum(1))
+
+    torch.manual_seed(0)
+    model, x = Sparse().double(), torch.randint(0, 9, (5, 4))
+    rows = jacobian(model, x).rows()
+    model.embed.sparse = False
+    close(rows, autograd_rows(model, x))
 
 
 def test_samples_that_interact_are_refused():
