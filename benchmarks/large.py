@@ -23,7 +23,7 @@ from tqdm import tqdm
 import sui_fast
 from sui_fast.loo import make_filter
 from sui_fast.spectra import Moments, Store, feature_spectrum
-from sui_fast.streaming import LowRank
+from sui_fast.streaming import _PORTION, LowRank
 
 SHARD = 8192
 
@@ -48,21 +48,26 @@ def features(samples: int, rank: int, folder: Path) -> None:
     solver = LowRank(
         store, spectrum, 1, moment=spectrum.moment(sums.gram, samples), convention="sum", groups=None, device="cpu"
     )
-    turn, floor, own = torch.randn(rank, rank, dtype=torch.float64), 0.0, 0.0
-    phi, total = make_filter(samples, reg=1e-3), 0.0
-    begin = time.perf_counter()
-    for shard in tqdm(solver.shards(), total=-(-samples * rank // (1 << 20)), desc="pass 2"):
-        start = time.process_time()
-        removal = solver.removal(shard, phi)
-        total += float(removal.weight_sqnorm.sum()) + float(removal.prediction_sqnorm.sum())
-        middle = time.process_time()
-        wide = shard["features"][:, 0].double()
-        again = time.process_time()
-        wide @ turn
-        own, floor = own + middle - start, floor + time.process_time() - again
-    wall = time.perf_counter() - begin
-    print(f"pass 2: {own:.1f} s, {own / floor:.2f} x one float64 product; {samples / wall:,.0f} samples/s with reading")
-    print(f"sum of scores {total:.6g}, peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+    turn = torch.randn(rank, rank, dtype=torch.float64)
+    rate = 0.5 * samples / float(spectrum.s[-1])
+    for name, phi in {
+        "converged": make_filter(samples, reg=1e-3),
+        "2000 steps": make_filter(samples, reg=1e-3, time=2000, lr=rate),
+    }.items():
+        floor, own, total, begin = 0.0, 0.0, 0.0, time.perf_counter()
+        for shard in tqdm(solver.shards(), total=-(-samples * rank // _PORTION), desc=f"pass 2, {name}"):
+            start = time.process_time()
+            removal = solver.removal(shard, phi)
+            total += float(removal.weight_sqnorm.sum()) + float(removal.prediction_sqnorm.sum())
+            middle = time.process_time()
+            wide = shard["features"][:, 0].double()
+            again = time.process_time()
+            wide @ turn
+            own, floor = own + middle - start, floor + time.process_time() - again
+        speed = samples / (time.perf_counter() - begin)
+        print(f"pass 2, {name}: {own:.1f} s, {own / floor:.2f} x one float64 product; sum of scores {total:.6g}")
+        print(f"{speed:,.0f} samples/s with reading and with the product")
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
 
 
 def model(samples: int, rank: int, folder: Path) -> None:

@@ -27,8 +27,9 @@ constexpr int kLanes = 4, kTile = 4, kColumns = 2, kVectors = 2;
 constexpr int kLanes = 2, kTile = 4, kColumns = 2, kVectors = 2;  // SSE2, NEON
 #endif
 constexpr int kRows = 16, kStrip = 4;
-constexpr Index kChunk = 512;  // kTile features fit the first cache, table and group the second
+constexpr Index kChunk = 256;  // kTile features and three rows of the table fit the first cache, the group the second
 static_assert(kAlign % kLanes == 0 && kChunk % kAlign == 0, "vectors must tile a padded row");
+static_assert(kTile % kLanes == 0, "sums of a tile are taken kLanes at a time");
 
 typedef double Vector __attribute__((vector_size(kLanes * sizeof(double)), aligned(sizeof(double)), may_alias));
 
@@ -47,11 +48,29 @@ SUI_FN double sum(const Vector& x) {
   }
 }
 
+// Lane i: the sum of x[i], i < W = kLanes; two halves meet at every step, which costs half of one sum after the other.
+template <int W = kLanes>
+SUI_FN Vector sums_of(const Vector* x) {
+  if constexpr (W == 1) {
+    return x[0];
+  } else {
+    constexpr int half = W / 2;
+    const Vector a = sums_of<half>(x), b = sums_of<half>(x + half);
+    decltype(a == a) low, high;
+#pragma GCC unroll 8
+    for (int lane = 0; lane < kLanes; ++lane) {
+      low[lane] = lane / W * W + lane % half + (lane % W < half ? 0 : kLanes);
+      high[lane] = low[lane] + half;
+    }
+    return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+  }
+}
+
 // out[i, c] += features[i] . table[c] for kTile features and C rows of the table
 template <int C>
 SUI_FN void tile_moments(const double* features, const double* table, Index width, Index count, double* out,
                          Index columns) {
-  Vector sums[kTile][C] = {};
+  Vector sums[C][kTile] = {};
   for (Index l = 0; l < count; l += kLanes) {
     Vector row[C];
 #pragma GCC unroll 8
@@ -60,13 +79,17 @@ SUI_FN void tile_moments(const double* features, const double* table, Index widt
     for (int i = 0; i < kTile; ++i) {
       const Vector feature = at(features + i * kChunk + l);
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) sums[i][c] += feature * row[c];
+      for (int c = 0; c < C; ++c) sums[c][i] += feature * row[c];
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < kTile; ++i)
+  for (int c = 0; c < C; ++c)
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) out[i * columns + c] += sum(sums[i][c]);
+    for (int i = 0; i < kTile; i += kLanes) {
+      const Vector total = sums_of(sums[c] + i);
+#pragma GCC unroll 8
+      for (int lane = 0; lane < kLanes; ++lane) out[(i + lane) * columns + c] += total[lane];
+    }
 }
 
 static void moments_of(const double* features, const double* table, Index width, Index count, double* out,

@@ -17,7 +17,8 @@ from .filters import TrainingFilter
 from .rational import Rational, fit_rational
 from .removal import CHUNK, Removal
 
-_STRIP = 64  # columns of a triangular factor at a time
+_STRIPS = 8  # of a triangular factor: few enough to be products of full speed
+_LEAST_STRIP = 64  # rows of one
 _REDUCED_WORK = 1e11  # operations that a look at every reduced spectrum may take
 
 
@@ -38,8 +39,8 @@ class SpectralRemoval(Removal):
         gain: Tensor | None = None,
         moment: Tensor | None = None,
     ):
-        """As in ``remove_from_spectrum``. For a shard of the samples: gain: u^T r0 over all of them [r]; moment: a
-        lower triangular C [r, p], ||c C||^2 the mean squared change of the predictions by a change c on the
+        """As in ``remove_from_spectrum``. For a shard of the samples: gain: u^T r0 over all of them [r]; moment: an
+        upper triangular C [p, r], ||C c||^2 the mean squared change of the predictions by a change c on the
         eigenvectors."""
         super().__init__(blocks, residual, cross, as_numpy, {})
         self.spectrum, self._phi, self._moment = spectrum, phi, moment
@@ -160,15 +161,16 @@ class SpectralRemoval(Removal):
         """``converged_removal`` of single rows: all that is asked of them are sums over u and its squares."""
         s, g, w = self.spectrum.s, self._gain, 1 / (self.spectrum.s + shift)
         v, squares = self._left_out, torch.empty_like(self._left_out)
-        forms = torch.stack([w, torch.ones_like(w), s * w.square()], 1)
+        forms, lines = torch.stack([w, torch.ones_like(w), s * w.square()]), torch.stack([w * g, g])
         step = max(1, CHUNK // max(1, len(s)))
         for part in (slice(begin, begin + step) for begin in range(0, len(self), step)):
             u, own = self.spectrum.u[part], self.residual.reshape(-1)[part]
-            kernel, norm, squares[part] = (u.square() @ forms).unbind(1)
+            kernel, norm, squares[part] = (u.square() @ forms.T).unbind(1)
+            pull, reached = (u @ lines.T).unbind(1)
             if self.spectrum.complete:
-                v[part] = (u @ (w * g)) / kernel
+                v[part] = pull / kernel
             else:
-                v[part] = (u @ (w * g) + (own - u @ g) / shift) / (kernel + (1 - norm) / shift)
+                v[part] = (pull + (own - reached) / shift) / (kernel + (1 - norm) / shift)
         change = torch.where(idle, 0.0, v)
         self._row = (change, w)
         self._sqnorm = change.square() * squares
@@ -266,15 +268,16 @@ class SpectralRemoval(Removal):
     def _prediction_sqnorm(self) -> Tensor:
         if self._moment is None:
             return super()._prediction_sqnorm()
-        # C is lower triangular: a strip of its columns needs the coordinates from its first row on, half the operations
+        # a strip of rows of a triangular C needs the coordinates from its first column on: half the operations
         if self._row is None:
             rows, weight, scale = self._held, torch.ones_like(self.spectrum.s), 1.0
         else:
             rows, weight, scale = self.spectrum.u, self._row[1], self._row[0].square()
         total = rows.new_zeros(len(rows))
-        for begin in range(0, self._moment.shape[1], _STRIP):
-            strip = weight[begin:, None] * self._moment[begin:, begin : begin + _STRIP]
-            total += torch.linalg.vector_norm(rows[:, begin:] @ strip, dim=1).square()
+        step = max(_LEAST_STRIP, -(-len(self._moment) // _STRIPS))
+        for begin in range(0, len(self._moment), step):
+            strip = self._moment[begin : begin + step, begin:] * weight[begin:]
+            total += (strip @ rows[:, begin:].T).square_().sum(0)
         return total * scale
 
     def _predict(self, begin: int, end: int) -> Tensor:

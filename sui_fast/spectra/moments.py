@@ -67,7 +67,7 @@ class FeatureSpectrum:
         return Spectrum(self.rows(features), self.s, 0.0, complete=False)
 
     def moment(self, gram: Tensor, samples: int) -> Tensor:
-        """Lower triangular C [r', p], ||c C||^2 the mean over validation samples of ||df||^2 for a change c on the
+        """Upper triangular C [p, r'], ||C c||^2 the mean over validation samples of ||df||^2 for a change c on the
         eigenvectors.
 
         Args:
@@ -77,7 +77,7 @@ class FeatureSpectrum:
         values, vectors = torch.linalg.eigh(turned.T @ gram @ turned / samples)
         keep = values > 1e-16 * values[-1].clamp_min(0)
         root = vectors[:, keep] * values[keep].sqrt()
-        return torch.linalg.qr(root.T, mode="r").R.T.contiguous()
+        return torch.linalg.qr(root.T, mode="r").R
 
 
 def feature_spectrum(moments: Moments, precision: float = 2.0**-24) -> FeatureSpectrum:
@@ -95,5 +95,5 @@ def feature_spectrum(moments: Moments, precision: float = 2.0**-24) -> FeatureSp
         raise SpectrumError(complaint("features", "some that are not zero", "zeros", "Check params=."))
     keep = s > top * max(precision**2 * moments.samples, len(s) * 2.0**-52)
     beyond, s, v = v[:, ~keep], s[keep], v[:, keep]
-    turn = v / s.sqrt()
+    turn = (v / s.sqrt()).T.contiguous().T  # columns together: products of rows with it are faster
     return FeatureSpectrum(s, turn, beyond, turn.T @ moments.pull, moments.samples)
