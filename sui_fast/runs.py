@@ -199,10 +199,11 @@ class Run:
                 complaint("groups", "None in a run of several processes", "groups or 'si_sgd'", "Use one process.")
             )
         with stages(f"{method} map"):
-            fmap = fit_map(source, method, rank, self.seed, processes)
+            fmap = fit_map(source, self.goal, method, rank, self.seed, processes)
         about = dict(method=method, rank=fmap.rank, seed=self.seed, options=repr(sorted(common.items(), key=str)))
+        about["targets"] = fingerprint_of({"targets": self.goal.y})
         if self.goal.kind != "mse":
-            about["loss"] = f"{self.goal.kind} {fingerprint_of({'outputs': self.goal.f0, 'targets': self.goal.y})}"
+            about["loss"] = f"{self.goal.kind} {fingerprint_of({'outputs': self.goal.f0})}"
         stores = []
         try:
             with stages("features"):

@@ -30,14 +30,15 @@ from .jacobians.data import Samples, batch_length
 from .loo import Addition, SpectralRemoval, add_samples, check_stability, make_blocks, make_filter, shard_blocks
 from .losses import Goal
 from .spectra import (
+    POOL,
     RANK_FOR,
     FeatureMap,
     FeatureSpectrum,
     Moments,
     Store,
+    anchored_sketch_map,
     fingerprint_of,
     nystrom_map,
-    sketch_map,
     subspace_map,
 )
 
@@ -126,12 +127,15 @@ class _Memory(list):
 
 
 def fit_map(
-    source: Source, kind: str, rank: int, seed: int, processes: Processes, sketch_kind: str = "tensor"
+    source: Source, goal: Goal, kind: str, rank: int, seed: int, processes: Processes, sketch_kind: str = "tensor"
 ) -> FeatureMap:
     """The feature map of a method; the same on every process."""
     n = source.samples.n
     if kind == "sketch":
-        return sketch_map(smooth_rank(rank), seed, sketch_kind)
+        numbers = np.sort(np.random.default_rng(seed).choice(n, min(n, POOL), replace=False))
+        pool = source.some(numbers)
+        residual = goal.residual(torch.from_numpy(numbers), pool.outputs)
+        return anchored_sketch_map(pool, residual, rank, seed, sketch_kind)
     if kind == "nystrom":
         first = source.part(0, 1)
         pool = np.arange(n)
@@ -155,18 +159,6 @@ def fit_map(
 
     k = source.part(0, 1).k
     return subspace_map(passes, n * k, min(rank, n * k), seed, reduce=processes.total)
-
-
-def smooth_rank(rank: int) -> int:
-    """The next number without prime factors above 7: a transform of prime length takes four times as long."""
-    while True:
-        rest = rank
-        for factor in (2, 3, 5, 7):
-            while rest % factor == 0:
-                rest //= factor
-        if rest == 1:
-            return rank
-        rank += 1
 
 
 def collect(source: Source, fmap: FeatureMap, goal: Goal | None, store: Store | _Memory, progress: bool) -> None:
@@ -202,7 +194,7 @@ def _features(source: Source, fmap: FeatureMap, goal: Goal | None, begin: int, e
     found = {"features": features.cpu()}
     if goal is not None:
         found["residual"] = goal.residual(slice(begin, end), outputs).cpu()
-        if fmap.kind != "sketch":
+        if fmap.diagonal:
             wide = features.to(torch.float64)
             found["missed"] = (part.own_blocks().to(torch.float64) - wide @ wide.transpose(1, 2)).cpu()
     return found
@@ -272,7 +264,8 @@ class LowRank:
         hidden = z @ spectrum.beyond
         unseen = hidden @ hidden.transpose(1, 2)
         if "missed" in sample:
-            unseen = unseen + sample["missed"].to(self.device)
+            share, basis = torch.linalg.eigh(unseen + sample["missed"].to(self.device))
+            unseen = (basis * share.clamp_min(0)[:, None]) @ basis.transpose(1, 2)
         found = add_samples(
             z @ v, unseen, residual, spectrum.s, root * spectrum.gain, phi,
             n=spectrum.samples, convention=self.convention,

@@ -242,8 +242,8 @@ class SpectralRemoval(Removal):
         if np.isfinite(beyond):
             weights = weights + beyond * (self.residual.reshape(-1) - self.spectrum.u @ self._gain)
         weights = weights.reshape(self.residual.shape)
-        self._missed = torch.einsum("nk,nkl,nl->n", weights, missed, weights).clamp_min(0)
-        trace = missed.diagonal(dim1=1, dim2=2).sum(1).clamp_min(0)
+        self._missed = torch.einsum("nk,nkl,nl->n", weights, missed, weights)
+        trace = missed.diagonal(dim1=1, dim2=2).sum(1)
         self.missed_leverage = trace * (beyond if np.isfinite(beyond) else 0.0)
 
     @cached_property
@@ -253,7 +253,7 @@ class SpectralRemoval(Removal):
 
     def _weight_sqnorm(self) -> Tensor:
         found = self._held.square() @ self.spectrum.s if self._row is None else self._sqnorm
-        return found + self._missed
+        return (found + self._missed).clamp_min(0)
 
     def _hessian_sqnorm(self) -> Tensor:
         return self._change.square() @ (self.spectrum.s * (self.spectrum.s + self._phi.shift))
@@ -291,7 +291,7 @@ class SpectralRemoval(Removal):
 
     def _leverage(self) -> Tensor:
         rows = (self.spectrum.u.square() @ (self._scale * self.spectrum.s)).reshape(self.residual.shape).sum(1)
-        return self.sum_over_blocks(rows) + self.missed_leverage
+        return (self.sum_over_blocks(rows) + self.missed_leverage).clamp_min(0)
 
     def trained_residual(self) -> Tensor:
         """Y - f at the end of the training on all samples, [n, k]."""

@@ -1,5 +1,6 @@
 """The kernel matrix seen as a spectrum."""
 
+from .anchors import POOL, anchored_sketch_map
 from .dense import Spectrum, dense_spectrum
 from .maps import RANK_FOR, FeatureMap, nystrom_map, sketch_map, subspace_map
 from .moments import FeatureSpectrum, Moments, feature_spectrum
@@ -8,12 +9,14 @@ from .store import Store, fingerprint_of
 
 __all__ = [
     "PROJECTIONS",
+    "POOL",
     "RANK_FOR",
     "FeatureMap",
     "FeatureSpectrum",
     "Moments",
     "Spectrum",
     "Store",
+    "anchored_sketch_map",
     "dense_spectrum",
     "feature_spectrum",
     "fingerprint_of",

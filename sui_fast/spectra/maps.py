@@ -27,6 +27,7 @@ class FeatureMap:
     """kind, columns r, and the function Jacobian -> [n, k, r]; state: what it was fitted to, by name.
 
     sketch: (rank, seed, kind) where that function is a sketch, which needs no Jacobian of more than a batch.
+    diagonal: whether what the features miss of every sample's own kernel block is worth keeping.
     """
 
     kind: str
@@ -34,6 +35,19 @@ class FeatureMap:
     features: Callable[[Jacobian], Tensor]
     state: dict[str, Tensor] = field(default_factory=dict)
     sketch: tuple[int, int, str] | None = None
+    diagonal: bool = False
+
+
+def smooth_rank(rank: int) -> int:
+    """The next number without prime factors above 7: a transform of prime length takes four times as long."""
+    while True:
+        rest = rank
+        for factor in (2, 3, 5, 7):
+            while rest % factor == 0:
+                rest //= factor
+        if rest == 1:
+            return rank
+        rank += 1
 
 
 def sketch_map(rank: int, seed: int = 0, kind: str = "tensor") -> FeatureMap:
@@ -50,14 +64,15 @@ def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
     """Landmark samples of a pool, drawn in proportion to what the landmarks before them leave unexplained.
 
     All outputs of a landmark sample serve, so rank is rounded up to whole samples; fewer columns where the pool is
-    explained sooner.
+    explained sooner. Below a rank of 256 more landmarks are drawn than columns kept, the leading ones.
 
     Args:
         pool: samples to draw from. rank: columns. seed: of the draws.
     Source: Chen, Epperly, Tropp, Webber 2022 (randomly pivoted Cholesky, blocks).
     """
     n, k = pool.n, pool.k
-    wanted = min(n, -(-rank // k))
+    rank = -(-rank // k) * k
+    wanted = min(n, max(rank, min(8 * rank, 256)) // k)
     rng = torch.Generator().manual_seed(seed)
     diagonal = pool.own_blocks().diagonal(dim1=1, dim2=2).to(torch.float64)
     floor = 1e-12 * float(diagonal.sum())
@@ -88,11 +103,14 @@ def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
     s, u = torch.linalg.eigh(inner)
     keep = s > len(s) * torch.finfo(pool.dtype).eps * float(s[-1])
     root = u[:, keep] / s[keep].sqrt()
+    if root.shape[1] > rank:
+        known = pool.gram(landmarks).to(torch.float64) @ root
+        root = root @ torch.linalg.eigh(known.T @ known)[1][:, -rank:]
 
     def features(jac: Jacobian) -> Tensor:
         return (jac.gram(landmarks).to(torch.float64) @ root).reshape(jac.n, jac.k, -1)
 
-    return FeatureMap("nystrom", root.shape[1], features, {"landmarks": torch.tensor(chosen), "root": root})
+    return FeatureMap("nystrom", root.shape[1], features, {"landmarks": torch.tensor(chosen), "root": root}, diagonal=True)
 
 
 def subspace_map(
@@ -107,11 +125,11 @@ def subspace_map(
 
     Args:
         passes: called once per pass, yields (number of the first sample, Jacobian) part by part. samples: rows in all.
-        rank: columns. seed: of the start. iterations: of Y <- orth(J^T J Y).
+        rank: columns at least; those of the oversampling stay. seed: of the start. iterations: of Y <- orth(J^T J Y).
         reduce: sums a tensor over processes.
     Source: Halko, Martinsson, Tropp 2011; Musco and Musco 2015.
     """
-    basis, wide = None, min(rank + rank // 8 + 4, samples)
+    basis, wide = None, min(rank + rank // 8 + 16, samples)
     for _ in range(iterations + 1):
         total = None
         for first, part in passes():
@@ -122,17 +140,16 @@ def subspace_map(
             pulled = part.vjp(left)
             total = pulled if total is None else total.add_(pulled)
         basis = _orthonormal(reduce(total))
-    # Rayleigh-Ritz: of the wider space the leading part
+    # Rayleigh-Ritz: what oversampling found beyond the rank costs nothing more, and stays
     gram = None
     for _, part in passes():
         z = part.jvp(basis).to(torch.float64)
         own = z.T @ z
         gram = own if gram is None else gram + own
     s, turn = torch.linalg.eigh(reduce(gram))
-    lead = turn[:, -min(rank, len(s)) :].to(basis.dtype)
-    basis = lead.T @ basis
+    basis = turn.to(basis.dtype).T @ basis
     return FeatureMap(
-        "subspace", len(basis), lambda jac: jac.jvp(basis).reshape(jac.n, jac.k, -1), {"basis": basis}
+        "subspace", len(basis), lambda jac: jac.jvp(basis).reshape(jac.n, jac.k, -1), {"basis": basis}, diagonal=True
     )
 
 
