@@ -27,7 +27,7 @@ from .loo import (
     make_filter,
     remove_from_spectrum,
 )
-from .losses import Goal
+from .losses import ROOTS, Goal
 from .measures import information, sgd_information
 from .spectra import dense_spectrum, feature_spectrum, fingerprint_of
 from .streaming import (
@@ -71,7 +71,7 @@ class Run:
         self.model, self.wanted, self.reg, self.training = model, wanted, reg, training
         self.convention, self.groups, self.sigma, self.seed, self.progress = convention, groups, sigma, seed, progress
         self.samples = self.probes = self.goal = self.outputs = None  # outputs: those whose Jacobian is trained on
-        self.candidates = self.new_goal = self.inputs = None
+        self.candidates = self.new_goal = self.inputs = self.probe_outputs = None
         self.new_values: dict[str, np.ndarray] = {}
         self.sgd: dict[str, Any] = {}
 
@@ -85,7 +85,8 @@ class Run:
         cross, reg, extra = None, self.reg, {}
         if self.probes is not None:
             with stages("validation jacobian"):
-                probe = jacobian(self.model, self.probes, progress=self.progress, **common)
+                seen = {**common, "outputs": self.probe_outputs}
+                probe = jacobian(self.model, self.probes, progress=self.progress, **seen)
         with stages("kernel"):
             theta = jac.gram(progress=self.progress).to(torch.float64)
         if self.probes is not None:
@@ -196,7 +197,8 @@ class Run:
             moment = seen = None
             if self.probes is not None:
                 with stages("validation features"):
-                    probes = Source(self.model, self.probes, common, *processes.slice(self.probes.n))
+                    options = {**common, "outputs": self.probe_outputs}
+                    probes = Source(self.model, self.probes, options, *processes.slice(self.probes.n))
                     print_ = run_fingerprint(self.model, self.probes, about, _version())
                     stores.append(open_store(store, print_, "validation", processes, resume))
                     collect(probes, fmap, None, stores[1], self.progress)
@@ -286,9 +288,9 @@ def _is_certain(theta: Tensor, r0: Tensor, goal: Goal) -> bool:
     """Whether rows of the whitened kernel are so small, or residuals so large, that their digits are lost there."""
     size = theta.diagonal().reshape(r0.shape).abs()
     lost = (size < 1e-8 * size.max()) & (r0 != 0) & (size > 0)
-    if goal.kind != "function":
+    if goal.kind in ("cross_entropy", "binary_cross_entropy"):
         lost |= r0.abs() > 1e4
-    return goal.kind != "mse" and bool(lost.any())
+    return goal.kind in ROOTS and bool(lost.any())
 
 
 def _even(cross: Tensor, m: int, rows: int) -> Tensor:

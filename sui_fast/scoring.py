@@ -19,6 +19,7 @@ from .loo import make_filter
 from .losses import Curved, Goal, Rooted, Squared, check_loss
 from .measures import MEASURES, UNITS
 from .planning import METHODS, Plan, choose_method, make_plan
+from .projections import MODES, Aligned, Lumped, RootedLumped, Shared, Signed, Sketched
 from .runs import Run, Stages
 from .scores import Scores
 from .streaming import check_rank
@@ -56,6 +57,8 @@ def score(
     resume: bool = True,
     progress: bool = True,
     candidates=None,
+    output_mode: str = "all",
+    output_rank: int = 16,
     sgd_batch_size: int = 1,
     sgd_lr: float | None = None,
     sgd_jitter: float = 1e-9,
@@ -102,6 +105,10 @@ def score(
         candidates: samples with targets that are not trained on: what each would add. Their scores are
             ``Scores.candidates``, with the measures of ``train`` (not "si_sgd"); the left-out residual and margin are
             those of the model as it is.
+        output_mode: what stands for the k outputs where they are many (docs/math.md, section 13): "all"; "random":
+            ``output_rank`` rows per sample, the loss's own direction and random ones ("mse", "cross_entropy" of
+            classes, "binary_cross_entropy"; not "loo_residual", "loo_margin"); "top": the ``output_rank`` likeliest
+            classes and the rest as one ("cross_entropy" of classes).
         sgd_batch_size, sgd_lr, sgd_jitter: noise of "si_sgd" (lr: default ``lr``, else 1).
     Returns:
         Scores, one row per sample in the order of ``train``.
@@ -139,11 +146,17 @@ def score(
                 run.candidates = as_samples(candidates, with_targets=need, argument="candidates")
         common = dict(outputs=outputs, params=params, batch_size=batch_size)
         with stages("look"):
-            first = jacobian(model, run.samples.slice(0, 1), dtype=dtype, **common)
-            targets = loss_targets(loss, _targets(run.samples, own, first.k), first.k)
+            k = predict(model, run.samples.slice(0, 1), dtype=dtype, **common).shape[1]
+            few = output_mode != "all" and output_rank + (output_mode == "top") < k
+            targets = loss_targets(loss, _targets(run.samples, own, k), k)
             labels, inputs = targets[1], run.samples
-            run.inputs = inputs
-            rows = first.k - (loss == "cross_entropy")
+            run.inputs, run.probe_outputs = inputs, outputs
+            look = dict(common, outputs=Signed(outputs, 1, seed)) if few else common
+            one = run.samples.slice(0, 1)
+            first = jacobian(model, one.beside(torch.zeros(1, dtype=torch.long)) if few else one, dtype=dtype, **look)
+            rows = output_rank if few else k - (loss == "cross_entropy")
+            if few:
+                _check_mode(output_mode, loss, labels, wanted, candidates)
             chosen, rank, reason = choose_method(
                 run.samples.n, rows, first.shape[1], method=method, rank=rank, device=first.device,
                 groups=groups is not None,
@@ -152,9 +165,21 @@ def score(
                 _check_labels(labels, groups)
         common["dtype"] = dtype or torch.float64 if chosen == "dense" else dtype
         with stages("outputs"):
-            run.goal, run.samples, run.outputs = _aim(model, loss, run.samples, targets, first.device, common, progress)
+            if few:
+                run.goal, run.samples, run.outputs = _aim_at_few(
+                    model, loss, run.samples, targets, first.device, common, progress, output_mode, output_rank, seed
+                )
+                if loss == "mse":
+                    run.probe_outputs = run.outputs
+                elif run.probes is not None:
+                    run.probes = run.probes.beside(torch.arange(run.probes.n))
+                    run.probe_outputs = Signed(outputs, output_rank, seed + 1)
+            else:
+                run.goal, run.samples, run.outputs = _aim(
+                    model, loss, run.samples, targets, first.device, common, progress
+                )
             if candidates is not None:
-                new_targets = loss_targets(loss, _targets(run.candidates, own, first.k), first.k, "candidates")
+                new_targets = loss_targets(loss, _targets(run.candidates, own, k), k, "candidates")
                 if "loo_margin" in wanted:
                     _check_labels(new_targets[1], None)
                 new = run.candidates
@@ -166,6 +191,8 @@ def score(
         else:
             found = run.low_rank(stages, common, chosen, rank, store, resume)
         values, details, reg, ids = found
+        if few and loss == "mse":
+            values = {name: column * (k / output_rank) for name, column in values.items()}
     finally:
         stages.close()
 
@@ -184,6 +211,7 @@ def score(
         dtypes=_dtypes(details.pop("dtype"), chosen),
         seed=seed,
         convention=convention,
+        output_mode=output_mode if few else "all",
         grouped=groups is not None,
     )
     if "si_sgd" in wanted:
@@ -255,6 +283,43 @@ def _aim(model, loss, samples, targets, device, options, progress) -> tuple[Goal
     function = loss if callable(loss) else None
     goal = Curved("function" if function else loss, f0, y, labels, function)
     return goal, samples.beside(goal.extra), Rooted(goal.kind, options["outputs"])
+
+
+def _aim_at_few(model, loss, samples, targets, device, options, progress, mode, rank, seed):
+    """As ``_aim``, with ``rank`` rows in place of k outputs."""
+    y, labels = targets
+    base = options["outputs"]
+    if loss == "mse":
+        shared = Shared(base, rank, seed)
+        return Squared((y @ shared.basis(y.shape[1], y)).to(device), None), samples, shared
+    given = y if labels is None or loss != "cross_entropy" else labels[:, None]
+    if mode == "top":
+        start = samples.beside(given.to(device))
+        pick = dict(options, outputs=Lumped(base, rank, given=True))
+        chosen = predict(model, start, progress=progress, **pick).to(torch.float64)
+        lump = dict(options, outputs=Lumped(base, rank))
+        f0 = predict(model, samples.beside(chosen.long()), progress=progress, **lump).to(torch.float64)
+        first = torch.zeros(samples.n, rank + 1, dtype=torch.float64, device=device)
+        first[:, 0] = 1.0
+        goal = Curved("cross_entropy", f0, first, torch.zeros(samples.n, dtype=torch.long, device=device))
+        return goal, samples.beside(torch.cat([f0, chosen], 1)), RootedLumped(base, rank)
+    number = torch.arange(samples.n, dtype=torch.float64)[:, None]
+    samples = samples.beside(torch.cat([given.to(torch.float64).cpu(), number], 1).to(device))
+    size = predict(model, samples, progress=progress, **dict(options, outputs=Sketched(loss, base, 0, seed)))
+    return Aligned(loss, size.to(torch.float64), rank, labels), samples, Sketched(loss, base, rank, seed)
+
+
+def _check_mode(mode, loss, labels, wanted, candidates) -> None:
+    if mode not in MODES:
+        known = ", ".join(map(repr, MODES))
+        raise ArgumentError(complaint("output_mode", f"one of {known}", repr(mode), "Choose one."))
+    classes = loss == "cross_entropy" and labels is not None
+    fits = classes if mode == "top" else classes or loss in ("mse", "binary_cross_entropy")
+    if mode == "random" and {"loo_residual", "loo_margin"} & set(wanted):
+        fits = False
+    if not fits or candidates is not None:
+        got, todo = f"{mode!r} with loss={loss!r}, measures {list(wanted)}", "Use 'top' or 'all'; see output_mode."
+        raise ArgumentError(complaint("output_mode", "a mode that fits the loss and the measures", got, todo))
 
 
 def _check_arguments(measures, loss, sigma, method, rank, val, sgd_batch_size, sgd_jitter):

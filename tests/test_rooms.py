@@ -16,6 +16,7 @@ ROOMS = [
     ["loo"],
     ["measures"],
     ["losses", "outputs", "targets", "scores"],
+    ["projections"],
     ["planning", "streaming"],
     ["runs"],
     ["scoring"],
