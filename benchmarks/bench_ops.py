@@ -12,6 +12,7 @@ from _compare import compare
 import sui_fast
 from sui_fast import ops
 from sui_fast.ops.sketching import _cpu as sketches
+from sui_fast.ops.sketching._tensor_cpu import hashed
 
 
 def body(op, *args):
@@ -82,7 +83,7 @@ def test_rational_kernel(benchmark, k):
 def test_sjlt(benchmark):
     n, d, rank = 64, 10_000_000, 4096
     a, g = torch.ones(n, 1, 1), torch.randn(n, 1, 1, d)
-    place, sign = sketches._hash(d, rank, 2, 0, 0, torch.float32)
+    place, sign = hashed(d, rank, 2, 0, 0, torch.float32)
     place, rows = place.long(), g.view(n, d)
     want = torch.zeros(n, rank, dtype=torch.float64).index_add_(1, place[:100_000], (rows * sign)[:, :100_000].double())
     part = torch.nn.functional.pad(g[..., :100_000], (0, 1))

@@ -20,6 +20,8 @@ from .jacobians import Jacobian, jacobian, ntk
 from .loo import Removal, leave_one_out
 from .ops import explain, use_backend
 from .planning import Plan
+from .report import Comparison, compare
+from .review import Review, read_review
 from .scores import Scores
 from .scoring import plan, score
 
@@ -28,17 +30,20 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "BackendError",
+    "Comparison",
     "CoverageError",
     "DataError",
     "ModelError",
     "Jacobian",
     "Plan",
     "Removal",
+    "Review",
     "Scores",
     "SpectrumError",
     "StabilityError",
     "StoreError",
     "SuiError",
+    "compare",
     "doctor",
     "explain",
     "jacobian",
@@ -46,6 +51,7 @@ __all__ = [
     "ntk",
     "outputs",
     "plan",
+    "read_review",
     "score",
     "use_backend",
 ]

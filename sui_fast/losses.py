@@ -22,7 +22,7 @@ from torch import Tensor
 from ._errors import ArgumentError, DataError, complaint
 from .jacobians.capture import model_outputs
 from .jacobians.data import Known
-from .measures import class_margin
+from .measures import class_margin, suggested_label
 
 LOSSES = ("mse", "cross_entropy", "binary_cross_entropy")
 # Probabilities below exp(-120) count as exp(-120): W changes by 1e-52, and no square of 1 / R overflows.
@@ -154,6 +154,7 @@ class Squared:
 
     def __init__(self, y: Tensor, labels: Tensor | None):
         self.y, self.labels, self.rows = y, labels, y.shape[1]
+        self.suggests = labels is not None
 
     def residual(self, part: slice, outputs: Tensor) -> Tensor:
         """r [b, k'] of the samples ``part``, whose outputs at the given weights are ``outputs``."""
@@ -171,6 +172,10 @@ class Squared:
         """How clearly the left-out outputs are for the given class, [b]."""
         f, labels = self.left_out(part, v), self.labels[part].to(v.device)
         return class_margin(2.0 * f - 1.0 if f.shape[1] == 1 else f, labels)
+
+    def suggest(self, part: slice, v: Tensor) -> Tensor:
+        """The class that the left-out outputs are for, [b]."""
+        return suggested_label(self.left_out(part, v))
 
     def error(self, part: slice, v: Tensor) -> Tensor:
         """What reg="auto" makes small, [b]: ||y - f||^2."""
@@ -194,7 +199,7 @@ class Curved:
         self.rows = self._residual.shape[1]
         probability = "probability" if kind != "function" else "units of the loss's gradient"
         self.units = (probability, "nats (log odds)")
-        self._moves = False
+        self._moves, self.suggests = False, labels is not None
 
     def residual(self, part: slice, outputs: Tensor) -> Tensor:
         return self._residual[part].to(outputs.device)
@@ -232,6 +237,9 @@ class Curved:
 
     def margin(self, part: slice, v: Tensor) -> Tensor:
         return class_margin(self.left_out(part, v), self.labels[part])
+
+    def suggest(self, part: slice, v: Tensor) -> Tensor:
+        return suggested_label(self.left_out(part, v), 0.0)
 
     def error(self, part: slice, v: Tensor) -> Tensor:
         """What reg="auto" makes small: the loss at the left-out outputs."""

@@ -137,7 +137,7 @@ class RootedLumped:
 class Aligned:
     """What training is for where the first row is the loss's own direction: the residual is its length, then zeros."""
 
-    units = ("units of the targets", "units of the targets")
+    units, suggests = ("units of the targets", "units of the targets"), False
 
     def __init__(self, kind: str, size: Tensor, rows: int, labels: Tensor | None):
         self.kind, self.f0, self.y, self.rows, self.labels = kind + " on random rows", size, size, rows, labels

@@ -28,7 +28,7 @@ from .loo import (
     remove_from_spectrum,
 )
 from .losses import ROOTS, Goal
-from .measures import information, sgd_information
+from .measures import feature_neighbours, information, kernel_neighbours, sgd_information
 from .spectra import dense_spectrum, feature_spectrum, fingerprint_of
 from .streaming import (
     LowRank,
@@ -71,8 +71,10 @@ class Run:
         self.model, self.wanted, self.reg, self.training = model, wanted, reg, training
         self.convention, self.groups, self.sigma, self.seed, self.progress = convention, groups, sigma, seed, progress
         self.samples = self.probes = self.goal = self.outputs = None  # outputs: those whose Jacobian is trained on
-        self.candidates = self.new_goal = self.inputs = self.probe_outputs = None
+        self.labels = self.candidates = self.new_goal = self.inputs = self.probe_outputs = None
         self.new_values: dict[str, np.ndarray] = {}
+        self.suggested: np.ndarray | None = None
+        self.neighbours: dict[str, np.ndarray] | None = None
         self.sgd: dict[str, Any] = {}
 
     def dense(self, stages: Stages, common: dict[str, Any]):
@@ -112,6 +114,7 @@ class Run:
             everything = slice(None)
             values, more = self._measure(removal, self.goal, everything, jac.n * reg)
             errors = self.goal.error(everything, torch.as_tensor(removal.loo_residual))
+            self._look_around(theta, jac.k, self.goal, removal)
         if self.candidates is not None:
             with stages("candidates"):
                 new = jacobian(self.model, self.candidates, progress=self.progress, **own)
@@ -132,6 +135,14 @@ class Run:
             **more,
         )
         return values, details, reg, self.samples.ids if self.groups is None else blocks.labels
+
+    def _look_around(self, theta: Tensor, k: int, goal: Goal, removal) -> None:
+        """Nearest samples by the kernel, and the classes that the others suggest."""
+        if self.groups is not None:
+            return
+        self.neighbours = kernel_neighbours(theta, k, None if self.labels is None else self.labels.to(theta.device))
+        if goal.suggests:
+            self.suggested = goal.suggest(slice(None), removal.loo_residual).cpu().numpy()
 
     def _weighted(self, stages: Stages, common: dict[str, Any], probe):
         """The exact kernel where the loss is certain of some samples."""
@@ -159,6 +170,7 @@ class Run:
         with stages("measures"):
             values, more = self._measure(removal, goal, everything, n * reg)
             moved = removal.loo_residual
+            self._look_around(theta, jac.k, goal, removal)
             errors = [float(goal.error(everything, x).mean()) for x in (torch.zeros_like(moved), moved)]
         details = dict(
             **removal.diagnostics,
@@ -220,17 +232,29 @@ class Run:
                 check_stability(phi, float(spectrum.s[-1]), n)
                 columns, more, begin, first_error, lost, missed = [], {}, source.begin, 0.0, 0.0, 0.0
                 details: dict[str, Any] = {}
+                suggest = self.goal.suggests and self.groups is None
                 for shard in solver.shards():
                     removal = solver.removal(shard, phi)
                     count = len(shard["features"])
                     part = slice(begin, begin + count)
                     found, more = self._measure(removal, self.goal, part, n * reg)
+                    if suggest:
+                        found["suggested"] = self.goal.suggest(part, removal.loo_residual).cpu().numpy()
                     columns.append(found)
                     first_error += float(self.goal.error(part, removal.residual).sum())
                     lost += float(self.goal.error(part, removal.loo_residual).sum())
                     missed += float(removal.missed_leverage.sum())
                     details, begin = removal.diagnostics, begin + count
-                values = processes.gather(self._join(columns))
+                values = processes.gather(self._join(columns, ("suggested",) * suggest))
+                if suggest:
+                    self.suggested = values.pop("suggested").astype(np.int64)
+                if suggest and groups is None and processes.count == 1:
+                    doubt = np.flatnonzero(self.suggested != self.labels.cpu().numpy())
+                    measure = next(iter(values))
+                    worst = values["loo_margin"][doubt] if "loo_margin" in values else -values[measure][doubt]
+                    self.neighbours = feature_neighbours(
+                        lambda: (shard["features"] for shard in solver.shards()), n, self.labels, doubt[worst.argsort()]
+                    )
                 sums = torch.tensor([first_error, lost, missed], dtype=torch.float64)
                 first_error, lost, missed = processes.total(sums).tolist()
                 edf = missed + float((spectrum.s * torch.from_numpy(phi(spectrum.s.cpu().numpy())).to(device)).sum())
@@ -264,9 +288,10 @@ class Run:
         )
         return values, details, reg, self.samples.ids if self.groups is None else np.unique(np.asarray(self.groups))
 
-    def _join(self, columns: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        nothing = [{name: np.zeros(0) for name in self.wanted}]  # of a process without samples
-        return {name: np.concatenate([column[name] for column in columns or nothing]) for name in self.wanted}
+    def _join(self, columns: list[dict[str, np.ndarray]], more: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+        names = (*self.wanted, *more)
+        nothing = [{name: np.zeros(0) for name in names}]  # of a process without samples
+        return {name: np.concatenate([column[name] for column in columns or nothing]) for name in names}
 
     @staticmethod
     def _about(n: int, k: int, parameters: int, coverage: float, dtype) -> dict[str, Any]:

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+import platform
 import sys
 import time as clock
+from importlib import metadata
 from typing import Any
 
 import numpy as np
 import torch
 
 from ._errors import ArgumentError, complaint
+from .aims import aim, aim_at_few, check_mode
+from .aims import targets as targets_of
 from .jacobians import jacobian
-from .jacobians.data import Samples, as_samples
+from .jacobians.data import as_samples
 from .jacobians.engine import predict
 from .loo import make_filter
-from .losses import Curved, Goal, Rooted, Squared, check_loss
+from .losses import check_loss
 from .measures import MEASURES, UNITS
 from .planning import METHODS, Plan, choose_method, make_plan
-from .projections import MODES, Aligned, Lumped, RootedLumped, Shared, Signed, Sketched
+from .previews import LARGEST, channels_first, image_shape, shrink
+from .projections import Signed
 from .runs import Run, Stages
 from .scores import Scores
+from .spectra import fingerprint_of
 from .streaming import check_rank
-from .targets import loss_targets
 
 try:
     import resource
 except ImportError:  # not on Windows
     resource = None
+
+TEXT_COLUMNS = ("text", "sentence", "content", "document", "question", "prompt")  # what a report shows of a sample
 
 
 def score(
@@ -148,15 +156,15 @@ def score(
         with stages("look"):
             k = predict(model, run.samples.slice(0, 1), dtype=dtype, **common).shape[1]
             few = output_mode != "all" and output_rank + (output_mode == "top") < k
-            targets = loss_targets(loss, _targets(run.samples, own, k), k)
+            targets = losstargets(loss, targets_of(run.samples, own, k), k)
             labels, inputs = targets[1], run.samples
-            run.inputs, run.probe_outputs = inputs, outputs
+            run.inputs, run.labels, run.probe_outputs = inputs, labels, outputs
             look = dict(common, outputs=Signed(outputs, 1, seed)) if few else common
             one = run.samples.slice(0, 1)
             first = jacobian(model, one.beside(torch.zeros(1, dtype=torch.long)) if few else one, dtype=dtype, **look)
             rows = output_rank if few else k - (loss == "cross_entropy")
             if few:
-                _check_mode(output_mode, loss, labels, wanted, candidates)
+                check_mode(output_mode, loss, labels, wanted, candidates)
             chosen, rank, reason = choose_method(
                 run.samples.n, rows, first.shape[1], method=method, rank=rank, device=first.device,
                 groups=groups is not None,
@@ -166,7 +174,7 @@ def score(
         common["dtype"] = dtype or torch.float64 if chosen == "dense" else dtype
         with stages("outputs"):
             if few:
-                run.goal, run.samples, run.outputs = _aim_at_few(
+                run.goal, run.samples, run.outputs = aim_at_few(
                     model, loss, run.samples, targets, first.device, common, progress, output_mode, output_rank, seed
                 )
                 if loss == "mse":
@@ -175,15 +183,15 @@ def score(
                     run.probes = run.probes.beside(torch.arange(run.probes.n))
                     run.probe_outputs = Signed(outputs, output_rank, seed + 1)
             else:
-                run.goal, run.samples, run.outputs = _aim(
+                run.goal, run.samples, run.outputs = aim(
                     model, loss, run.samples, targets, first.device, common, progress
                 )
             if candidates is not None:
-                new_targets = loss_targets(loss, _targets(run.candidates, own, k), k, "candidates")
+                new_targets = losstargets(loss, targets_of(run.candidates, own, k), k, "candidates")
                 if "loo_margin" in wanted:
                     _check_labels(new_targets[1], None)
                 new = run.candidates
-                run.new_goal, run.candidates, _ = _aim(model, loss, new, new_targets, first.device, common, progress)
+                run.new_goal, run.candidates, _ = aim(model, loss, new, new_targets, first.device, common, progress)
         if chosen == "dense":
             if store is not None and method == "dense":
                 raise ArgumentError(complaint("store", "None with an exact method", repr(store), "Drop it."))
@@ -221,6 +229,8 @@ def score(
         method_reason=reason,
         **details,
         seconds=stages.seconds,
+        versions=versions(),
+        model_sha256=_fingerprint(model),
         peak_bytes=_peak_bytes(first.device),
     )
     special = dict(zip(("loo_residual", "loo_margin"), run.goal.units, strict=True))
@@ -231,6 +241,9 @@ def score(
         values=values,
         labels=labels.cpu().numpy() if labels is not None and groups is None else None,
         inputs=_small_inputs(inputs) if groups is None else None,
+        texts=_texts(train, inputs.n) if groups is None else None,
+        suggested=run.suggested,
+        neighbours=run.neighbours,
         **about,
     )
     if candidates is not None:
@@ -268,58 +281,6 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
         device=first.device, groups=arguments.get("groups") is not None,
     )  # fmt: skip
     return make_plan(first, seconds, samples.n, m, method, rank, reason)
-
-
-def _targets(samples: Samples, constant: float | None, k: int) -> torch.Tensor | None:
-    return samples.targets if constant is None else torch.full((samples.n, k), constant, dtype=torch.float64)
-
-
-def _aim(model, loss, samples, targets, device, options, progress) -> tuple[Goal, Samples, Any]:
-    """The goal of the training, samples that carry what its features need, and the outputs they are features of."""
-    y, labels = targets[0].to(device), targets[1]
-    if loss == "mse":
-        return Squared(y, labels), samples, options["outputs"]
-    f0 = predict(model, samples, progress=progress, **options)
-    function = loss if callable(loss) else None
-    goal = Curved("function" if function else loss, f0, y, labels, function)
-    return goal, samples.beside(goal.extra), Rooted(goal.kind, options["outputs"])
-
-
-def _aim_at_few(model, loss, samples, targets, device, options, progress, mode, rank, seed):
-    """As ``_aim``, with ``rank`` rows in place of k outputs."""
-    y, labels = targets
-    base = options["outputs"]
-    if loss == "mse":
-        shared = Shared(base, rank, seed)
-        return Squared((y @ shared.basis(y.shape[1], y)).to(device), None), samples, shared
-    given = y if labels is None or loss != "cross_entropy" else labels[:, None]
-    if mode == "top":
-        start = samples.beside(given.to(device))
-        pick = dict(options, outputs=Lumped(base, rank, given=True))
-        chosen = predict(model, start, progress=progress, **pick).to(torch.float64)
-        lump = dict(options, outputs=Lumped(base, rank))
-        f0 = predict(model, samples.beside(chosen.long()), progress=progress, **lump).to(torch.float64)
-        first = torch.zeros(samples.n, rank + 1, dtype=torch.float64, device=device)
-        first[:, 0] = 1.0
-        goal = Curved("cross_entropy", f0, first, torch.zeros(samples.n, dtype=torch.long, device=device))
-        return goal, samples.beside(torch.cat([f0, chosen], 1)), RootedLumped(base, rank)
-    number = torch.arange(samples.n, dtype=torch.float64)[:, None]
-    samples = samples.beside(torch.cat([given.to(torch.float64).cpu(), number], 1).to(device))
-    size = predict(model, samples, progress=progress, **dict(options, outputs=Sketched(loss, base, 0, seed)))
-    return Aligned(loss, size.to(torch.float64), rank, labels), samples, Sketched(loss, base, rank, seed)
-
-
-def _check_mode(mode, loss, labels, wanted, candidates) -> None:
-    if mode not in MODES:
-        known = ", ".join(map(repr, MODES))
-        raise ArgumentError(complaint("output_mode", f"one of {known}", repr(mode), "Choose one."))
-    classes = loss == "cross_entropy" and labels is not None
-    fits = classes if mode == "top" else classes or loss in ("mse", "binary_cross_entropy")
-    if mode == "random" and {"loo_residual", "loo_margin"} & set(wanted):
-        fits = False
-    if not fits or candidates is not None:
-        got, todo = f"{mode!r} with loss={loss!r}, measures {list(wanted)}", "Use 'top' or 'all'; see output_mode."
-        raise ArgumentError(complaint("output_mode", "a mode that fits the loss and the measures", got, todo))
 
 
 def _check_arguments(measures, loss, sigma, method, rank, val, sgd_batch_size, sgd_jitter):
@@ -379,6 +340,24 @@ def _device_of(model: torch.nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
+def versions() -> dict[str, str]:
+    """What a run depends on, for its run card."""
+    found = {"python": platform.python_version()}
+    for name in ("sui-fast", "torch", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _fingerprint(model: torch.nn.Module, most: int = 1 << 30) -> str | None:
+    """The first digits of the hash of the weights and buffers, for the run card; None for models too large or odd."""
+    with contextlib.suppress(RuntimeError, TypeError, ValueError, AttributeError):
+        tensors = {name: x for name, x in model.state_dict().items() if isinstance(x, torch.Tensor)}
+        if sum(x.numel() * x.element_size() for x in tensors.values()) <= most:
+            return fingerprint_of(tensors)[:16]
+    return None
+
+
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
@@ -388,11 +367,38 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def _small_inputs(samples, most: int = 16_384) -> np.ndarray | None:
-    """The inputs for the report, where they are one array of at most ``most`` numbers a sample."""
+    """The inputs for the report, where they are one array: pictures made small, others of at most ``most`` numbers."""
     parts = []
     for batch in samples.batches(256):
-        if not isinstance(batch, torch.Tensor) or batch[0].numel() > most:
-            return None
-        parts.append(batch.detach().cpu().to(torch.float32).numpy())
+        if not isinstance(batch, torch.Tensor):  # several inputs: side by side where all are real numbers
+            several = list(batch.values()) if isinstance(batch, dict) else list(batch)
+            if not all(isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim <= 2 for x in several):
+                return None
+            batch = torch.cat([x.reshape(len(x), -1).cpu().to(torch.float32) for x in several], 1)
+        if batch[0].numel() > most:
+            if image_shape(tuple(batch.shape[1:])) is None:
+                return None
+            pixels = batch.detach().cpu().to(torch.float32)
+            first = channels_first(tuple(batch.shape[1:]))
+            pixels = pixels.movedim(1, -1) if first else pixels.reshape(*batch.shape[:3], -1)
+            parts.append(shrink(pixels.numpy(), LARGEST))
+        else:
+            parts.append(batch.detach().cpu().to(torch.float32).numpy())
+    if len({part.shape[1:] for part in parts}) != 1:
+        return None
     stacked = np.concatenate(parts)
     return stacked if stacked.nbytes < 1 << 28 else None
+
+
+def _texts(train, n: int) -> list[str] | None:
+    """The texts of a Hugging Face Dataset, alone or in a DataLoader, for the report."""
+    train = train.dataset if isinstance(train, torch.utils.data.DataLoader) else train
+    names = getattr(train, "column_names", None)
+    if not isinstance(names, list) or not hasattr(train, "with_format"):
+        return None
+    for name in TEXT_COLUMNS:
+        if name in names:
+            found = train.with_format(None)[name][:]
+            if len(found) == n and all(isinstance(text, str) for text in found):
+                return list(found)
+    return None

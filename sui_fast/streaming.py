@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ._errors import ArgumentError, StabilityError, complaint
-from .jacobians import Jacobian, jacobian
+from .jacobians import Jacobian, jacobian, sketches
 from .jacobians.data import Samples, batch_length
 from .loo import Addition, SpectralRemoval, add_samples, check_stability, make_blocks, make_filter, shard_blocks
 from .losses import Goal
@@ -187,16 +187,21 @@ def features_of(
     ) as bar:
         for first in range(begin, source.end, size):
             end = min(first + size, source.end)
-            parts = [_features(source.part(b, min(b + 256, end)), fmap, goal, b) for b in range(first, end, 256)]
+            parts = [_features(source, fmap, goal, b, min(b + 256, end)) for b in range(first, end, 256)]
             yield {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             bar.update(end - first)
 
 
-def _features(part: Jacobian, fmap: FeatureMap, goal: Goal | None, first: int) -> dict[str, Tensor]:
-    features = fmap.features(part).to(torch.float32)
+def _features(source: Source, fmap: FeatureMap, goal: Goal | None, begin: int, end: int) -> dict[str, Tensor]:
+    if fmap.sketch is not None:
+        outputs, features = sketches(source.model, source.samples.slice(begin, end), *fmap.sketch, **source.options)
+    else:
+        part = source.part(begin, end)
+        outputs, features = part.outputs, fmap.features(part)
+    features = features.to(torch.float32)
     found = {"features": features.cpu()}
     if goal is not None:
-        found["residual"] = goal.residual(slice(first, first + part.n), part.outputs).cpu()
+        found["residual"] = goal.residual(slice(begin, end), outputs).cpu()
         if fmap.kind != "sketch":
             wide = features.to(torch.float64)
             found["missed"] = (part.own_blocks().to(torch.float64) - wide @ wide.transpose(1, 2)).cpu()

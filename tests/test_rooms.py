@@ -15,8 +15,10 @@ ROOMS = [
     ["spectra"],
     ["loo"],
     ["measures"],
+    ["previews", "review"],
     ["losses", "outputs", "targets", "scores"],
     ["projections"],
+    ["aims"],
     ["planning", "streaming"],
     ["runs"],
     ["scoring"],
@@ -27,7 +29,12 @@ ROOMS = [
     ["__init__", "__main__"],
 ]
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
-INSIDE = {("scores", "report"), ("demo", "sklearn")}  # drawn only when asked for; needed by the demos alone
+INSIDE = {  # drawn only when asked for; optional packages
+    ("scores", "report"),
+    ("demo", "sklearn"),
+    ("report", "PIL"),
+    ("report", "matplotlib"),
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

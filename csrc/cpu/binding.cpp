@@ -1,11 +1,14 @@
 // The only file that knows Python: addresses and sizes in, the GIL let go.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <string>
 
 #include "removal.h"
 #include "rows.h"
+#include "tensor.h"
 #include "variant.h"
 
 namespace py = pybind11;
@@ -45,13 +48,32 @@ void define_rows(py::module_& module, const char* type) {
                             int threads) {
     sui::multiply_sum(at<const T>(left), at<const T>(right), samples, k, s, width, at<T>(out), threads);
   }, release);
-  define("scatter", [](Address x, Index rows, Index o, Index i, Address place_o, Address place_i, Index rank,
-                       Address out, int threads) {
-    sui::scatter(at<const T>(x), rows, o, i, at<int>(place_o), at<int>(place_i), rank, at<T>(out), threads);
-  }, release);
   define("sjlt", [](unsigned word, unsigned stream, unsigned long long seed, Address x, Index rows, Index begin,
                     Index length, Index pitch, Index rank, Address out, int threads) {
     sui::sjlt({word, stream, seed}, at<const T>(x), rows, begin, length, pitch, rank, at<T>(out), threads);
+  }, release);
+  // a side: [address, bfloat16, four strides, length, ones, places, signs]
+  using Numbers = std::array<std::int64_t, 10>;
+  constexpr auto side = [](const Numbers& x) {
+    return sui::Side<T>{at<void>(Address(x[0])), x[1] ? sui::Kind::bfloat16 : sui::Kind::real, x[2], x[3], x[4], x[5],
+                        x[6], x[7] != 0, at<const int>(Address(x[8])), at<const T>(Address(x[9]))};
+  };
+  define("fourier_order", [](Index rank, Address frequency) {
+    sui::tensor_kernels<T>().order(rank, at<int>(frequency));
+  }, release);
+  define("fourier", [side](const Numbers& a, const Numbers& g, Index samples, Index k, Index s, Index rank, Address roots,
+                           Address out, int threads) {
+    sui::fourier(side(a), side(g), samples, k, s, rank, at<const T>(roots), at<T>(out), threads);
+  }, release);
+  define("scatter_rows", [](Address x, Index rows, Index o, Index i, Address place_o, Address sign_o, Address place_i,
+                            Address sign_i, Index rank, Address out, int threads) {
+    sui::scatter_rows(at<const T>(x), rows, o, i, at<int>(place_o), at<const T>(sign_o), at<int>(place_i),
+                      at<const T>(sign_i), rank, at<T>(out), threads);
+  }, release);
+  define("scatter_index", [](Address g, Index samples, Index k, Index s, Index o, Address token, Address place_token,
+                             Address sign_token, Address place, Address sign, Index rank, Address out, int threads) {
+    sui::scatter_index(at<const T>(g), samples, k, s, o, at<const Index>(token), at<int>(place_token),
+                       at<const T>(sign_token), at<int>(place), at<const T>(sign), rank, at<T>(out), threads);
   }, release);
 }
 
@@ -62,6 +84,7 @@ PYBIND11_MODULE(_cpu, module) {
       "C++ kernels of sui_fast. Arguments are addresses of dense arrays (removal: float64, u float32 where `single`); "
       "word, stream and seed name the random numbers.";
   module.attr("MOST_ROWS") = sui::kMostRows;
+  module.attr("FOURIER_RANKS") = py::make_tuple(sui::kLeastRank, sui::kMostRank);
   module.def("instruction_set", &sui::instruction_set);
   module.def(
       "converged_removal",

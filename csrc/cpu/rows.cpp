@@ -44,17 +44,6 @@ void multiply_sum(const T* left, const T* right, Index samples, Index k, Index s
 }
 
 template <class T>
-void scatter(const T* x, Index rows, Index o, Index i, const int* place_o, const int* place_i, Index rank, T* out,
-             int threads) {
-  const Index parts = parts_for(rows, double(rows) * double(o) * double(i), threads), width = 2 * rank;
-  std::vector<T> room(static_cast<std::size_t>(parts * width));
-  in_parts(rows, parts, [&](Index part, Index begin, Index end) {
-    row_kernels<T>().scatter(x + begin * o * i, end - begin, o, i, place_o, place_i, rank, room.data() + part * width,
-                             out + begin * rank);
-  });
-}
-
-template <class T>
 void sjlt(const Stream& stream, const T* x, Index rows, Index begin, Index length, Index pitch, Index rank, T* out,
           int threads) {
   // every part takes rows of its own: the hash is drawn again in each, which costs less than sums that meet
@@ -73,7 +62,6 @@ void sjlt(const Stream& stream, const T* x, Index rows, Index begin, Index lengt
 #define SUI_FOR(T)                                                                                                   \
   template void count_sketch(const T*, Index, Index, const int*, Index, T*, int);                                    \
   template void multiply_sum(const T*, const T*, Index, Index, Index, Index, T*, int);                               \
-  template void scatter(const T*, Index, Index, Index, const int*, const int*, Index, T*, int);                      \
   template void sjlt(const Stream&, const T*, Index, Index, Index, Index, Index, T*, int)
 SUI_FOR(float);
 SUI_FOR(double);

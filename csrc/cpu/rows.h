@@ -21,7 +21,7 @@ struct Stream {
 
 constexpr Index kGroup = 64;  // rows that share one pass over the hash of an sjlt
 
-// One per instruction set. room: 2 rank numbers (scatter) or kGroup rank (sjlt).
+// One per instruction set. room: kGroup rank numbers.
 template <class T>
 struct RowKernels {
   void (*write)(const Piece<T>* pieces, Index count, Index first, Index samples, Index k, T* out, Index pitch);
@@ -29,8 +29,6 @@ struct RowKernels {
   void (*signs)(const Stream&, Index begin, Index rows, Index columns, T size, T* out);
   void (*count_sketch)(const T* x, Index rows, Index length, const int* place, Index rank, T* out);
   void (*multiply_sum)(const T* left, const T* right, Index samples, Index k, Index s, Index width, T* out);
-  void (*scatter)(const T* x, Index rows, Index o, Index i, const int* place_o, const int* place_i, Index rank, T* room,
-                  T* out);
   void (*sjlt)(const Stream&, const T* x, Index rows, Index begin, Index length, Index pitch, Index rank, T* room,
                T* out);
 };
@@ -47,11 +45,6 @@ void count_sketch(const T* x, Index rows, Index length, const int* place, Index 
 // out[n, k, f] += sum_s left[n, s, f] right[n, k, s, f], complex.
 template <class T>
 void multiply_sum(const T* left, const T* right, Index samples, Index k, Index s, Index width, T* out, int threads);
-
-// out[row, (place_o[o] + place_i[i]) mod rank] += x[row, o, i]; x carries its signs.
-template <class T>
-void scatter(const T* x, Index rows, Index o, Index i, const int* place_o, const int* place_i, Index rank, T* out,
-             int threads);
 
 // out[row, place(e)] += sign(e) x[row, e - begin], e = begin .. begin + length; rows of x lie `pitch` apart.
 template <class T>

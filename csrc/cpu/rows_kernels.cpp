@@ -2,40 +2,14 @@
 // standard library: an inline function shared between the objects would let the linker put AVX-512 code into the baseline.
 #include "rows.h"
 
+#include "simd.h"
 #include "sui/philox.h"
-
-#define SUI_JOIN_(a, b) a##b
-#define SUI_JOIN(a, b) SUI_JOIN_(a, b)
 
 namespace sui {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kBytes = 32;
-#else
-constexpr int kBytes = 16;
-#endif
 constexpr Index kAhead = 8;  // vectors by which loads are announced: more rows than the processor follows by itself
 constexpr Index kTile = 1024;  // entries hashed at a time: places and signs stay in the first cache
-
-template <class T>
-struct Simd {
-  static constexpr int lanes = kBytes / sizeof(T);
-  typedef T Vector __attribute__((vector_size(kBytes), aligned(sizeof(T)), may_alias));
-};
-template <class T>
-using Vector = typename Simd<T>::Vector;
-
-template <class T>
-SUI_FN Vector<T>& at(T* p) {
-  return *reinterpret_cast<Vector<T>*>(p);
-}
-template <class T>
-SUI_FN const Vector<T>& at(const T* p) {
-  return *reinterpret_cast<const Vector<T>*>(p);
-}
 
 // Places and signs of indices begin .. begin + count. Counters are consecutive, so the compiler does as many at once as
 // a vector holds; each serves four indices.
@@ -145,44 +119,7 @@ void multiply_sum_rows(const T* left, const T* right, Index samples, Index k, In
   }
 }
 
-// The sum of two places is below 2 rank: one buffer of that length, folded at the end, needs no remainder.
-template <class T>
-void scatter_rows(const T* x, Index rows, Index o, Index i, const int* place_o, const int* place_i, Index rank, T* room,
-                T* out) {
-  for (Index row = 0; row < rows; ++row, out += rank) {
-    for (Index b = 0; b < 2 * rank; ++b) room[b] = 0;
-    for (Index q = 0; q < o; ++q, x += i) {
-      T* to = room + place_o[q];
-      for (Index l = 0; l < i; ++l) to[place_i[l]] += x[l];
-    }
-    for (Index b = 0; b < rank; ++b) out[b] += room[b] + room[b + rank];
-  }
-}
-
 // Sparse sketch of formed rows -------------------------------------------------------------------------------------
-
-// lanes x lanes entries, in place: blocks of H x H are exchanged, then of 2H x 2H.
-template <class T, int H = 1>
-SUI_FN void transpose(Vector<T>* v) {
-  constexpr int lanes = Simd<T>::lanes;
-  if constexpr (H < lanes) {
-    decltype(v[0] == v[0]) low, high;
-#pragma GCC unroll 16
-    for (int l = 0; l < lanes; ++l) {
-      const bool second = (l / H) & 1;
-      low[l] = second ? lanes + l - H : l;
-      high[l] = second ? lanes + l : l + H;
-    }
-#pragma GCC unroll 8
-    for (int pair = 0; pair < lanes / 2; ++pair) {
-      const int l = pair / H * 2 * H + pair % H;
-      const Vector<T> x = v[l], y = v[l + H];
-      v[l] = __builtin_shuffle(x, y, low);
-      v[l + H] = __builtin_shuffle(x, y, high);
-    }
-    transpose<T, 2 * H>(v);
-  }
-}
 
 // A vector holds one entry of as many rows as it has lanes, and one place of their sums: [rank, lanes] for each such group
 // of rows. The rows that are left go one by one.
@@ -234,8 +171,7 @@ void sjlt_rows(const Stream& from, const T* x, Index rows, Index begin, Index le
 #define SUI_TABLE(T)                                                                                                \
   extern const RowKernels<T> SUI_JOIN(rows_##T##_, SUI_VARIANT);                                                    \
   const RowKernels<T> SUI_JOIN(rows_##T##_, SUI_VARIANT) = {                                                        \
-      write_rows<T>, hash_tile<T>, sign_table<T>, count_sketch_rows<T>, multiply_sum_rows<T>, scatter_rows<T>,      \
-      sjlt_rows<T>}
+      write_rows<T>, hash_tile<T>, sign_table<T>, count_sketch_rows<T>, multiply_sum_rows<T>, sjlt_rows<T>}
 SUI_TABLE(float);
 SUI_TABLE(double);
 

@@ -21,8 +21,9 @@ from torch.utils.checkpoint import CheckpointFunction, checkpoint
 from .._errors import ArgumentError, CoverageError, DataError, ModelError, complaint
 from .data import batch_length
 from .layers import Use
-from .recorder import Call, Recorder, Replay, Survey
+from .recorder import Recorder, Replay
 from .recurrent import own_body
+from .survey import Call, Survey
 
 _grad = own_body(torch.autograd.grad)  # with a mode on, the function would turn it off for what checkpoints repeat
 _COPIED = 5 * 10**8  # entries of a model that may be copied to float32 for the proof
@@ -243,7 +244,8 @@ class Evaluator:
                 self.one_by_one = True
         if found is None:
             found = self._rows_one_by_one(wrapper, chosen, batch)
-        return {name: found[f"model.{name}"].detach().flatten(2) for name in names}
+        rows = {name: found[f"model.{name}"].detach() for name in names}
+        return {name: row.reshape(*row.shape[:2], self.parameters[name].numel()) for name, row in rows.items()}
 
     def _rows_one_by_one(self, wrapper, chosen, batch) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = {name: [] for name in chosen}

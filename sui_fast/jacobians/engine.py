@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -50,6 +51,35 @@ def jacobian(
     Raises:
         ArgumentError, DataError (not finite, with the sample), CoverageError (with the parameter).
     """
+    store, evaluator, general = _pass(model, data, _Store, outputs, params, batch_size, dtype, progress)
+    return store.jacobian(evaluator, general)
+
+
+def sketches(
+    model: nn.Module,
+    data: Any,
+    rank: int,
+    seed: int = 0,
+    kind: str = "tensor",
+    *,
+    outputs: Callable | None = None,
+    params: Any = "trainable",
+    batch_size: int = 64,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``jacobian(...).sketch(rank, seed, kind)``, each batch sketched as soon as its factors exist: no more is held.
+
+    Returns:
+        (outputs [n, k], sketches [n, k, rank]).
+    """
+    make = functools.partial(_Sketches, rank, seed, kind)
+    store, _, _ = _pass(model, data, make, outputs, params, batch_size, dtype, progress)
+    return torch.cat(store.outputs), torch.cat(store.features)
+
+
+def _pass(model, data, make, outputs, params, batch_size, dtype, progress):
+    """All batches through the store that ``make(n)`` returns; with it the evaluator and the general parameters."""
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ArgumentError(complaint("batch_size", "a whole number >= 1", repr(batch_size), "Pass 64, say."))
     with torch.inference_mode(False):
@@ -62,8 +92,8 @@ def jacobian(
         if key not in known or known[key].samples < batch_length(batch):  # one sample cannot show that others mix in
             known[key] = prove(evaluator, batch, _collect)
         for _ in range(2):
-            store = _run(evaluator, samples, batch_size, known[key], progress)
-            if isinstance(store, _Store):
+            store = _run(evaluator, make(samples.n), samples, batch_size, known[key], progress)
+            if not isinstance(store, dict):
                 break
             known[key] = prove(evaluator, batch, _collect, known[key].general | store)
         else:
@@ -76,7 +106,7 @@ def jacobian(
                     "Remove control flow that depends on the batch, or leave the parameter out with params=.",
                 )
             )
-    return store.jacobian(evaluator, known[key].general)
+    return store, evaluator, known[key].general
 
 
 def predict(
@@ -102,10 +132,9 @@ def predict(
 
 
 def _run(
-    evaluator: Evaluator, samples: Samples, batch_size: int, plan: Plan, progress: bool
-) -> _Store | dict[str, str]:
+    evaluator: Evaluator, store: _Store | _Sketches, samples: Samples, batch_size: int, plan: Plan, progress: bool
+) -> _Store | _Sketches | dict[str, str]:
     """All batches; or the parameters that turned out to need the general path."""
-    store = _Store(samples.n)
     total = -(-samples.n // batch_size)
     bar = tqdm(samples.batches(batch_size), total=total, desc="jacobian", delay=2, leave=False, disable=not progress)
     for raw in bar:
@@ -113,7 +142,8 @@ def _run(
         captured = evaluator.capture(batch, store.filled, plan.calls, set(plan.general))
         if captured.unruled:
             return captured.unruled
-        store.add(captured, evaluator.general_rows(batch, list(plan.general)) if plan.general else {})
+        rows = evaluator.general_rows(batch, list(plan.general)) if plan.general else {}
+        store.add(captured, rows, evaluator)
     return store
 
 
@@ -122,6 +152,37 @@ def _collect(evaluator: Evaluator, captured: Captured, rows: dict[str, Tensor]) 
     store = _Store(len(captured.outputs))
     store.add(captured, rows)
     return store.jacobian(evaluator, dict.fromkeys(rows, ""))
+
+
+def _refuse(sample: int) -> None:
+    raise CoverageError(
+        complaint(
+            "model",
+            "the same layers and shapes in every batch",
+            f"others in the batch at sample {sample}",
+            "Pad the inputs to one length, or remove control flow that depends on the data.",
+        )
+    )
+
+
+class _Sketches:
+    """Sketches of all batches; the factors of a batch go with it."""
+
+    def __init__(self, rank: int, seed: int, kind: str, n: int):
+        self.arguments, self.filled = (rank, seed, kind), 0
+        self.outputs: list[Tensor] = []
+        self.features: list[Tensor] = []
+        self._layers: list | None = None
+
+    def add(self, captured: Captured, rows: dict[str, Tensor], evaluator: Evaluator) -> None:
+        jac = _collect(evaluator, captured, rows)
+        features, layers = jac.sketch_of_uses(*self.arguments)
+        if self._layers is not None and (layers != self._layers or jac.k != self.outputs[0].shape[1]):
+            _refuse(self.filled)
+        self._layers = layers
+        self.outputs.append(jac.outputs)
+        self.features.append(features)
+        self.filled += jac.n
 
 
 class _Store:
@@ -135,7 +196,7 @@ class _Store:
         self._grads: list[Tensor] = []
         self._rows: dict[str, Tensor] = {}
 
-    def add(self, captured: Captured, rows: dict[str, Tensor]) -> None:
+    def add(self, captured: Captured, rows: dict[str, Tensor], evaluator: Evaluator | None = None) -> None:
         out, uses = captured.outputs, captured.uses
         b, k = out.shape
         whole = b == self.n and k == 1  # one batch, one backward pass: what it returns is kept, nothing is copied
@@ -178,14 +239,7 @@ class _Store:
         self.filled += b
 
     def _refuse(self) -> None:
-        raise CoverageError(
-            complaint(
-                "model",
-                "the same layers and shapes in every batch",
-                f"others in the batch at sample {self.filled}",
-                "Pad the inputs to one length, or remove control flow that depends on the data.",
-            )
-        )
+        _refuse(self.filled)
 
     def _widen(self, captured: Captured) -> None:
         """Room for longer sequences than before: zeros where a batch has no positions add nothing."""

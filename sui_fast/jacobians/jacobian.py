@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..ops import jvp, sketch, vjp
 from ..ops.products.rows import Piece, row_writer
+from ..ops.sketching.sums import TensorSums
 from .gram import gram
-from .joining import join_factors
+from .joining import by_map, join_factors
 from .layers import Factor, Index, Outer, Rows, Use, dense_index, make_factors
 
 
@@ -129,7 +130,9 @@ class Jacobian:
             if isinstance(factor, Rows):
                 total += factor.rows @ parts["rows"].T
             elif isinstance(factor, Index):
-                total += self._dense(factor) @ parts["weight"].T
+                weight = parts["weight"].unflatten(1, (-1, factor.g.shape[3]))
+                held = torch.where((factor.token >= 0)[..., None], weight[:, factor.token.clamp(min=0)], 0)
+                total += torch.einsum("nkso,rnso->nkr", factor.g, held)
             else:
                 o = factor.g.shape[3]
                 weight = parts["weight"].reshape(len(flat), o, -1)
@@ -156,8 +159,13 @@ class Jacobian:
             if "bias" in factor.names:
                 self._put(flat, factor, "bias", found[..., i])
             return
-        rows = factor.rows if isinstance(factor, Rows) else self._dense(factor)
-        self._put(flat, factor, next(iter(factor.names)), torch.einsum("nkp,nkr->rp", rows, c))
+        if isinstance(factor, Rows):
+            self._put(flat, factor, "rows", torch.einsum("nkp,nkr->rp", factor.rows, c))
+            return
+        keep = (factor.token >= 0).reshape(-1)
+        target = self._part(flat, factor, "weight").unflatten(1, (-1, factor.g.shape[3]))
+        given = torch.einsum("nkso,nkr->rnso", factor.g, c).flatten(1, 2)
+        target.index_add_(1, factor.token.reshape(-1)[keep], given[:, keep])
 
     def _part(self, flat: Tensor, factor: Factor, role: str) -> Tensor:
         """View of the entries [..., *] that a factor speaks of, in a tensor [..., d]."""
@@ -295,15 +303,42 @@ class Jacobian:
     @_unrounded
     def sketch(self, rank: int, seed: int = 0, kind: str = "tensor") -> Tensor:
         """Rows times one fixed random matrix [d, rank], summed over layers: [n, k, rank], E<Px, Py> = <x, y>."""
-        total = self.outputs.new_zeros(self.n, self.k, rank)
-        for stream, factor in enumerate(sorted(self.factors(), key=_order)):
+        return self.sketch_of_uses(rank, seed, kind)[0]
+
+    def sketch_of_uses(self, rank: int, seed: int = 0, kind: str = "tensor") -> tuple[Tensor, list]:
+        """``sketch``, and the layers in the order of their streams: portions whose lists are equal have equal maps."""
+        if kind == "tensor":
+            return self._tensor_sketch(rank, seed)
+        total, factors = self.outputs.new_zeros(self.n, self.k, rank), sorted(self.factors(), key=_order)
+        for stream, factor in enumerate(factors):
             if isinstance(factor, Outer):
                 a, g = factor.augmented(), factor.g
             else:
                 dense = factor.rows if isinstance(factor, Rows) else self._dense(factor)
                 a, g = dense.new_ones(self.n, 1, 1), dense[:, :, None]
             total += sketch(a.contiguous(), g.contiguous(), rank, seed, stream, kind)
-        return total
+        return total, [_order(factor) for factor in factors]
+
+    def _tensor_sketch(self, rank: int, seed: int) -> tuple[Tensor, list]:
+        found: list[Factor] = [Rows({"rows": name}, rows.to(self.dtype)) for name, rows in self._rows.items()]
+        for use, g in self._uses:
+            # linear layers and embeddings are read in half precision as they lie; other rules compute
+            if use.rule not in ("linear", "embedding"):
+                use, g = self._typed(use.at(slice(None))), g.to(self.dtype)
+            found += make_factors(use, g)
+        found = by_map(found, self._shapes)
+        order = sorted(map(_order, found))
+        order = [key for i, key in enumerate(order) if i == 0 or key != order[i - 1]]
+        sums = TensorSums(self.n, self.k, rank, seed, self.outputs)
+        for factor in found:
+            stream = order.index(_order(factor))
+            if isinstance(factor, Outer):
+                sums.outer(factor.a, factor.g, stream, "bias" in factor.names)
+            elif isinstance(factor, Index):
+                sums.index(factor.token, factor.g, self._shapes[factor.names["weight"]][0], stream)
+            else:
+                sums.rows(factor.rows, stream)
+        return sums.total(), order
 
     def columns(self, name: str) -> slice:
         """Columns of a parameter in rows()."""
@@ -326,4 +361,4 @@ def _own_block(factor: Factor) -> Tensor:
 
 def _order(factor: Factor) -> tuple:
     """Factors in an order that does not depend on the data: the stream of a sketch is a factor's number in it."""
-    return sorted(factor.names.values()), [(p.offset, p.size) for p in factor.places.values()]
+    return sorted(factor.names.values()), sorted((p.offset, p.stride) for p in factor.places.values())

@@ -5,26 +5,64 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops._register import wide_dtype
 from .layers import Factor, Index, Outer, Rows, dense_index
 
 
 def join_factors(factors: list[Factor], shapes: dict[str, torch.Size]) -> list[Factor]:
     """Factors of disjoint entries: uses of equal kind join their positions, others become explicit rows."""
+    joined: list[Factor] = []
+    for group in _groups(factors):
+        joined += group if len(group) == 1 else _join(group, shapes)
+    return joined
+
+
+def _groups(factors: list[Factor]) -> list[list[Factor]]:
+    """Factors that share entries of a parameter, together."""
     owners: dict[str, list[Factor]] = {}
     for factor in factors:
         for name in factor.names.values():
             owners.setdefault(name, []).append(factor)
-    if all(len(found) == 1 for found in owners.values()):
-        return factors
-    joined: list[Factor] = []
+    groups: list[list[Factor]] = []
     done: set[int] = set()
     for factor in factors:
-        if id(factor) in done:
-            continue
-        group = _connected(factor, owners)
-        done.update(id(member) for member in group)
-        joined += [factor] if len(group) == 1 else _join(group, shapes)
-    return joined
+        if id(factor) not in done:
+            groups.append(_connected(factor, owners))
+            done.update(id(member) for member in groups[-1])
+    return groups
+
+
+def by_map(factors: list[Factor], shapes: dict[str, torch.Size]) -> list[Factor]:
+    """Factors whose rows may be mapped one by one and added: uses of one weight stay apart where their entries agree.
+
+    A weight that meets several biases, or an embedding beside a linear layer, is separated from the biases.
+    """
+    found: list[Factor] = []
+    for group in _groups(factors):
+        first = group[0]
+        if all(type(m) is type(first) and m.names == first.names and m.places == first.places for m in group):
+            found += group
+        elif all(_is_weight(m, first, shapes) for m in group):
+            for m in group:
+                places = {role: place for role, place in m.places.items() if role == "weight"}
+                weight = {"weight": m.names["weight"]}
+                found.append(Index(weight, m.token, m.g) if isinstance(m, Index) else Outer(weight, m.a, m.g, places))
+                if "bias" in m.names:
+                    own = {"rows": m.places["bias"]} if "bias" in m.places else {}
+                    found.append(Rows({"rows": m.names["bias"]}, m.g.sum(2, dtype=wide_dtype(m.g.dtype)), own))
+        else:
+            found += _join(group, shapes)
+    return found
+
+
+def _is_weight(factor: Factor, first: Factor, shapes: dict[str, torch.Size]) -> bool:
+    """Whether a factor speaks of a whole weight [o, i] in order, as the first of its group does."""
+    if isinstance(factor, Rows) or isinstance(first, Rows) or factor.names["weight"] != first.names["weight"]:
+        return False
+    shape = shapes[factor.names["weight"]]
+    if "weight" in factor.places:
+        return False
+    return isinstance(factor, Index) or (factor.g.shape[3], factor.a.shape[2]) == (shape[0], shape[1:].numel())
 
 
 def _join(group: list[Factor], shapes: dict[str, torch.Size]) -> list[Factor]:

@@ -15,7 +15,7 @@ from .._errors import CoverageError, complaint
 from .capture import Captured, Evaluator
 from .data import batch_length, to_device
 from .jacobian import Jacobian
-from .recorder import Call
+from .survey import Call
 
 _log = logging.getLogger("sui_fast")
 Collect = Callable[[Evaluator, Captured, dict[str, Tensor]], Jacobian]

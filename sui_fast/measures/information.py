@@ -53,3 +53,14 @@ def class_margin(outputs: Tensor, labels: Tensor) -> Tensor:
         return (2.0 * labels - 1.0) * outputs[:, 0]
     given = outputs.gather(1, labels[:, None])[:, 0]
     return given - outputs.scatter(1, labels[:, None], -torch.inf).amax(1)
+
+
+def suggested_label(outputs: Tensor, middle: float = 0.5) -> Tensor:
+    """Class that the model trained without a sample gives it: the largest output, or {0, 1} by ``middle`` where k = 1.
+
+    Args:
+        outputs: of the model trained without each sample, [n, k].
+    Returns:
+        int64 [n].
+    """
+    return (outputs[:, 0] > middle).to(torch.int64) if outputs.shape[1] == 1 else outputs.argmax(1)

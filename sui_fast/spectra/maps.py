@@ -24,12 +24,16 @@ RANK_FOR = {"sketch": 40.0, "nystrom": 5.0, "subspace": 2.0}  # ranks per effect
 
 @dataclass
 class FeatureMap:
-    """kind, columns r, and the function Jacobian -> [n, k, r]; state: what it was fitted to, by name."""
+    """kind, columns r, and the function Jacobian -> [n, k, r]; state: what it was fitted to, by name.
+
+    sketch: (rank, seed, kind) where that function is a sketch, which needs no Jacobian of more than a batch.
+    """
 
     kind: str
     rank: int
     features: Callable[[Jacobian], Tensor]
     state: dict[str, Tensor] = field(default_factory=dict)
+    sketch: tuple[int, int, str] | None = None
 
 
 def sketch_map(rank: int, seed: int = 0, kind: str = "tensor") -> FeatureMap:
@@ -39,7 +43,7 @@ def sketch_map(rank: int, seed: int = 0, kind: str = "tensor") -> FeatureMap:
         rank: columns. seed: of the random numbers. kind: "tensor", "sjlt", "rademacher" or "two_sided".
     Source: Pham and Pagh 2013; docs/math.md, section 10.
     """
-    return FeatureMap("sketch", rank, lambda jac: jac.sketch(rank, seed, kind))
+    return FeatureMap("sketch", rank, lambda jac: jac.sketch(rank, seed, kind), sketch=(rank, seed, kind))
 
 
 def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:

@@ -1,7 +1,7 @@
 """C++ kernels of the sketches (csrc/cpu/rows_kernels.cpp); products and transforms stay with PyTorch's libraries.
 
-Both routes of the tensor sketch take the signs into a and g first. fft: count sketches, transforms, product summed over
-positions, one transform back. scatter: matrix product over positions, strip by strip, entries scattered.
+The tensor sketch is in `_tensor_cpu.py`, but for ranks that are no powers of two: count sketches, PyTorch's transforms,
+the product summed over positions, one transform back.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from ... import _cpu
 from .._register import wide_dtype
+from ._tensor_cpu import NAMES, add_fourier, add_scatter, call, fft_is_cheaper, finish, has_fourier, hashed
 
 _BUFFER = 1 << 18  # numbers of one intermediate: they stay in the second cache
-_NAMES = {torch.float32: "float32", torch.float64: "float64"}
 
 
 def sketch(
@@ -39,65 +38,45 @@ def refuse_sketch(
     """Why this call is not for the kernel, or None."""
     if a.device.type != "cpu":
         return f"the tensors are on {a.device}; it takes CPU tensors"
-    if wide_dtype(a.dtype) not in _NAMES:
+    if wide_dtype(a.dtype) not in NAMES:
         return f"the tensors are {a.dtype}; it takes float64, float32 and half precision"
     if rank >= 1 << 30:
         return f"rank {rank}; it takes at most 2^30"
     return None
 
 
-def _call(name: str, dtype: torch.dtype):
-    return getattr(_cpu, f"{name}_{_NAMES[dtype]}")
-
-
 # Tensor sketch --------------------------------------------------------------------------------------------------------
-def fft_is_cheaper(s: int, i: int, o: int, k: int, rank: int) -> bool:
-    """Whether the fft route takes less time, in nanoseconds per sample.
-
-    The coefficients are a fit to 2,400 random shapes; of these it chose wrong by more than 1.25 in three.
-    """
-    transform = rank * max(math.log2(rank), 1.0) * (1 if _smooth(rank) else 4)
-    fft = 2200 + s * (0.78 * (i + k * o) + 0.096 * (1 + k) * transform) + 0.2 * k * transform
-    row = 7800 + 0.57 * rank + o * i * (0.65 + 0.0116 * s) + 0.11 * s * min(o, i)
-    return fft < 5100 + k * row + 0.45 * s * (i + k * o)
-
-
-def _smooth(rank: int) -> bool:
-    for factor in (2, 3, 5, 7, 11, 13):
-        while rank % factor == 0:
-            rank //= factor
-    return rank == 1
-
-
 def _tensor(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, route: str) -> None:
-    (_, k, s, o), i, rank = g.shape, a.shape[2], out.shape[2]
-    left, right = _hash(i, rank, 0, stream, seed, out.dtype), _hash(o, rank, 1, stream, seed, out.dtype)
-    fft = route == "fft" or route == "auto" and fft_is_cheaper(s, i, o, k, rank)
-    (_by_fft if fft else _by_scatter)(a, g, out, left, right)
-
-
-def _hash(size: int, buckets: int, word: int, stream: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    place, sign = torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=dtype)
-    _call("hash", dtype)(word, stream, seed, 0, size, buckets, place.data_ptr(), sign.data_ptr())
-    return place, sign
+    (n, k, s, o), i, rank = g.shape, a.shape[2], out.shape[2]
+    if route == "scatter" or route == "auto" and not fft_is_cheaper(s, i, o, k, rank):
+        add_scatter(a, g, out, seed, stream, False)
+    elif has_fourier(rank):
+        sums = torch.zeros(n, k, 2, rank, dtype=out.dtype)
+        add_fourier(a, g, sums, seed, stream, False)
+        out += finish(sums)
+    else:
+        tables = (hashed(size, rank, word, stream, seed, out.dtype) for size, word in ((i, 0), (o, 1)))
+        _by_fft(a, g, out, *tables)
 
 
 def _count_sketch(x: Tensor, place: Tensor, sign: Tensor, rank: int) -> Tensor:
     """[rows, length] to [rows, rank]."""
     signed = (x * sign).contiguous()
     out = signed.new_empty(len(x), rank)
-    call = _call("count_sketch", out.dtype)
-    call(signed.data_ptr(), *x.shape, place.data_ptr(), rank, out.data_ptr(), _threads())
+    call("count_sketch", out.dtype)(
+        signed.data_ptr(), *x.shape, place.data_ptr(), rank, out.data_ptr(), _threads()
+    )
     return out
 
 
 def _by_fft(a: Tensor, g: Tensor, out: Tensor, left: tuple, right: tuple) -> None:
+    """Any rank: PyTorch's transforms."""
     (n, k, s, o), rank = g.shape, out.shape[2]
     width = rank // 2 + 1
     positions = max(1, _BUFFER // ((1 + k) * rank))  # at a time
     samples, strip = max(1, positions // s), min(s, positions)
     total = torch.zeros(n, k, width, dtype=torch.complex64 if out.dtype == torch.float32 else torch.complex128)
-    call = _call("multiply_sum", out.dtype)
+    multiply = call("multiply_sum", out.dtype)
     for n0 in range(0, n, samples):
         sums = total[n0 : n0 + samples]
         for s0 in range(0, s, strip):
@@ -105,29 +84,10 @@ def _by_fft(a: Tensor, g: Tensor, out: Tensor, left: tuple, right: tuple) -> Non
             count, length = x.shape[:2]
             x = torch.fft.rfft(_count_sketch(x.reshape(-1, x.shape[-1]), *left, rank))
             y = torch.fft.rfft(_count_sketch(y.reshape(-1, o), *right, rank))
-            call(x.data_ptr(), y.data_ptr(), count, k, length, width, sums.data_ptr(), _threads())
+            multiply(x.data_ptr(), y.data_ptr(), count, k, length, width, sums.data_ptr(), _threads())
     step = max(1, _BUFFER // (k * rank))
     for n0 in range(0, n, step):
-        out[n0 : n0 + step] = torch.fft.irfft(total[n0 : n0 + step], n=rank)
-
-
-def _by_scatter(a: Tensor, g: Tensor, out: Tensor, left: tuple, right: tuple) -> None:
-    """The row as [o, i] or [i, o], whichever has the longer lines; a strip of it at a time."""
-    (n, k, s, o), i, rank = g.shape, a.shape[2], out.shape[2]
-    lines, width, places = (o, i, (right[0], left[0])) if i >= o else (i, o, (left[0], right[0]))
-    part = max(1, min(lines, _BUFFER // width))
-    call, room = _call("scatter", out.dtype), out.new_empty(part, width)
-    step = max(1, _BUFFER // (s * (k * o + i)))
-    for n0 in range(0, n, step):
-        x, y = a[n0 : n0 + step] * left[1], g[n0 : n0 + step] * right[1]
-        for number, x1 in enumerate(x):
-            for y1, out1 in zip(y[number], out[n0 + number], strict=True):
-                first, second = (y1, x1) if i >= o else (x1, y1)
-                for begin in range(0, lines, part):
-                    count = min(part, lines - begin)
-                    torch.mm(first[:, begin : begin + count].T, second, out=room[:count])
-                    place = places[0][begin:].data_ptr(), places[1].data_ptr()
-                    call(room.data_ptr(), 1, count, width, *place, rank, out1.data_ptr(), _threads())
+        out[n0 : n0 + step] += torch.fft.irfft(total[n0 : n0 + step], n=rank)
 
 
 # Sketches of formed rows --------------------------------------------------------------------------------------------
@@ -149,11 +109,11 @@ def _row_tiles(a: Tensor, g: Tensor, dtype: torch.dtype, least: int):
 
 def _sjlt(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, route: str) -> None:
     (n, k, s, o), i, rank = g.shape, a.shape[2], out.shape[2]
-    call = _call("sjlt", out.dtype)
+    run = call("sjlt", out.dtype)
 
     def add(target: Tensor, first: int, rows: Tensor) -> None:
         rows, size = rows.contiguous(), rows.shape[1]
-        call(2, stream, seed, rows.data_ptr(), len(rows), first, size, size, rank, target.data_ptr(), _threads())
+        run(2, stream, seed, rows.data_ptr(), len(rows), first, size, size, rank, target.data_ptr(), _threads())
 
     if s == 1 and i == 1 and g.dtype == out.dtype:  # rows as they are, scaled at the end
         add(out, 0, g.reshape(n * k, o))
@@ -166,12 +126,12 @@ def _sjlt(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, route: str)
 def _rademacher(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, route: str) -> None:
     rank = out.shape[2]
     size, step = 1 / math.sqrt(rank), max(1, _BUFFER // rank)
-    table, call = out.new_empty(step, rank), _call("signs", out.dtype)
+    table, run = out.new_empty(step, rank), call("signs", out.dtype)
     for samples, first, rows in _row_tiles(a, g, out.dtype, 256):
         target = out[samples].view(-1, rank)
         for begin in range(0, rows.shape[1], step):
             part = rows[:, begin : begin + step]
-            call(3, stream, seed, first + begin, part.shape[1], rank, size, table.data_ptr())
+            run(3, stream, seed, first + begin, part.shape[1], rank, size, table.data_ptr())
             target.addmm_(part, table[: part.shape[1]])
 
 
@@ -179,9 +139,9 @@ def _two_sided(a: Tensor, g: Tensor, rank: int, seed: int, stream: int) -> Tenso
     (n, k, s, o), i, dtype = g.shape, a.shape[2], wide_dtype(a.dtype)
     side = max(d for d in range(1, math.isqrt(rank) + 1) if rank % d == 0)
     left, right = torch.empty(o, rank // side, dtype=dtype), torch.empty(i, side, dtype=dtype)
-    call = _call("signs", dtype)
-    call(1, stream, seed, 0, o, rank // side, 1 / math.sqrt(rank), left.data_ptr())
-    call(0, stream, seed, 0, i, side, 1.0, right.data_ptr())
+    run = call("signs", dtype)
+    run(1, stream, seed, 0, o, rank // side, 1 / math.sqrt(rank), left.data_ptr())
+    run(0, stream, seed, 0, i, side, 1.0, right.data_ptr())
     y, x = _wide_product(g, left), _wide_product(a, right)  # [n, k, s, rank / side], [n, s, side]
     if s == 1:
         return (y.transpose(2, 3) * x[:, None]).view(n, k, rank)

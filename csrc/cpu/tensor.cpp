@@ -1,0 +1,91 @@
+// Choice of the instruction set, threads and room for csrc/cpu/tensor_kernels.cpp.
+#include "tensor.h"
+
+#include <cstdint>
+
+#include "variant.h"
+
+namespace sui {
+
+extern const TensorKernels<float> tensor_float_baseline;
+extern const TensorKernels<double> tensor_double_baseline;
+#if SUI_X86
+extern const TensorKernels<float> tensor_float_avx2, tensor_float_avx512;
+extern const TensorKernels<double> tensor_double_avx2, tensor_double_avx512;
+constexpr Variants<TensorKernels<float>> kFloat{&tensor_float_baseline, &tensor_float_avx2, &tensor_float_avx512};
+constexpr Variants<TensorKernels<double>> kDouble{&tensor_double_baseline, &tensor_double_avx2, &tensor_double_avx512};
+#else
+constexpr Variants<TensorKernels<float>> kFloat{&tensor_float_baseline, nullptr, nullptr};
+constexpr Variants<TensorKernels<double>> kDouble{&tensor_double_baseline, nullptr, nullptr};
+#endif
+
+template <>
+const TensorKernels<float>& tensor_kernels() {
+  return choose(kFloat);
+}
+template <>
+const TensorKernels<double>& tensor_kernels() {
+  return choose(kDouble);
+}
+
+// Numbers for each part, from a cache line on.
+template <class T>
+class Rooms {
+ public:
+  Rooms(Index parts, Index count) : count_((count + kLine - 1) / kLine * kLine), held_((parts * count_ + kLine)) {
+    const auto address = reinterpret_cast<std::uintptr_t>(held_.data());
+    first_ = held_.data() + (64 - address % 64) % 64 / sizeof(T);
+  }
+  T* operator[](Index part) const { return first_ + part * count_; }
+
+ private:
+  static constexpr Index kLine = 64 / sizeof(T);
+  Index count_;
+  std::vector<T> held_;
+  T* first_;
+};
+
+template <class T>
+void fourier(const Side<T>& a, const Side<T>& g, Index samples, Index k, Index s, Index rank, const T* roots, T* out,
+             int threads) {
+  const auto& kernels = tensor_kernels<T>();
+  const Index parts = parts_for(samples, 20.0 * double(samples) * double(k) * double(s) * double(rank), threads);
+  const Rooms<T> rooms(parts, kernels.fourier_room(rank));
+  in_parts(samples, parts, [&](Index part, Index begin, Index end) {
+    kernels.fourier(a, g, begin, end, k, s, rank, roots, rooms[part], out);
+  });
+}
+
+template <class T>
+void scatter_rows(const T* x, Index rows, Index o, Index i, const int* place_o, const T* sign_o, const int* place_i,
+                  const T* sign_i, Index rank, T* out, int threads) {
+  const auto& kernels = tensor_kernels<T>();
+  const Index parts = parts_for(rows, double(rows) * double(o) * double(i), threads);
+  const Rooms<T> rooms(parts, 2 * rank * kernels.lanes);
+  in_parts(rows, parts, [&](Index part, Index begin, Index end) {
+    kernels.scatter(x + begin * o * i, end - begin, o, i, place_o, sign_o, place_i, sign_i, rank,
+                    rooms[part], out + begin * rank);
+  });
+}
+
+template <class T>
+void scatter_index(const T* g, Index samples, Index k, Index s, Index o, const Index* token, const int* place_token,
+                   const T* sign_token, const int* place, const T* sign, Index rank, T* out, int threads) {
+  const Index parts = parts_for(samples, double(samples) * double(k) * double(s) * double(o), threads);
+  const Rooms<T> rooms(parts, 2 * rank);
+  in_parts(samples, parts, [&](Index part, Index begin, Index end) {
+    tensor_kernels<T>().index(g + begin * k * s * o, end - begin, k, s, o, token + begin * s, place_token, sign_token,
+                              place, sign, rank, rooms[part], out + begin * k * rank);
+  });
+}
+
+#define SUI_FOR(T)                                                                                                   \
+  template void fourier(const Side<T>&, const Side<T>&, Index, Index, Index, Index, const T*, T*, int);              \
+  template void scatter_rows(const T*, Index, Index, Index, const int*, const T*, const int*, const T*, Index, T*,    \
+                             int);                                                                                   \
+  template void scatter_index(const T*, Index, Index, Index, Index, const Index*, const int*, const T*, const int*,  \
+                              const T*, Index, T*, int)
+SUI_FOR(float);
+SUI_FOR(double);
+
+}  // namespace sui

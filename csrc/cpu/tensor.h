@@ -1,0 +1,57 @@
+// The tensor sketch: sums over positions in the Fourier domain, and the scatter of formed rows, many rows at a time.
+// T is float or double.
+#pragma once
+
+#include "sizes.h"
+
+namespace sui {
+
+enum class Kind { real, bfloat16 };  // of the numbers of an input: T itself, or bfloat16 where T is float
+
+// One side of the rows sum_s g a^T with the hash of its features.
+template <class T>
+struct Side {
+  const void* x;
+  Kind kind;
+  Index sample, output, position, feature;  // strides in numbers; position or feature is 1
+  Index length;
+  bool ones;  // one more feature, 1 everywhere: a bias
+  const int* place;  // [length + ones]
+  const T* sign;     // [length + ones]
+};
+
+// out[n, c, 0 or 1, :] += real or imaginary part of sum_s fft(u CS_a(a_ns) + i CS_g(g_ncs) / u)^2, in the order of
+// `fourier_order`; u is a power of two for each position, 0 where a or g is 0.
+template <class T>
+struct TensorKernels {
+  Index lanes;
+  void (*order)(Index rank, int* frequency);
+  Index (*fourier_room)(Index rank);
+  void (*fourier)(const Side<T>& a, const Side<T>& g, Index first, Index last, Index k, Index s, Index rank,
+                  const T* roots, T* room, T* out);  // roots: cosines and sines of -2 pi j / rank
+  void (*scatter)(const T* x, Index rows, Index o, Index i, const int* place_o, const T* sign_o, const int* place_i,
+                  const T* sign_i, Index rank, T* room, T* out);  // room: 2 rank lanes
+  void (*index)(const T* g, Index samples, Index k, Index s, Index o, const Index* token, const int* place_token,
+                const T* sign_token, const int* place, const T* sign, Index rank, T* room, T* out);  // room: 2 rank
+};
+
+template <class T>
+const TensorKernels<T>& tensor_kernels();
+
+constexpr Index kLeastRank = 16, kMostRank = 8192;  // powers of two between them
+
+template <class T>
+void fourier(const Side<T>& a, const Side<T>& g, Index samples, Index k, Index s, Index rank, const T* roots, T* out,
+             int threads);
+
+// out[row, (place_o[o] + place_i[i]) mod rank] += sign_o[o] sign_i[i] x[row, o, i].
+template <class T>
+void scatter_rows(const T* x, Index rows, Index o, Index i, const int* place_o, const T* sign_o, const int* place_i,
+                  const T* sign_i, Index rank, T* out, int threads);
+
+// out[n, c, (place_token[token[n, s]] + place[o]) mod rank] += sign_token[token] sign[o] g[n, c, s, o]; -1: no token.
+template <class T>
+void scatter_index(const T* g, Index samples, Index k, Index s, Index o, const Index* token, const int* place_token,
+                   const T* sign_token, const int* place, const T* sign, Index rank, T* out, int threads);
+
+}  // namespace sui

@@ -1,0 +1,80 @@
+"""Sums of tensor sketches over the layers of a model: what the fft route leaves in the Fourier domain is brought back
+once, embeddings stay token numbers, and half precision is read as it lies."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._op import named_backend
+from .._register import wide_dtype
+from . import sketch
+from ._random import bucket_and_sign
+
+try:
+    from . import _tensor_cpu
+except ImportError:  # not built: PyTorch adds
+    _tensor_cpu = None
+
+
+class TensorSums:
+    """sum over layers of the tensor sketches of their rows, [n, k, rank].
+
+    A parameter [o, i] keeps its map (word 0 of its stream hashes i, word 1 hashes o) however its rows are given:
+    ``outer`` of a linear layer and ``index`` of an embedding that shares its weight add up to the sketch of the sum.
+
+    Args:
+        n, k, rank: of the result. seed: of the maps. like: a tensor on the device, in the dtype of the factors.
+    """
+
+    def __init__(self, n: int, k: int, rank: int, seed: int, like: Tensor):
+        self.rank, self.seed = rank, seed
+        dtype = wide_dtype(like.dtype)
+        self.out = torch.zeros(n, k, rank, dtype=dtype, device=like.device)
+        cpu = like.device.type == "cpu" and dtype in (torch.float32, torch.float64)
+        self.fast = _tensor_cpu is not None and cpu and named_backend("sketch") in (None, "cpu") and rank < 1 << 30
+        self._key = seed & 0xFFFFFFFFFFFFFFFF
+        self._fourier: Tensor | None = None
+
+    def outer(self, a: Tensor, g: Tensor, stream: int, ones: bool = False) -> None:
+        """Rows sum_s g a^T of a [n, s, i], g [n, k, s, o]; ones: one more input of ones, the bias."""
+        if a.numel() == 0 and not ones or g.numel() == 0:
+            return
+        if not self.fast:
+            a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2) if ones else a
+            self.out += sketch(a.contiguous(), g.to(a.dtype).contiguous(), self.rank, self.seed, stream)
+            return
+        (n, k, s, o), i = g.shape, a.shape[2] + ones
+        if _tensor_cpu.has_fourier(self.rank) and _tensor_cpu.fft_is_cheaper(s, i, o, k, self.rank):
+            if self._fourier is None:
+                self._fourier = self.out.new_zeros(n, k, 2, self.rank)
+            _tensor_cpu.add_fourier(a, g, self._fourier, self._key, stream, ones)
+        else:
+            _tensor_cpu.add_scatter(a, g, self.out, self._key, stream, ones)
+
+    def index(self, token: Tensor, g: Tensor, vocabulary: int, stream: int) -> None:
+        """Rows of an embedding [vocabulary, o]: g [n, k, s, o] at tokens [n, s], -1 for none."""
+        if g.numel() == 0:
+            return
+        if self.fast:
+            _tensor_cpu.add_index(token, g, vocabulary, self.out, self._key, stream)
+            return
+        n, k, s, o = g.shape
+        kind = dict(device=g.device, dtype=self.out.dtype)
+        token_place, token_sign = bucket_and_sign(vocabulary, self.rank, 1, stream, self.seed, **kind)
+        place, sign = bucket_and_sign(o, self.rank, 0, stream, self.seed, **kind)
+        row = token.clamp_min(0)
+        signed = g.to(self.out.dtype) * sign * (token_sign[row] * (token >= 0))[:, None, :, None]
+        to = (token_place[row][..., None] + place) % self.rank
+        self.out.scatter_add_(2, to[:, None].expand(n, k, s, o).flatten(2), signed.flatten(2))
+
+    def rows(self, rows: Tensor, stream: int) -> None:
+        """Explicit rows [n, k, p]."""
+        self.outer(rows.new_ones(len(rows), 1, 1), rows[:, :, None], stream)
+
+    def total(self) -> Tensor:
+        """The sum so far, [n, k, rank], float32 for half precision."""
+        if self._fourier is not None:
+            self.out += _tensor_cpu.finish(self._fourier)
+            self._fourier = None
+        return self.out

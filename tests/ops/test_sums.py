@@ -1,0 +1,49 @@
+"""Sums of tensor sketches: the C++ way and PyTorch's agree, and a parameter has one map however its rows are given."""
+
+import pytest
+import torch
+
+import sui_fast
+from sui_fast.ops import sketch
+from sui_fast.ops.sketching.sums import TensorSums
+
+
+def draw(*shape, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("rank", [16, 30, 64, 2048])
+@pytest.mark.parametrize("n, k, s, i, o", [(3, 1, 40, 17, 9), (5, 3, 2, 20, 33), (4, 2, 17, 3, 2), (1, 1, 1, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_layers_add_up(n, k, s, i, o, rank, dtype):
+    a, g, rows = draw(n, s, i, dtype=dtype), 1e-9 * draw(n, k, s, o, dtype=dtype), draw(n, k, 37, dtype=dtype)
+    strided = a.transpose(1, 2).contiguous().transpose(1, 2)
+    token = torch.arange(n * s).reshape(n, s) % 7 - 1
+    found = []
+    for backend in ("auto", "reference"):
+        with sui_fast.use_backend(backend):
+            sums = TensorSums(n, k, rank, 5, a)
+            sums.outer(a, g, 0)
+            sums.outer(strided, g, 1, ones=True)
+            sums.index(token, g, 6, 2)
+            sums.rows(1e-9 * rows, 3)
+            found.append(sums.total().double())
+    wide_a = a.double()
+    augmented = torch.cat([wide_a, torch.ones(n, s, 1, dtype=torch.float64)], 2)
+    one_hot = torch.nn.functional.one_hot(token + 1, 7)[..., 1:].double()
+    want = sketch.op.body(wide_a, g.double(), rank, 5, 0) + sketch.op.body(augmented, g.double(), rank, 5, 1)
+    for c in range(k):  # an embedding is a linear layer whose outputs are the tokens
+        want[:, c] += sketch.op.body(g[:, c].double(), one_hot[:, None], rank, 5, 2)[:, 0]
+    want += sketch.op.body(torch.ones(n, 1, 1).double(), 1e-9 * rows.double()[:, :, None], rank, 5, 3)
+    size = float(want.abs().max()) + 1e-300
+    for got in found:
+        bound = 1e-12 if dtype == torch.float64 else 2e-5 if dtype == torch.float32 else 1e-2
+        assert float((got - want).abs().max()) <= bound * size
+
+
+@pytest.mark.parametrize("size_a, size_g", [(1e15, 1e-25), (1e-30, 1e20), (0.0, 1.0), (1.0, 0.0)])
+def test_sizes_far_apart_lose_no_digits(size_a, size_g):
+    a, g = size_a * draw(4, 20, 30, dtype=torch.float32), size_g * draw(4, 1, 20, 400, dtype=torch.float32)
+    got = sketch(a, g, 64, 0, 0, "tensor", "fft")
+    want = sketch.op.body(a.double(), g.double(), 64, 0, 0, "tensor", "fft")
+    assert float((got - want).abs().max()) <= 2e-5 * float(want.abs().max())
