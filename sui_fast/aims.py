@@ -1,4 +1,4 @@
-"""What the training of a run is for: the goal, the samples with what its features need, and the outputs they belong to."""
+"""What a run trains for: the goal, samples that carry what its features need, and the outputs they belong to."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def score(
         with stages("look"):
             k = predict(model, run.samples.slice(0, 1), dtype=dtype, **common).shape[1]
             few = output_mode != "all" and output_rank + (output_mode == "top") < k
-            targets = losstargets(loss, targets_of(run.samples, own, k), k)
+            targets = loss_targets(loss, targets_of(run.samples, own, k), k)
             labels, inputs = targets[1], run.samples
             run.inputs, run.labels, run.probe_outputs = inputs, labels, outputs
             look = dict(common, outputs=Signed(outputs, 1, seed)) if few else common
@@ -187,7 +187,7 @@ def score(
                     model, loss, run.samples, targets, first.device, common, progress
                 )
             if candidates is not None:
-                new_targets = losstargets(loss, targets_of(run.candidates, own, k), k, "candidates")
+                new_targets = loss_targets(loss, targets_of(run.candidates, own, k), k, "candidates")
                 if "loo_margin" in wanted:
                     _check_labels(new_targets[1], None)
                 new = run.candidates
