@@ -30,6 +30,7 @@ from .runs import Run, Stages
 from .scores import Scores
 from .spectra import fingerprint_of
 from .streaming import check_rank
+from .targets import loss_targets
 
 try:
     import resource
