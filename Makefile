@@ -12,8 +12,8 @@ SAY := @printf '==> %s\n'
 
 help:
 	@echo "make demo    score every training sample of a real data set; writes demo_out/ with a report to look at"
-	@echo "make examples  run examples/*.py, notebook-like scripts on real data (a few minutes)"
 	@echo "make demo-text  the same on text: docstrings of installed packages and a sentence encoder, offline"
+	@echo "make examples  run examples/*.py, notebook-like scripts on real data (a few minutes)"
 	@echo "make test    run the whole test suite"
 	@echo "make lint    check style and imports (ruff)"
 	@echo "make bench   measure against floors and rivals; writes JSON and a Markdown table"

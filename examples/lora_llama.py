@@ -1,6 +1,5 @@
 """LoRA fine-tuning of a small Llama, then: which sequences taught it most? Needs transformers and peft.
 
-
 The model has random weights, so nothing is downloaded. The "language" counts up modulo 32 from a random start; a tenth
 of the training sequences are noise. What each sequence adds to the adapters is scored with the adapters alone.
 """
@@ -53,7 +52,8 @@ def main() -> None:
     print(scores)
     print(f"settings: {scores.settings['dtypes']}, {scores.diagnostics['parameters']} parameters of the adapters")
     found = set(scores.top(int(noisy.sum()), by="loo_residual").ids.tolist())
-    print(f"of {int(noisy.sum())} noisy sequences, {int(noisy[sorted(found)].sum())} are in the top")
+    wrong = set(noisy.nonzero().flatten().tolist())
+    print(f"of {len(wrong)} noisy sequences, {len(found & wrong)} are among the {len(wrong)} largest left-out losses")
 
 
 if __name__ == "__main__":

@@ -155,6 +155,7 @@ class Squared:
 
     def __init__(self, y: Tensor, labels: Tensor | None):
         self.y, self.labels, self.rows, self.k = y, labels, y.shape[1], y.shape[1]
+        self.suggests = labels is not None
 
     def residual(self, part: slice, outputs: Tensor) -> Tensor:
         """r [b, k'] of the samples ``part``, whose outputs at the given weights are ``outputs``."""
@@ -199,7 +200,7 @@ class Curved:
         self.rows, self.k = self._residual.shape[1], f0.shape[1]
         probability = "probability" if kind != "function" else "units of the loss's gradient"
         self.units = (probability, "nats (log odds)")
-        self._moves = False
+        self._moves, self.suggests = False, labels is not None
 
     def residual(self, part: slice, outputs: Tensor) -> Tensor:
         return self._residual[part].to(outputs.device)

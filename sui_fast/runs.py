@@ -27,7 +27,7 @@ from .loo import (
     make_filter,
     remove_from_spectrum,
 )
-from .losses import Goal
+from .losses import ROOTS, Goal
 from .measures import feature_neighbours, information, kernel_neighbours, sgd_information
 from .spectra import (
     PROJECTIONS,
@@ -79,7 +79,7 @@ class Run:
         self.model, self.wanted, self.reg, self.training = model, wanted, reg, training
         self.convention, self.groups, self.sigma, self.seed, self.progress = convention, groups, sigma, seed, progress
         self.samples = self.probes = self.goal = self.outputs = None  # outputs: those whose Jacobian is trained on
-        self.candidates = self.new_goal = self.inputs = None
+        self.labels = self.candidates = self.new_goal = self.inputs = self.probe_outputs = None
         self.new_values: dict[str, np.ndarray] = {}
         self.left_out: np.ndarray | None = None  # predictions of the model trained without each sample [n, k]
         self.suggested: np.ndarray | None = None
@@ -97,7 +97,8 @@ class Run:
         cross, reg, extra = None, self.reg, {}
         if self.probes is not None:
             with stages("validation jacobian"):
-                probe = jacobian(self.model, self.probes, progress=self.progress, **common)
+                seen = {**common, "outputs": self.probe_outputs}
+                probe = jacobian(self.model, self.probes, progress=self.progress, **seen)
         with stages("kernel"):
             theta, features = projected_kernel(jac, self.projection, self.seed, self.progress)
         if self.probes is not None:
@@ -124,11 +125,7 @@ class Run:
             left_out = torch.as_tensor(removal.loo_residual)
             values, more = self._measure(removal, self.goal, everything, jac.n * reg)
             errors = self.goal.error(everything, left_out)
-            if self.groups is None:
-                classes = None if self.goal.labels is None else self.goal.labels.to(theta.device)
-                self.neighbours = kernel_neighbours(theta, jac.k, classes)
-                if classes is not None:
-                    self.suggested = self.goal.suggest(everything, left_out).cpu().numpy()
+            self._look_around(theta, jac.k, self.goal, removal)
         if self.candidates is not None:
             with stages("candidates"):
                 new = jacobian(self.model, self.candidates, progress=self.progress, **own)
@@ -151,6 +148,14 @@ class Run:
             **more,
         )
         return values, details, reg, self.samples.ids if self.groups is None else blocks.labels
+
+    def _look_around(self, theta: Tensor, k: int, goal: Goal, removal) -> None:
+        """Nearest samples by the kernel, and the classes that the others suggest."""
+        if self.groups is not None:
+            return
+        self.neighbours = kernel_neighbours(theta, k, None if self.labels is None else self.labels.to(theta.device))
+        if goal.suggests:
+            self.suggested = goal.suggest(slice(None), removal.loo_residual).cpu().numpy()
 
     def _weighted(self, stages: Stages, common: dict[str, Any], probe):
         """The exact kernel where the loss is certain of some samples."""
@@ -178,6 +183,7 @@ class Run:
         with stages("measures"):
             values, more = self._measure(removal, goal, everything, n * reg)
             moved = removal.loo_residual
+            self._look_around(theta, jac.k, goal, removal)
             errors = [float(goal.error(everything, x).mean()) for x in (torch.zeros_like(moved), moved)]
         details = dict(
             **removal.diagnostics,
@@ -217,7 +223,8 @@ class Run:
             moment = seen = None
             if self.probes is not None:
                 with stages("validation features"):
-                    probes = Source(self.model, self.probes, common, *processes.slice(self.probes.n))
+                    options = {**common, "outputs": self.probe_outputs}
+                    probes = Source(self.model, self.probes, options, *processes.slice(self.probes.n))
                     print_ = run_fingerprint(self.model, self.probes, about, _version())
                     stores.append(open_store(store, print_, "validation", processes, resume))
                     collect(probes, fmap, None, stores[1], self.progress)
@@ -239,7 +246,7 @@ class Run:
                 check_stability(phi, float(spectrum.s[-1]), n)
                 columns, left_out, more, begin, first_error, lost, missed = [], [], {}, source.begin, 0.0, 0.0, 0.0
                 details: dict[str, Any] = {}
-                suggest = self.goal.labels is not None and self.groups is None
+                suggest = self.goal.suggests and self.groups is None
                 for shard in solver.shards():
                     removal = solver.removal(shard, phi)
                     count = len(shard["features"])
@@ -261,11 +268,11 @@ class Run:
                 if suggest:
                     self.suggested = values.pop("suggested").astype(np.int64)
                 if suggest and groups is None and processes.count == 1:
-                    doubt = np.flatnonzero(self.suggested != self.goal.labels.cpu().numpy())
+                    doubt = np.flatnonzero(self.suggested != self.labels.cpu().numpy())
                     measure = next(iter(values))
                     worst = values["loo_margin"][doubt] if "loo_margin" in values else -values[measure][doubt]
                     rows = lambda: (shard["features"] for shard in solver.shards())  # noqa: E731
-                    self.neighbours = feature_neighbours(rows, n, self.goal.labels, doubt[worst.argsort()])
+                    self.neighbours = feature_neighbours(rows, n, self.labels, doubt[worst.argsort()])
                 sums = torch.tensor([first_error, lost, missed], dtype=torch.float64)
                 first_error, lost, missed = processes.total(sums).tolist()
                 edf = missed + float((spectrum.s * torch.from_numpy(phi(spectrum.s.cpu().numpy())).to(device)).sum())
@@ -356,9 +363,9 @@ def _is_certain(theta: Tensor, r0: Tensor, goal: Goal) -> bool:
     """Whether rows of the whitened kernel are so small, or residuals so large, that their digits are lost there."""
     size = theta.diagonal().reshape(r0.shape).abs()
     lost = (size < 1e-8 * size.max()) & (r0 != 0) & (size > 0)
-    if goal.kind != "function":
+    if goal.kind in ("cross_entropy", "binary_cross_entropy"):
         lost |= r0.abs() > 1e4
-    return goal.kind != "mse" and bool(lost.any())
+    return goal.kind in ROOTS and bool(lost.any())
 
 
 def _even(cross: Tensor, m: int, rows: int) -> Tensor:

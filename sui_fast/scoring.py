@@ -15,14 +15,17 @@ import numpy as np
 import torch
 
 from ._errors import ArgumentError, complaint
+from .aims import aim, aim_at_few, check_mode
+from .aims import targets as targets_of
 from .jacobians import jacobian
-from .jacobians.data import Samples, as_samples
+from .jacobians.data import as_samples
 from .jacobians.engine import predict
 from .loo import make_filter
-from .losses import Curved, Goal, Rooted, Squared, check_loss
+from .losses import check_loss
 from .measures import MEASURES, UNITS
 from .planning import METHODS, Plan, choose_method, make_plan
 from .previews import LARGEST, channels_first, image_shape, shrink
+from .projections import Signed
 from .runs import Run, Stages, authors_definitions
 from .scores import Scores
 from .spectra import fingerprint_of
@@ -64,6 +67,8 @@ def score(
     progress: bool = True,
     candidates=None,
     compat: str | None = None,
+    output_mode: str = "all",
+    output_rank: int = 16,
     sgd_batch_size: int = 1,
     sgd_lr: float | None = None,
     sgd_jitter: float = 1e-9,
@@ -112,6 +117,10 @@ def score(
             those of the model as it is.
         compat: "iclr2021": the definitions of the authors' code: convention "iclr2021", and method also "random-subset"
             or "very-sparse", their projections of each parameter, with rank as their count.
+        output_mode: what stands for the k outputs where they are many (docs/math.md, section 13): "all"; "random":
+            ``output_rank`` rows per sample, the loss's own direction and random ones ("mse", "cross_entropy" of
+            classes, "binary_cross_entropy"; not "loo_residual", "loo_margin"); "top": the ``output_rank`` likeliest
+            classes and the rest as one ("cross_entropy" of classes).
         sgd_batch_size, sgd_lr, sgd_jitter: noise of "si_sgd" (lr: default ``lr``, else 1).
     Returns:
         Scores, one row per sample in the order of ``train``.
@@ -151,11 +160,17 @@ def score(
                 run.candidates = as_samples(candidates, with_targets=need, argument="candidates")
         common = dict(outputs=outputs, params=params, batch_size=batch_size)
         with stages("look"):
-            first = jacobian(model, run.samples.slice(0, 1), dtype=dtype, **common)
-            targets = loss_targets(loss, _targets(run.samples, own, first.k), first.k)
+            k = predict(model, run.samples.slice(0, 1), dtype=dtype, **common).shape[1]
+            few = output_mode != "all" and output_rank + (output_mode == "top") < k
+            targets = loss_targets(loss, targets_of(run.samples, own, k), k)
             labels, inputs = targets[1], run.samples
-            run.inputs = inputs
-            rows = first.k - (loss == "cross_entropy")
+            run.inputs, run.labels, run.probe_outputs = inputs, labels, outputs
+            look = dict(common, outputs=Signed(outputs, 1, seed)) if few else common
+            one = run.samples.slice(0, 1)
+            first = jacobian(model, one.beside(torch.zeros(1, dtype=torch.long)) if few else one, dtype=dtype, **look)
+            rows = output_rank if few else k - (loss == "cross_entropy")
+            if few:
+                check_mode(output_mode, loss, labels, wanted, candidates)
             chosen, rank, reason = choose_method(
                 run.samples.n, rows, first.shape[1], method=method, rank=rank, device=first.device,
                 groups=groups is not None,
@@ -164,13 +179,25 @@ def score(
                 _check_labels(labels, groups)
         common["dtype"] = dtype or torch.float64 if chosen == "dense" else dtype
         with stages("outputs"):
-            run.goal, run.samples, run.outputs = _aim(model, loss, run.samples, targets, first.device, common, progress)
+            if few:
+                run.goal, run.samples, run.outputs = aim_at_few(
+                    model, loss, run.samples, targets, first.device, common, progress, output_mode, output_rank, seed
+                )
+                if loss == "mse":
+                    run.probe_outputs = run.outputs
+                elif run.probes is not None:
+                    run.probes = run.probes.beside(torch.arange(run.probes.n))
+                    run.probe_outputs = Signed(outputs, output_rank, seed + 1)
+            else:
+                run.goal, run.samples, run.outputs = aim(
+                    model, loss, run.samples, targets, first.device, common, progress
+                )
             if candidates is not None:
-                new_targets = loss_targets(loss, _targets(run.candidates, own, first.k), first.k, "candidates")
+                new_targets = loss_targets(loss, targets_of(run.candidates, own, k), k, "candidates")
                 if "loo_margin" in wanted:
                     _check_labels(new_targets[1], None)
                 new = run.candidates
-                run.new_goal, run.candidates, _ = _aim(model, loss, new, new_targets, first.device, common, progress)
+                run.new_goal, run.candidates, _ = aim(model, loss, new, new_targets, first.device, common, progress)
         if candidates is not None and projection is not None:
             got, todo = "candidates with a projection", "Use method='dense'."
             raise ArgumentError(complaint("candidates", "None with the authors' projections", got, todo))
@@ -181,6 +208,8 @@ def score(
         else:
             found = run.low_rank(stages, common, chosen, rank, store, resume)
         values, details, reg, ids = found
+        if few and loss == "mse":
+            values = {name: column * (k / output_rank) for name, column in values.items()}
     finally:
         stages.close()
 
@@ -201,6 +230,7 @@ def score(
         dtypes=_dtypes(details.pop("dtype"), chosen),
         seed=seed,
         convention=convention,
+        output_mode=output_mode if few else "all",
         grouped=groups is not None,
     )
     if "si_sgd" in wanted:
@@ -263,21 +293,6 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
         device=first.device, groups=arguments.get("groups") is not None,
     )  # fmt: skip
     return make_plan(first, seconds, samples.n, m, method, rank, reason)
-
-
-def _targets(samples: Samples, constant: float | None, k: int) -> torch.Tensor | None:
-    return samples.targets if constant is None else torch.full((samples.n, k), constant, dtype=torch.float64)
-
-
-def _aim(model, loss, samples, targets, device, options, progress) -> tuple[Goal, Samples, Any]:
-    """The goal of the training, samples that carry what its features need, and the outputs they are features of."""
-    y, labels = targets[0].to(device), targets[1]
-    if loss == "mse":
-        return Squared(y, labels), samples, options["outputs"]
-    f0 = predict(model, samples, progress=progress, **options)
-    function = loss if callable(loss) else None
-    goal = Curved("function" if function else loss, f0, y, labels, function)
-    return goal, samples.beside(goal.extra), Rooted(goal.kind, options["outputs"])
 
 
 def _check_arguments(measures, loss, sigma, method, rank, val, sgd_batch_size, sgd_jitter):

@@ -272,3 +272,56 @@ def test_what_a_loss_cannot_take(kind):
     arguments, k, y, word = BAD[kind]
     with pytest.raises(SuiError, match=word):
         score(network(k), (X, y), PROBE, progress=False, reg=0.1, **arguments)
+
+
+def many(k=24, n=30):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.Tanh(), torch.nn.Linear(12, k))
+    with torch.no_grad():
+        model[2].weight.mul_(3)
+    x, probe = torch.randn(n, 6), torch.randn(20, 6)
+    y = model(x).argmax(1)
+    y[::3] = torch.randint(k, (10,))
+    return model, (x, y), probe
+
+
+def gap(got, want, name):
+    return np.median(np.abs(np.log(got[name] / want[name])))
+
+
+@pytest.mark.parametrize("loss, mode", [("cross_entropy", "random"), ("cross_entropy", "top"), ("mse", "random")])
+def test_few_rows_for_many_outputs(loss, mode):
+    """Errors shrink with the rows, and all rows are all outputs."""
+    model, train, probe = many()
+    arguments = dict(loss=loss, reg=0.1, progress=False)
+    want = score(model, train, probe, **arguments)
+    errors = [
+        sum(gap(score(model, train, probe, output_mode=mode, output_rank=rank, **arguments), want, name)
+            for name in ("si", "fsi"))
+        for rank in (2, 20)
+    ]  # fmt: skip
+    assert errors[1] < min(0.5, errors[0])
+    same = score(model, train, probe, output_mode=mode, output_rank=24, **arguments)
+    np.testing.assert_array_equal(same["si"], want["si"])
+
+
+def test_random_rows_keep_the_gradient():
+    """With much regularisation curvature does not count, and SI is the squared gradient, exactly."""
+    model, train, probe = many()
+    arguments = dict(loss="cross_entropy", reg=1e6, progress=False, measures=("si",))
+    want = score(model, train, probe, **arguments)
+    for mode in ("random", "top"):
+        got = score(model, train, probe, output_mode=mode, output_rank=3, **arguments)
+        np.testing.assert_allclose(got["si"], want["si"], rtol=1e-4)
+
+
+def test_margin_of_the_top_logits():
+    model, train, probe = many()
+    arguments = dict(loss="cross_entropy", reg=0.1, progress=False, measures=("loo_margin",))
+    want = score(model, train, **arguments)
+    got = score(model, train, output_mode="top", output_rank=20, **arguments)
+    assert np.corrcoef(got["loo_margin"], want["loo_margin"])[0, 1] > 0.98
+    with pytest.raises(SuiError, match="output_mode"):
+        score(model, train, output_mode="random", **arguments)
+    with pytest.raises(SuiError, match="output_mode"):
+        score(model, train, output_mode="some", **arguments)

@@ -17,6 +17,8 @@ ROOMS = [
     ["measures"],
     ["previews", "review"],
     ["losses", "outputs", "targets", "scores"],
+    ["projections"],
+    ["aims"],
     ["planning", "streaming"],
     ["runs"],
     ["scoring"],

@@ -2,9 +2,9 @@
 
     z(x) = [B x, S x - (S B^T) (B x)],    B orthonormal [q, d], S the random map
 
-B holds the ridge solutions of a pool of samples and the leading right singular vectors of its Jacobian. A sketch errs in
-proportion to what it sketches, and what training moves lies mostly in B: 32 anchors halved to quartered the error of the
-scores at equal columns (docs/low_rank.md). The map stays linear and unbiased.
+B holds the ridge solutions of a pool of samples and the leading right singular vectors of its Jacobian. A sketch errs
+in proportion to what it sketches, and what training moves lies mostly in B (figures: docs/low_rank.md). The map stays
+linear and unbiased.
 """
 
 from __future__ import annotations

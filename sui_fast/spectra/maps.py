@@ -110,7 +110,8 @@ def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
     def features(jac: Jacobian) -> Tensor:
         return (jac.gram(landmarks).to(torch.float64) @ root).reshape(jac.n, jac.k, -1)
 
-    return FeatureMap("nystrom", root.shape[1], features, {"landmarks": torch.tensor(chosen), "root": root}, diagonal=True)
+    state = {"landmarks": torch.tensor(chosen), "root": root}
+    return FeatureMap("nystrom", root.shape[1], features, state, diagonal=True)
 
 
 def subspace_map(
