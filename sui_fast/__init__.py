@@ -21,6 +21,7 @@ from .ops import explain, use_backend
 from .planning import Plan
 from .scores import Scores
 from .scoring import plan, score
+from .training import TrainingScores
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "StabilityError",
     "StoreError",
     "SuiError",
+    "TrainingScores",
     "doctor",
     "explain",
     "jacobian",
