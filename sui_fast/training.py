@@ -31,15 +31,16 @@ class TrainingScores:
         scores = live.scores(reg=0.1)
 
     The gradient of a summed (or averaged) loss at a layer's output holds each sample's own part, so nothing but the
-    sketch is added to a step. Linear layers and embeddings are seen; ``coverage`` is their share of the parameters. The
-    gradients are those of the weights at the time of each step; of a sample seen twice the later one counts.
+    sketch is added to a step. Linear layers and embeddings are seen, where they are called as modules on a whole batch;
+    ``coverage`` is the share of the parameters that was. The gradients are those of the weights at the time of each
+    step; of a sample seen twice the later one counts.
 
     Args:
         model: in training. Layers that mix samples (BatchNorm in train mode) make the parts depend on one another.
         rank: features. seed: of the sketch. reduction: "mean" or "sum", of the loss over the batch.
         layers: f(name, module) -> bool, the layers to watch; default: all Linear and Embedding modules.
     Raises:
-        ArgumentError: no such layer; a layer whose input does not begin with the batch axis; ids of another length.
+        ArgumentError: no such layer; a layer named by ``layers`` without a batch axis; ids of another length.
     """
 
     def __init__(
@@ -59,16 +60,24 @@ class TrainingScores:
         if not self._layers:
             got, todo = f"none of {len(named)}", "Watch at least one Linear or Embedding layer."
             raise ArgumentError(complaint("layers", "some layers to watch", got, todo))
-        every = {id(p): p.numel() for p in model.parameters()}
-        seen = {id(p): p.numel() for _, m in self._layers for p in m.parameters(recurse=False)}
-        self.coverage = sum(seen.values()) / sum(every.values())
+        self._named = layers is not None
+        self._met: set[int] = set()
+        self._left_out: set[int] = set()
         # a weight keeps its map wherever it is used; a bias beside it is one more column
         weights = {id(m.weight): None for _, m in self._layers}
         self._streams = {key: stream for stream, key in enumerate(weights)}
         self._shared = len(weights) < len(self._layers)
         self._handles: list[Any] = []
         self._sums: TensorSums | None = None
-        self._rows: dict[Any, Tensor] = {}
+        self._blocks: list[tuple[list, Tensor]] = []
+
+    @property
+    def coverage(self) -> float:
+        """Share of the parameters whose gradients were seen."""
+        every = {id(p): p.numel() for p in self.model.parameters()}
+        met = [m for _, m in self._layers if id(m) in self._met - self._left_out]
+        seen = {id(p): p.numel() for m in met for p in m.parameters(recurse=False)}
+        return sum(seen.values()) / sum(every.values())
 
     def __enter__(self) -> TrainingScores:
         self._handles = [m.register_forward_hook(self._watch) for _, m in self._layers]
@@ -80,7 +89,7 @@ class TrainingScores:
         self._handles, self._sums = [], None
 
     def _watch(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        if module.training and torch.is_grad_enabled() and output.requires_grad:
+        if module.training and torch.is_grad_enabled() and output.requires_grad and id(module) not in self._left_out:
             x = inputs[0].detach()
             output.register_hook(lambda g: self._add(module, x, g.detach()))
 
@@ -89,11 +98,15 @@ class TrainingScores:
             n = len(g)
             if self._sums is None:
                 self._sums = TensorSums(n, 1, self.rank, self.seed, g)
+            if len(self._sums.out) != n and not self._named:
+                self._left_out.add(id(module))  # one table of positions for all samples: its gradient is their sum
+                return
             if len(self._sums.out) != n:
                 name = next(name for name, m in self._layers if m is module)
                 got = f"{n} rows in layer {name!r} and {len(self._sums.out)} in another"
                 todo = "Call step(ids) after every backward pass, or leave the layer out with layers=."
                 raise ArgumentError(complaint("layers", "layers that see one batch", got, todo))
+            self._met.add(id(module))
             g = g.reshape(n, 1, -1, g.shape[-1])
             stream = self._streams[id(module.weight)]
             if isinstance(module, nn.Embedding):
@@ -119,11 +132,14 @@ class TrainingScores:
             got, todo = f"{len(listed)} ids for {len(features)} samples", "Pass the ids of the batch, in its order."
             raise ArgumentError(complaint("ids", "one for each sample of the batch", got, todo))
         features *= len(features) if self.reduction == "mean" else 1
-        self._rows.update(zip(listed, features, strict=True))
+        self._blocks.append((listed, features))
 
     def features(self) -> tuple[np.ndarray, Tensor]:
         """(ids, sketches [n, rank]) of the samples seen so far."""
-        return np.asarray(list(self._rows)), torch.stack(list(self._rows.values()))
+        last = {name: number for number, name in enumerate(name for ids, _ in self._blocks for name in ids)}
+        rows = torch.cat([features for _, features in self._blocks])[list(last.values())]
+        self._blocks = [(list(last), rows)]
+        return np.asarray(list(last)), rows
 
     def scores(self, *, reg: float = 0.1, sigma: float = 1.0) -> Scores:
         """Smooth unique information of every sample seen, from one Gauss-Newton step of the losses.
@@ -136,7 +152,7 @@ class TrainingScores:
         """
         if not reg > 0:
             raise ArgumentError(complaint("reg", "a number > 0", repr(reg), "Loss gradients alone bound no step."))
-        if not self._rows:
+        if not self._blocks:
             todo = "Train inside the context and call step(ids)."
             raise ArgumentError(complaint("scores", "samples seen in training", "none", todo))
         ids, z = self.features()

@@ -21,7 +21,7 @@ def model():
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_gradients_and_scores_are_those_of_autograd(reduction):
     (x, y), net = data(), model()
-    with TrainingScores(net, rank=4096, reduction=reduction) as live:
+    with TrainingScores(net, rank=512, reduction=reduction) as live:
         for ids in torch.arange(24).split(5):
             nn.functional.cross_entropy(net(x[ids]), y[ids], reduction=reduction).backward()
             live.step(ids)
@@ -33,13 +33,31 @@ def test_gradients_and_scores_are_those_of_autograd(reduction):
         rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))]))
     rows = torch.stack(rows)
     assert list(ids) == list(range(24))
-    assert float((z @ z.T - rows @ rows.T).norm() / (rows @ rows.T).norm()) < 0.05
+    assert float((z @ z.T - rows @ rows.T).norm() / (rows @ rows.T).norm()) < 0.2
     exact = z.double()
-    full = torch.linalg.solve(exact.T @ exact + 2.4 * torch.eye(4096), exact.sum(0))
+    full = torch.linalg.solve(exact.T @ exact + 2.4 * torch.eye(512), exact.sum(0))
     rest = exact[1:]
-    without = torch.linalg.solve(rest.T @ rest + 2.4 * torch.eye(4096), rest.sum(0))
+    without = torch.linalg.solve(rest.T @ rest + 2.4 * torch.eye(512), rest.sum(0))
     got = live.scores(reg=0.1)["si"][0]
     assert got == pytest.approx(float((full - without).square().sum() / 2), rel=1e-4)
+
+
+def test_a_table_of_positions_is_left_out_and_counted():
+    class Placed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.place, self.head = nn.Embedding(5, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(x + self.place(torch.arange(5))[None].mean(1))
+
+    (x, y), net = data(), Placed()
+    with TrainingScores(net) as live:
+        nn.functional.cross_entropy(net(x), y).backward()
+        live.step(range(24))
+        nn.functional.cross_entropy(net(x[:9]), y[:9]).backward()
+        live.step(range(9))
+    assert live.coverage == 21 / 51 and len(live.features()[0]) == 24
 
 
 def test_misuse_is_named():
@@ -62,7 +80,7 @@ def test_hugging_face_trainer(tmp_path):
     )  # fmt: skip
     net = transformers.BertForSequenceClassification(config)
     rows = [dict(input_ids=torch.randint(0, 30, (5,)), labels=i % 2, ids=100 + i) for i in range(10)]
-    callback = ScoreCallback(rank=64, layers=lambda name, module: "position" not in name)
+    callback = ScoreCallback(rank=64)
     arguments = transformers.TrainingArguments(
         tmp_path, per_device_train_batch_size=4, num_train_epochs=1, remove_unused_columns=False, report_to=[],
         save_strategy="no", use_cpu=True, disable_tqdm=True,
