@@ -8,10 +8,12 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 SAY := @printf '==> %s\n'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench sanitize clean
+.PHONY: help demo demo-text examples test lint bench sanitize clean
 
 help:
 	@echo "make demo    score every training sample of a real data set; writes demo_out/ with a report to look at"
+	@echo "make examples  run examples/*.py, notebook-like scripts on real data (a few minutes)"
+	@echo "make demo-text  the same on text: docstrings of installed packages and a sentence encoder, offline"
 	@echo "make test    run the whole test suite"
 	@echo "make lint    check style and imports (ruff)"
 	@echo "make bench   measure against floors and rivals; writes JSON and a Markdown table"
@@ -34,7 +36,25 @@ demo: $(STAMP)
 	$(SAY) "sui-fast demo"
 	@$(VENV)/bin/sui-fast demo
 
-test: $(STAMP)
+# The report is tested in a browser: Chromium is fetched where that needs no question asked, else those tests are skipped.
+CHROMIUM := $(VENV)/.chromium
+$(CHROMIUM): $(STAMP)
+	@if ! { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null 2>&1 && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		printf '==> %s\n' "installing chromium for the tests of the report"; \
+		(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core) \
+			>/dev/null 2>&1 || printf '==> %s\n' "chromium was not installed; the tests that need it are skipped"; \
+	fi
+	@touch $@
+
+examples: $(STAMP)
+	@for script in examples/*.py; do printf '==> %s\n' "$$script"; \
+		HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MPLBACKEND=Agg $(VENV)/bin/python $$script || exit 1; done
+
+demo-text: $(STAMP)
+	$(SAY) "sui-fast demo --text"
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/sui-fast demo --text
+
+test: $(STAMP) $(CHROMIUM)
 	$(SAY) "pytest, $(WORKERS) processes of one thread each"
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
 

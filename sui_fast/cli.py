@@ -1,19 +1,23 @@
-"""Command line: sui-fast demo | score | plan | report | doctor."""
+"""Command line: sui-fast demo | score | plan | report | compare | doctor."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from . import __version__
 from ._errors import ArgumentError, SuiError, complaint
 from .demo import run_demo
+from .demo_text import run_text_demo
 from .doctor import doctor
 from .measures import MEASURES
 from .planning import METHODS
+from .report import compare
 from .scores import Scores
 from .scoring import plan, score
 from .streaming import Processes
@@ -21,7 +25,9 @@ from .streaming import Processes
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 where doctor finds a fault, 2 for an error the user can mend."""
-    arguments = _parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    arguments = _parser().parse_args(given)
+    arguments.command = shlex.join(["sui-fast", *given])
     try:
         return arguments.run(arguments)
     except (SuiError, FileNotFoundError, ImportError) as error:
@@ -35,11 +41,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sui-fast", description="What does each training sample teach the model?")
     parser.add_argument("--version", action="version", version=f"sui-fast {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
-    commands = parser.add_subparsers(required=True, metavar="demo | score | plan | report | doctor")
+    commands = parser.add_subparsers(required=True, metavar="demo | score | plan | report | compare | doctor")
 
     demo = commands.add_parser("demo", help="score scikit-learn's digits with wrong labels mixed in")
-    demo.add_argument("--out", default="demo_out", help="folder for scores.parquet and report.html")
-    demo.set_defaults(run=lambda a: 0 if run_demo(a.out) is not None else 1)
+    demo.add_argument("--out", help="folder for scores.parquet and report.html (demo_out, demo_out_text)")
+    demo.add_argument("--text", action="store_true", help="docstrings and a sentence encoder instead (extra [text])")
+    demo.set_defaults(run=_demo)
 
     run = commands.add_parser("score", help="score your own model and data")
     _add_method(run)
@@ -68,7 +75,17 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="draw a report from saved scores")
     report.add_argument("scores", help="Parquet file written by score")
     report.add_argument("-o", "--out", default="report.html", help="HTML file to write")
+    report.add_argument("--title", default="Unique information of samples", help="heading")
+    report.add_argument("--texts", help="file with the text of each sample, one a line")
+    report.add_argument("--class-names", nargs="+", help="a name per class, in the order of the labels")
     report.set_defaults(run=_report)
+
+    two = commands.add_parser("compare", help="two score files of the same samples: ranks, movers, classes")
+    two.add_argument("a", help="Parquet file written by score")
+    two.add_argument("b", help="another one")
+    two.add_argument("-o", "--out", default="compare.html", help="HTML file to write")
+    two.add_argument("--measure", help="the one that ranks (default: fsi where both have it)")
+    two.set_defaults(run=_compare)
 
     commands.add_parser("doctor", help="versions, backends, self-tests").set_defaults(
         run=lambda a: 0 if doctor()["healthy"] else 1
@@ -86,6 +103,14 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
 
 def _params(a: argparse.Namespace):
     return "trainable" if a.params is None else a.params[0] if a.params in (["all"], ["trainable"]) else a.params
+
+
+def _demo(a: argparse.Namespace) -> int:
+    if a.text:
+        run_text_demo(a.out or "demo_out_text")
+    else:
+        run_demo(a.out or "demo_out")
+    return 0
 
 
 def _plan(a: argparse.Namespace) -> int:
@@ -123,6 +148,7 @@ def _score(a: argparse.Namespace) -> int:
         sgd_lr=a.sgd_lr,
         sgd_jitter=a.sgd_jitter,
     )
+    scores.diagnostics["command"] = a.command
     if Processes().number:  # one of several writes what all of them have
         return 0
     print(scores)
@@ -133,7 +159,16 @@ def _score(a: argparse.Namespace) -> int:
 
 
 def _report(a: argparse.Namespace) -> int:
-    print(f"wrote {Scores.load(a.scores).report(a.out)}")
+    scores = Scores.load(a.scores)
+    texts = None if a.texts is None else Path(a.texts).read_text(encoding="utf-8").splitlines()
+    print(f"wrote {scores.report(a.out, title=a.title, texts=texts, class_names=a.class_names)}")
+    return 0
+
+
+def _compare(a: argparse.Namespace) -> int:
+    found = compare(a.a, a.b, measure=a.measure)
+    print(found.summary())
+    print(f"wrote {found.report(a.out)}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time as clock
 from contextlib import contextmanager
 from importlib import metadata
@@ -9,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ._errors import ArgumentError, complaint
 from .jacobians import jacobian
 from .loo import (
     Removal,
+    WeightedProblem,
+    WeightedRemoval,
     add_to_kernel,
     check_stability,
     leave_one_out,
@@ -23,8 +27,9 @@ from .loo import (
     make_filter,
     remove_from_spectrum,
 )
-from .measures import information, loo_margin, sgd_information
-from .spectra import dense_spectrum, feature_spectrum
+from .losses import Goal
+from .measures import feature_neighbours, information, kernel_neighbours, sgd_information
+from .spectra import dense_spectrum, feature_spectrum, fingerprint_of
 from .streaming import (
     LowRank,
     Processes,
@@ -65,17 +70,20 @@ class Run:
     def __init__(self, model, wanted, reg, training, convention, groups, sigma, seed, progress):
         self.model, self.wanted, self.reg, self.training = model, wanted, reg, training
         self.convention, self.groups, self.sigma, self.seed, self.progress = convention, groups, sigma, seed, progress
-        self.samples = self.probes = self.y = self.labels = None
-        self.candidates = self.new_y = self.new_labels = None
+        self.samples = self.probes = self.goal = self.outputs = None  # outputs: those whose Jacobian is trained on
+        self.candidates = self.new_goal = self.inputs = None
         self.new_values: dict[str, np.ndarray] = {}
+        self.suggested: np.ndarray | None = None
+        self.neighbours: dict[str, np.ndarray] | None = None
         self.sgd: dict[str, Any] = {}
 
     def dense(self, stages: Stages, common: dict[str, Any]):
         """The exact kernel."""
         with stages("jacobian"):
-            jac = jacobian(self.model, self.samples, progress=self.progress, **common)
+            own = {**common, "outputs": self.outputs}
+            jac = jacobian(self.model, self.samples, progress=self.progress, **own)
             blocks = make_blocks(jac.n, jac.k, self.groups)
-            r0 = self.y - jac.outputs.to(torch.float64)
+            r0 = self.goal.residual(slice(None), jac.outputs)
         cross, reg, extra = None, self.reg, {}
         if self.probes is not None:
             with stages("validation jacobian"):
@@ -84,14 +92,15 @@ class Run:
             theta = jac.gram(progress=self.progress).to(torch.float64)
         if self.probes is not None:
             with stages("validation kernel"):
-                cross = probe.gram(jac, progress=self.progress).to(torch.float64)
+                cross = _even(probe.gram(jac, progress=self.progress).to(torch.float64), probe.n, jac.k)
+        if _is_certain(theta, r0, self.goal):
+            return self._weighted(stages, common, None if self.probes is None else probe)
         with stages("leave one out"):
             shared = dict(cross=cross, blocks=blocks, convention=self.convention, as_numpy=False)
             if isinstance(reg, str):
                 spectrum, idle = dense_spectrum(theta), (theta == 0).all(1)
-                regs, errors = loo_error_curve(
-                    spectrum, r0, blocks, idle, convention=self.convention, **self.training
-                )
+                options = dict(self.training, error=self.goal.error, convention=self.convention)
+                regs, errors = loo_error_curve(spectrum, r0, blocks, idle, **options)
                 reg, extra["reg_curve"] = float(regs[errors.argmin()]), _curve(regs, errors)
                 phi = make_filter(jac.n, reg=reg, **self.training)
                 removal: Removal = remove_from_spectrum(spectrum, phi, r0, idle=idle, **shared)
@@ -101,24 +110,68 @@ class Run:
                     method="spectral" if "si_sgd" in self.wanted else "auto", **self.training,
                 )  # fmt: skip
         with stages("measures"):
-            values, more = self._measure(removal, self.y, self.labels, jac.n * reg)
+            everything = slice(None)
+            left_out = torch.as_tensor(removal.loo_residual)
+            values, more = self._measure(removal, self.goal, everything, jac.n * reg)
+            errors = self.goal.error(everything, left_out)
+            if self.groups is None:
+                classes = None if self.goal.labels is None else self.goal.labels.to(theta.device)
+                self.neighbours = kernel_neighbours(theta, jac.k, classes)
+                if classes is not None:
+                    self.suggested = self.goal.suggest(everything, left_out).cpu().numpy()
         if self.candidates is not None:
             with stages("candidates"):
-                new = jacobian(self.model, self.candidates, progress=self.progress, **common)
-                reach = None if self.probes is None else probe.gram(new)
+                new = jacobian(self.model, self.candidates, progress=self.progress, **own)
+                reach = None if self.probes is None else _even(probe.gram(new), probe.n, jac.k)
                 phi = make_filter(jac.n, reg=reg, **self.training)
                 added = add_to_kernel(
-                    theta, r0, new.gram(jac), new.own_blocks(), self.new_y - new.outputs.to(torch.float64), phi,
+                    theta, r0, new.gram(jac), new.own_blocks(), self.new_goal.residual(everything, new.outputs), phi,
                     cross=cross, reach=reach, convention=self.convention,
                 )  # fmt: skip
-                self.new_values, _ = self._measure(added, self.new_y, self.new_labels, jac.n * reg)
+                self.new_values, _ = self._measure(added, self.new_goal, everything, jac.n * reg)
         details = removal.diagnostics
         details = dict(
             **details,
             error_estimate=max(details["eigen_error"], details["filter_error"]),
             **self._about(jac.n, jac.k, jac.shape[1], jac.coverage, common["dtype"]),
-            initial_mse=float(r0.square().sum(1).mean()),
-            loo_mse=float(torch.as_tensor(removal.loo_residual).square().sum(1).mean()),
+            **self._errors(float(self.goal.error(everything, r0).mean()), float(errors.mean())),
+            **extra,
+            **more,
+        )
+        return values, details, reg, self.samples.ids if self.groups is None else blocks.labels
+
+    def _weighted(self, stages: Stages, common: dict[str, Any], probe):
+        """The exact kernel where the loss is certain of some samples."""
+        if self.candidates is not None or "si_sgd" in self.wanted or self.reg == 0 and self.training["time"] is None:
+            got = "a sample predicted with certainty (curvature of its loss below 1e-8 of the largest)"
+            todo = "Pass reg > 0 or a finite time, without candidates and 'si_sgd'; or use loss='mse'."
+            raise ArgumentError(complaint("loss", "predictions short of certainty for this call", got, todo))
+        with stages("kernel"):
+            jac = jacobian(self.model, self.inputs, progress=self.progress, **common)
+            cross = None if probe is None else probe.gram(jac, progress=self.progress).to(torch.float64)
+            theta = jac.gram(progress=self.progress).to(torch.float64)
+        blocks = make_blocks(jac.n, jac.k, self.groups)
+        n, goal, everything, extra, reg = jac.n, self.goal.of_moves(), slice(None), {}, self.reg
+        with stages("leave one out"):
+            problem = WeightedProblem(theta, *goal.derivatives(), cross)
+
+            def remove(reg: float) -> WeightedRemoval:
+                return WeightedRemoval(problem, make_filter(n, reg=reg, **self.training), self.convention, blocks)
+
+            if isinstance(reg, str):
+                regs = float(problem.s[-1]) / n * np.logspace(-9, 1, 31)
+                errors = np.array([float(goal.error(everything, remove(float(x)).loo_residual).mean()) for x in regs])
+                reg, extra["reg_curve"] = float(regs[errors.argmin()]), _curve(regs, errors)
+            removal = remove(reg)
+        with stages("measures"):
+            values, more = self._measure(removal, goal, everything, n * reg)
+            moved = removal.loo_residual
+            errors = [float(goal.error(everything, x).mean()) for x in (torch.zeros_like(moved), moved)]
+        details = dict(
+            **removal.diagnostics,
+            error_estimate=removal.diagnostics["filter_error"],
+            **self._about(n, jac.k, jac.shape[1], jac.coverage, common["dtype"]),
+            **self._errors(*errors),
             **extra,
             **more,
         )
@@ -127,7 +180,7 @@ class Run:
     def low_rank(self, stages: Stages, common: dict[str, Any], method: str, rank: int, store, resume: bool):
         """A kernel of low rank, shard by shard."""
         n, processes = self.samples.n, Processes()
-        source = Source(self.model, self.samples, common, *processes.slice(n))
+        source = Source(self.model, self.samples, {**common, "outputs": self.outputs}, *processes.slice(n))
         whole = self.groups is not None or "si_sgd" in self.wanted
         if whole and processes.count > 1:
             raise ArgumentError(
@@ -136,13 +189,15 @@ class Run:
         with stages(f"{method} map"):
             fmap = fit_map(source, method, rank, self.seed, processes)
         about = dict(method=method, rank=fmap.rank, seed=self.seed, options=repr(sorted(common.items(), key=str)))
+        if self.goal.kind != "mse":
+            about["loss"] = f"{self.goal.kind} {fingerprint_of({'outputs': self.goal.f0, 'targets': self.goal.y})}"
         stores = []
         try:
             with stages("features"):
                 print_ = run_fingerprint(self.model, self.samples, about, _version())
                 stores.append(open_store(store, print_, "train", processes, resume))
-                collect(source, fmap, self.y, stores[0], self.progress)
-                device = self.y.device
+                collect(source, fmap, self.goal, stores[0], self.progress)
+                device = source.device
                 moments = moments_of(stores[0], fmap.rank, device)
                 moments.reduce(processes.total)
                 spectrum = feature_spectrum(moments)
@@ -159,76 +214,113 @@ class Run:
             with stages("leave one out"):
                 groups = self.groups if self.groups is not None or not whole else np.arange(n)
                 solver = LowRank(
-                    stores[0], spectrum, self.y.shape[1], moment=moment, convention=self.convention, groups=groups,
+                    stores[0], spectrum, self.goal.rows, moment=moment, convention=self.convention, groups=groups,
                     device=device,
                 )  # fmt: skip
                 reg, extra = self.reg, {}
                 if isinstance(reg, str):
-                    regs, errors = solver.loo_error_curve(processes.total, **self.training)
+                    options = (processes.total, self.goal.error, source.begin)
+                    regs, errors = solver.loo_error_curve(*options, **self.training)
                     reg, extra["reg_curve"] = float(regs[errors.argmin()]), _curve(regs, errors)
                 phi = make_filter(n, reg=reg, **self.training)
                 check_stability(phi, float(spectrum.s[-1]), n)
-                columns, more, begin, lost, missed = [], {}, source.begin, 0.0, 0.0
+                columns, more, begin, first_error, lost, missed = [], {}, source.begin, 0.0, 0.0, 0.0
                 details: dict[str, Any] = {}
+                suggest = self.goal.labels is not None and self.groups is None
                 for shard in solver.shards():
                     removal = solver.removal(shard, phi)
                     count = len(shard["features"])
                     part = slice(begin, begin + count)
-                    labels = None if self.labels is None else self.labels[part]
-                    found, more = self._measure(removal, self.y[part], labels, n * reg)
+                    found, more = self._measure(removal, self.goal, part, n * reg)
+                    if suggest:
+                        found["suggested"] = self.goal.suggest(part, removal.loo_residual).cpu().numpy()
                     columns.append(found)
-                    lost += float(removal.loo_residual.square().sum())
+                    first_error += float(self.goal.error(part, removal.residual).sum())
+                    lost += float(self.goal.error(part, removal.loo_residual).sum())
                     missed += float(removal.missed_leverage.sum())
                     details, begin = removal.diagnostics, begin + count
-                values = processes.gather(self._join(columns))
-                lost, missed = processes.total(torch.tensor([lost, missed], dtype=torch.float64)).tolist()
+                values = processes.gather(self._join(columns, ("suggested",) * suggest))
+                if suggest:
+                    self.suggested = values.pop("suggested").astype(np.int64)
+                if suggest and groups is None and processes.count == 1:
+                    doubt = np.flatnonzero(self.suggested != self.goal.labels.cpu().numpy())
+                    measure = next(iter(values))
+                    worst = values["loo_margin"][doubt] if "loo_margin" in values else -values[measure][doubt]
+                    rows = lambda: (shard["features"] for shard in solver.shards())  # noqa: E731
+                    self.neighbours = feature_neighbours(rows, n, self.goal.labels, doubt[worst.argsort()])
+                sums = torch.tensor([first_error, lost, missed], dtype=torch.float64)
+                first_error, lost, missed = processes.total(sums).tolist()
                 edf = missed + float((spectrum.s * torch.from_numpy(phi(spectrum.s.cpu().numpy())).to(device)).sum())
             if self.candidates is not None:
                 with stages("candidates"):
-                    new = Source(self.model, self.candidates, common, *processes.slice(self.candidates.n))
+                    new = Source(self.model, self.candidates, source.options, *processes.slice(self.candidates.n))
                     columns, begin = [], new.begin
-                    for sample in features_of(new, fmap, self.new_y, begin, self.progress):
+                    for sample in features_of(new, fmap, self.new_goal, begin, self.progress):
                         part = slice(begin, begin + len(sample["features"]))
                         added = solver.addition(sample, phi, seen)
-                        labels = None if self.new_labels is None else self.new_labels[part]
-                        columns.append(self._measure(added, self.new_y[part], labels, n * reg)[0])
+                        columns.append(self._measure(added, self.new_goal, part, n * reg)[0])
                         begin = part.stop
                     self.new_values = processes.gather(self._join(columns))
             with stages("error estimate"):
                 error, exact_edf = kernel_error(source, fmap, n * reg, self.seed)
                 details["effective_dimension"] = edf = max(edf, exact_edf) if phi.converged else edf
-                better = warn_of_rank(method, fmap.rank, edf, n * self.y.shape[1])
+                better = warn_of_rank(method, fmap.rank, edf, n * self.goal.rows)
         finally:
             for held in stores:
                 held.close()
-        first = source.part(0, 1)
+        first, first_parameter = source.part(0, 1), next(self.model.parameters())
         details = dict(
             details,
             error_estimate=error,
             features=fmap.rank,
             rank_wanted=better,
-            **self._about(n, first.k, first.shape[1], first.coverage, first.dtype),
-            initial_mse=moments.energy / n,
-            loo_mse=lost / n,
+            **self._about(n, first.k, first.shape[1], first.coverage, common["dtype"] or first_parameter.dtype),
+            **self._errors(first_error / n, lost / n),
             **extra,
             **more,
         )
         return values, details, reg, self.samples.ids if self.groups is None else np.unique(np.asarray(self.groups))
 
-    def _join(self, columns: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        nothing = [{name: np.zeros(0) for name in self.wanted}]  # of a process without samples
-        return {name: np.concatenate([column[name] for column in columns or nothing]) for name in self.wanted}
+    def _join(self, columns: list[dict[str, np.ndarray]], more: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+        names = (*self.wanted, *more)
+        nothing = [{name: np.zeros(0) for name in names}]  # of a process without samples
+        return {name: np.concatenate([column[name] for column in columns or nothing]) for name in names}
 
     @staticmethod
     def _about(n: int, k: int, parameters: int, coverage: float, dtype) -> dict[str, Any]:
         return dict(samples=n, outputs=k, parameters=parameters, coverage=coverage, dtype=dtype)
 
-    def _measure(self, removal: Removal, y, labels, shift: float):
-        return _measure(removal, self.wanted, self.sigma, y, labels, shift=shift, **self.sgd)
+    def _errors(self, initial: float, left_out: float) -> dict[str, float]:
+        what = "mse" if self.goal.kind == "mse" else "loss"
+        return {f"initial_{what}": initial, f"loo_{what}": left_out}
+
+    def _measure(self, removal: Removal, goal: Goal, part: slice, shift: float):
+        return _measure(removal, self.wanted, self.sigma, goal, part, shift=shift, **self.sgd)
 
 
 def _curve(regs: np.ndarray, errors: np.ndarray) -> dict[str, list[float]]:
     return {"reg": regs.tolist(), "loo_error": errors.tolist()}
+
+
+def _is_certain(theta: Tensor, r0: Tensor, goal: Goal) -> bool:
+    """Whether rows of the whitened kernel are so small, or residuals so large, that their digits are lost there."""
+    size = theta.diagonal().reshape(r0.shape).abs()
+    lost = (size < 1e-8 * size.max()) & (r0 != 0) & (size > 0)
+    if goal.kind != "function":
+        lost |= r0.abs() > 1e4
+    return goal.kind != "mse" and bool(lost.any())
+
+
+def _even(cross: Tensor, m: int, rows: int) -> Tensor:
+    """The cross kernel as the solver takes it, ``rows`` to a validation sample, with the same mean of squares.
+
+    Training on logits has a row less per sample than there are logits; the solver knows one number for both.
+    """
+    if len(cross) == m * rows:
+        return cross
+    fill = -len(cross) % rows
+    even = torch.cat([cross, cross.new_zeros(fill, cross.shape[1])])
+    return even * math.sqrt(len(even) / (m * rows))
 
 
 def _version() -> str:
@@ -236,7 +328,8 @@ def _version() -> str:
 
 
 def _measure(
-    removal: Removal, wanted, sigma: float, y, labels, *, shift: float, lr: float, batch_size: int, jitter: float
+    removal: Removal, wanted, sigma: float, goal: Goal, part: slice, *,
+    shift: float, lr: float, batch_size: int, jitter: float,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The columns asked for, in the order asked for, and what is to be said about them."""
     extra: dict[str, Any] = {}
@@ -255,7 +348,7 @@ def _measure(
         if name == "leverage":
             return removal.leverage
         if name == "loo_residual":
-            return removal.sum_over_blocks(removal.loo_residual.square().sum(1)).sqrt()
-        return loo_margin(y, removal.loo_residual, labels.to(y.device))
+            return removal.sum_over_blocks(goal.slope(part, removal.loo_residual).square().sum(1)).sqrt()
+        return goal.margin(part, removal.loo_residual)
 
     return {name: column(name).cpu().numpy().astype(np.float64) for name in wanted}, extra

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+import platform
 import sys
 import time as clock
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -13,21 +16,25 @@ import torch
 
 from ._errors import ArgumentError, complaint
 from .jacobians import jacobian
-from .jacobians.data import as_samples
+from .jacobians.data import Samples, as_samples
+from .jacobians.engine import predict
 from .loo import make_filter
+from .losses import Curved, Goal, Rooted, Squared, check_loss
 from .measures import MEASURES, UNITS
 from .planning import METHODS, Plan, choose_method, make_plan
+from .previews import LARGEST, channels_first, image_shape, shrink
 from .runs import Run, Stages
 from .scores import Scores
+from .spectra import fingerprint_of
 from .streaming import check_rank
-from .targets import regression_targets
+from .targets import loss_targets
 
 try:
     import resource
 except ImportError:  # not on Windows
     resource = None
 
-LOSSES = ("mse",)
+TEXT_COLUMNS = ("text", "sentence", "content", "document", "question", "prompt")  # what a report shows of a sample
 
 
 def score(
@@ -36,7 +43,7 @@ def score(
     val=None,
     *,
     measures=("si", "fsi"),
-    loss: str = "mse",
+    loss="mse",
     reg: float | str = 0.0,
     time: float | None = None,
     lr: float | None = None,
@@ -67,7 +74,7 @@ def score(
         SI_i   = ||w_-i - w||^2 / (2 sigma^2)
         F-SI_i = mean over validation x of ||f_-i(x) - f(x)||^2 / (2 sigma^2)         in nats
 
-    for the network linearised at its present weights, trained on the mean squared loss with
+    for the network linearised at its present weights, trained on the mean loss with
     reg/2 ||w - w0||^2, and exactly retrained without each sample. The model runs in eval mode and is left as found.
 
     Args:
@@ -76,7 +83,10 @@ def score(
             float [n, k] or [n], or integer classes (one-hot for k > 1, {0, 1} for k = 1).
         val: the same, targets not needed; required by "fsi".
         measures: of "si", "fsi", "si_langevin", "si_sgd", "leverage", "loo_residual", "loo_margin".
-        loss: "mse".
+        loss: "mse"; "cross_entropy" (logits, k > 1) and "binary_cross_entropy" (logits, each output for itself), or a
+            function (outputs [b, k], targets) -> [b], convex in the outputs: in generalised Gauss-Newton form at the
+            present weights, so that leaving out is one Newton step of the problem without the sample. "fsi" stays
+            the change of the outputs (logits).
         reg: lambda' of the mean loss, or "auto": the value with the smallest exact leave-one-out error.
         time: training steps ("gd") or time ("flow"); None: trained to convergence. lr: step size of the mean loss.
         dynamics: "gd" or "flow".
@@ -87,7 +97,8 @@ def score(
             that was interrupted goes on (resume=True) with the same scores; resume=False begins anew. Under torchrun a
             run of low rank shares the samples among the processes, and every process returns all scores.
         params: "trainable", "all", names, or a predicate: the parameters that count.
-        outputs: function (model, batch) -> [b, k]; default: the model's tensor, or its ``.logits``.
+        outputs: function (model, batch) -> [b, k]; default: the model's tensor, or its ``.logits``; ready-made ones,
+            of language models too, in ``sui_fast.outputs``.
         batch_size: samples per forward pass; no effect on the result.
         device: where to compute (default: where the model is).
         dtype: of the Jacobian (default float64; for methods of low rank the model's).
@@ -121,45 +132,53 @@ def score(
     if device is not None and _device_of(model) != torch.device(device):
         model = copy.deepcopy(model).to(device)
 
-    stages = Stages(5 + ("fsi" in wanted) * 2, progress)
+    stages = Stages(6 + ("fsi" in wanted) * 2, progress)
     run = Run(model, wanted, reg, dict(time=time, lr=lr, dynamics=dynamics), convention, groups, sigma, seed, progress)
     run.sgd = dict(lr=sgd_lr, batch_size=sgd_batch_size, jitter=sgd_jitter)
     try:
         with stages("data"):
-            run.samples = as_samples(train, with_targets=True, argument="train")
+            own = getattr(outputs, "target", None)  # language models predict their inputs
+            need = True if own is None else None
+            run.samples = as_samples(train, with_targets=need, argument="train")
             if "fsi" in wanted:
                 run.probes = as_samples(val, with_targets=None, argument="val")
             if candidates is not None:
-                run.candidates = as_samples(candidates, with_targets=True, argument="candidates")
+                run.candidates = as_samples(candidates, with_targets=need, argument="candidates")
         common = dict(outputs=outputs, params=params, batch_size=batch_size)
         with stages("look"):
             first = jacobian(model, run.samples.slice(0, 1), dtype=dtype, **common)
-            y, labels = regression_targets(run.samples.targets, first.k)
+            targets = loss_targets(loss, _targets(run.samples, own, first.k), first.k)
+            labels, inputs = targets[1], run.samples
+            run.inputs = inputs
+            rows = first.k - (loss == "cross_entropy")
             chosen, rank, reason = choose_method(
-                run.samples.n, first.k, first.shape[1], method=method, rank=rank, device=first.device,
+                run.samples.n, rows, first.shape[1], method=method, rank=rank, device=first.device,
                 groups=groups is not None,
             )  # fmt: skip
             if "loo_margin" in wanted:
                 _check_labels(labels, groups)
-        run.y, run.labels = y.to(first.device), labels
-        if candidates is not None:
-            new_y, run.new_labels = regression_targets(run.candidates.targets, first.k, "candidates")
-            run.new_y = new_y.to(first.device)
-            if "loo_margin" in wanted:
-                _check_labels(run.new_labels, None)
+        common["dtype"] = dtype or torch.float64 if chosen == "dense" else dtype
+        with stages("outputs"):
+            run.goal, run.samples, run.outputs = _aim(model, loss, run.samples, targets, first.device, common, progress)
+            if candidates is not None:
+                new_targets = loss_targets(loss, _targets(run.candidates, own, first.k), first.k, "candidates")
+                if "loo_margin" in wanted:
+                    _check_labels(new_targets[1], None)
+                new = run.candidates
+                run.new_goal, run.candidates, _ = _aim(model, loss, new, new_targets, first.device, common, progress)
         if chosen == "dense":
             if store is not None and method == "dense":
                 raise ArgumentError(complaint("store", "None with an exact method", repr(store), "Drop it."))
-            found = run.dense(stages, dict(dtype=dtype or torch.float64, **common))
+            found = run.dense(stages, common)
         else:
-            found = run.low_rank(stages, dict(dtype=dtype, **common), chosen, rank, store, resume)
+            found = run.low_rank(stages, common, chosen, rank, store, resume)
         values, details, reg, ids = found
     finally:
         stages.close()
 
     settings = dict(
         measures=list(wanted),
-        loss=loss,
+        loss=loss if isinstance(loss, str) else getattr(loss, "__name__", repr(loss)),
         reg=reg,
         time=time,
         lr=lr,
@@ -168,7 +187,8 @@ def score(
         method=chosen,
         params=params if isinstance(params, str) else repr(params),
         batch_size=batch_size,
-        dtype=str(details.pop("dtype")).removeprefix("torch."),
+        dtype=str(details["dtype"]).removeprefix("torch."),
+        dtypes=_dtypes(details.pop("dtype"), chosen),
         seed=seed,
         convention=convention,
         grouped=groups is not None,
@@ -180,24 +200,30 @@ def score(
         method_reason=reason,
         **details,
         seconds=stages.seconds,
+        versions=versions(),
+        model_sha256=_fingerprint(model),
         peak_bytes=_peak_bytes(first.device),
     )
-    units = {name: UNITS[name] for name in values}
-    common = dict(settings=settings, diagnostics=diagnostics, units=units)
+    special = dict(zip(("loo_residual", "loo_margin"), run.goal.units, strict=True))
+    units = {name: special.get(name, UNITS[name]) for name in values}
+    about = dict(settings=settings, diagnostics=diagnostics, units=units)
     scores = Scores(
         ids=ids,
         values=values,
         labels=labels.cpu().numpy() if labels is not None and groups is None else None,
-        inputs=_small_inputs(run.samples) if groups is None else None,
-        **common,
+        inputs=_small_inputs(inputs) if groups is None else None,
+        texts=_texts(train, inputs.n) if groups is None else None,
+        suggested=run.suggested,
+        neighbours=run.neighbours,
+        **about,
     )
     if candidates is not None:
         scores.candidates = Scores(
             ids=run.candidates.ids,
             values=run.new_values,
-            labels=None if run.new_labels is None else run.new_labels.cpu().numpy(),
-            inputs=_small_inputs(run.candidates),
-            **common,
+            labels=None if new_targets[1] is None else new_targets[1].cpu().numpy(),
+            inputs=_small_inputs(new),
+            **about,
         )
     return scores
 
@@ -228,6 +254,21 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     return make_plan(first, seconds, samples.n, m, method, rank, reason)
 
 
+def _targets(samples: Samples, constant: float | None, k: int) -> torch.Tensor | None:
+    return samples.targets if constant is None else torch.full((samples.n, k), constant, dtype=torch.float64)
+
+
+def _aim(model, loss, samples, targets, device, options, progress) -> tuple[Goal, Samples, Any]:
+    """The goal of the training, samples that carry what its features need, and the outputs they are features of."""
+    y, labels = targets[0].to(device), targets[1]
+    if loss == "mse":
+        return Squared(y, labels), samples, options["outputs"]
+    f0 = predict(model, samples, progress=progress, **options)
+    function = loss if callable(loss) else None
+    goal = Curved("function" if function else loss, f0, y, labels, function)
+    return goal, samples.beside(goal.extra), Rooted(goal.kind, options["outputs"])
+
+
 def _check_arguments(measures, loss, sigma, method, rank, val, sgd_batch_size, sgd_jitter):
     wanted = (measures,) if isinstance(measures, str) else tuple(measures)
     unknown = [name for name in wanted if name not in MEASURES]
@@ -235,8 +276,7 @@ def _check_arguments(measures, loss, sigma, method, rank, val, sgd_batch_size, s
         raise ArgumentError(
             complaint("measures", f"some of {', '.join(MEASURES)}", repr(unknown or wanted), "Choose from the list.")
         )
-    if loss not in LOSSES:
-        raise ArgumentError(complaint("loss", "'mse'", repr(loss), "One-hot squared loss serves classification."))
+    check_loss(loss)
     if method not in METHODS:
         raise ArgumentError(
             complaint(
@@ -274,9 +314,34 @@ def _check_labels(labels, groups) -> None:
         )
 
 
+def _dtypes(model: torch.dtype, method: str) -> dict[str, str]:
+    """In what the model runs, features (or the kernel) are kept, sums over samples add up, and systems are solved."""
+    name = str(model).removeprefix("torch.")
+    features = name if method == "dense" else "float32"
+    return dict(model=name, features=features, accumulation="float64", solve="float64")
+
+
 def _device_of(model: torch.nn.Module) -> torch.device:
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device
+
+
+def versions() -> dict[str, str]:
+    """What a run depends on, for its run card."""
+    found = {"python": platform.python_version()}
+    for name in ("sui-fast", "torch", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _fingerprint(model: torch.nn.Module, most: int = 1 << 30) -> str | None:
+    """The first digits of the hash of the weights and buffers, for the run card; None for models too large or odd."""
+    with contextlib.suppress(RuntimeError, TypeError, ValueError, AttributeError):
+        tensors = {name: x for name, x in model.state_dict().items() if isinstance(x, torch.Tensor)}
+        if sum(x.numel() * x.element_size() for x in tensors.values()) <= most:
+            return fingerprint_of(tensors)[:16]
+    return None
 
 
 def _peak_bytes(device: torch.device) -> int:
@@ -288,11 +353,38 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def _small_inputs(samples, most: int = 16_384) -> np.ndarray | None:
-    """The inputs for the report, where they are one array of at most ``most`` numbers a sample."""
+    """The inputs for the report, where they are one array: pictures made small, others of at most ``most`` numbers."""
     parts = []
     for batch in samples.batches(256):
-        if not isinstance(batch, torch.Tensor) or batch[0].numel() > most:
-            return None
-        parts.append(batch.detach().cpu().to(torch.float32).numpy())
+        if not isinstance(batch, torch.Tensor):  # several inputs: side by side where all are real numbers
+            several = list(batch.values()) if isinstance(batch, dict) else list(batch)
+            if not all(isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim <= 2 for x in several):
+                return None
+            batch = torch.cat([x.reshape(len(x), -1).cpu().to(torch.float32) for x in several], 1)
+        if batch[0].numel() > most:
+            if image_shape(tuple(batch.shape[1:])) is None:
+                return None
+            pixels = batch.detach().cpu().to(torch.float32)
+            first = channels_first(tuple(batch.shape[1:]))
+            pixels = pixels.movedim(1, -1) if first else pixels.reshape(*batch.shape[:3], -1)
+            parts.append(shrink(pixels.numpy(), LARGEST))
+        else:
+            parts.append(batch.detach().cpu().to(torch.float32).numpy())
+    if len({part.shape[1:] for part in parts}) != 1:
+        return None
     stacked = np.concatenate(parts)
     return stacked if stacked.nbytes < 1 << 28 else None
+
+
+def _texts(train, n: int) -> list[str] | None:
+    """The texts of a Hugging Face Dataset, alone or in a DataLoader, for the report."""
+    train = train.dataset if isinstance(train, torch.utils.data.DataLoader) else train
+    names = getattr(train, "column_names", None)
+    if not isinstance(names, list) or not hasattr(train, "with_format"):
+        return None
+    for name in TEXT_COLUMNS:
+        if name in names:
+            found = train.with_format(None)[name][:]
+            if len(found) == n and all(isinstance(text, str) for text in found):
+                return list(found)
+    return None

@@ -28,6 +28,7 @@ from ._errors import ArgumentError, StabilityError, complaint
 from .jacobians import Jacobian, jacobian, sketches
 from .jacobians.data import Samples, batch_length
 from .loo import Addition, SpectralRemoval, add_samples, check_stability, make_blocks, make_filter, shard_blocks
+from .losses import Goal
 from .spectra import (
     RANK_FOR,
     FeatureMap,
@@ -60,6 +61,11 @@ class Source:
     options: dict[str, Any]
     begin: int
     end: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.model.parameters()).device
 
     def part(self, begin: int, end: int) -> Jacobian:
         """Jacobian of samples begin .. end."""
@@ -163,14 +169,14 @@ def smooth_rank(rank: int) -> int:
         rank += 1
 
 
-def collect(source: Source, fmap: FeatureMap, y: Tensor | None, store: Store | _Memory, progress: bool) -> None:
+def collect(source: Source, fmap: FeatureMap, goal: Goal | None, store: Store | _Memory, progress: bool) -> None:
     """Pass 1: features [n, k, r] float32, residual [n, k] and the diagonal that the features miss [n, k, k]."""
-    for shard in features_of(source, fmap, y, source.begin + store.rows, progress):
+    for shard in features_of(source, fmap, goal, source.begin + store.rows, progress):
         store.append(shard)
 
 
 def features_of(
-    source: Source, fmap: FeatureMap, y: Tensor | None, begin: int, progress: bool
+    source: Source, fmap: FeatureMap, goal: Goal | None, begin: int, progress: bool
 ) -> Iterator[dict[str, Tensor]]:
     """What pass 1 keeps of the samples from ``begin`` on, shard by shard."""
     if begin >= source.end:
@@ -181,12 +187,12 @@ def features_of(
     ) as bar:
         for first in range(begin, source.end, size):
             end = min(first + size, source.end)
-            parts = [_features(source, fmap, y, b, min(b + 256, end)) for b in range(first, end, 256)]
+            parts = [_features(source, fmap, goal, b, min(b + 256, end)) for b in range(first, end, 256)]
             yield {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             bar.update(end - first)
 
 
-def _features(source: Source, fmap: FeatureMap, y: Tensor | None, begin: int, end: int) -> dict[str, Tensor]:
+def _features(source: Source, fmap: FeatureMap, goal: Goal | None, begin: int, end: int) -> dict[str, Tensor]:
     if fmap.sketch is not None:
         outputs, features = sketches(source.model, source.samples.slice(begin, end), *fmap.sketch, **source.options)
     else:
@@ -194,8 +200,8 @@ def _features(source: Source, fmap: FeatureMap, y: Tensor | None, begin: int, en
         outputs, features = part.outputs, fmap.features(part)
     features = features.to(torch.float32)
     found = {"features": features.cpu()}
-    if y is not None:
-        found["residual"] = (y[begin:end].to(outputs.device) - outputs.to(torch.float64)).cpu()
+    if goal is not None:
+        found["residual"] = goal.residual(slice(begin, end), outputs).cpu()
         if fmap.kind != "sketch":
             wide = features.to(torch.float64)
             found["missed"] = (part.own_blocks().to(torch.float64) - wide @ wide.transpose(1, 2)).cpu()
@@ -277,8 +283,8 @@ class LowRank:
         moved = ((change @ seen.gram) * change).sum(1).clamp_min(0) / seen.samples
         return replace(found, prediction_sqnorm=moved)
 
-    def loo_error_curve(self, total: Callable[[Tensor], Tensor], points: int = 31, **training) -> tuple:
-        """As in loo.regularisation, summed over shards and processes."""
+    def loo_error_curve(self, total: Callable, error: Callable, first: int, points: int = 31, **training) -> tuple:
+        """As in loo.regularisation, summed over shards, of which the first sample is ``first``, and processes."""
         n, top = self.spectrum.samples, float(self.spectrum.s[-1])
         regs, filters = [], []
         for reg in top / n * np.logspace(-9, 1, points):
@@ -293,8 +299,10 @@ class LowRank:
             filters.append(phi)
         errors = torch.zeros(len(regs), dtype=torch.float64)
         for shard in self.shards():
+            part = slice(first, first + len(shard["features"]))
             for number, phi in enumerate(filters):
-                errors[number] += float(self.removal(shard, phi).loo_residual.square().sum())
+                errors[number] += float(error(part, self.removal(shard, phi).loo_residual).sum())
+            first = part.stop
         return np.array(regs), total(errors).numpy() / n
 
 

@@ -1,11 +1,11 @@
-"""Targets of the squared loss: numbers as they are, classes as one-hot rows."""
+"""Targets: numbers as they are, classes as one-hot rows, checked against what the loss can take."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ._errors import DataError, complaint
+from ._errors import ArgumentError, DataError, complaint
 
 
 def regression_targets(targets: Tensor | None, k: int, argument: str = "train") -> tuple[Tensor, Tensor | None]:
@@ -73,3 +73,43 @@ def regression_targets(targets: Tensor | None, k: int, argument: str = "train") 
     if k == 1:
         return labels.to(torch.float64)[:, None], labels
     return torch.nn.functional.one_hot(labels, k).to(torch.float64), labels
+
+
+def loss_targets(loss: object, targets: Tensor | None, k: int, argument: str = "train") -> tuple[Tensor, Tensor | None]:
+    """Targets as a loss takes them, and the class of each sample.
+
+    Args:
+        loss: "mse", "cross_entropy" (classes [n], or probabilities [n, k] of every class), "binary_cross_entropy"
+            (numbers in 0..1 or integers {0, 1}, [n, k], or [n] for k = 1), or a function (any tensor [n, ...]).
+        targets, k, argument: as in ``regression_targets``.
+    Returns:
+        y, float64 [n, k] for the named losses, and labels int64 [n] or None.
+    Raises:
+        DataError, ArgumentError.
+    """
+    if loss == "mse":
+        return regression_targets(targets, k, argument)
+    if callable(loss):
+        if targets is None:
+            raise DataError(complaint(argument, "samples with targets", "inputs only", "Pass (inputs, targets)."))
+        classes = not targets.is_floating_point() and targets.ndim == 1
+        return targets.to(torch.float64) if targets.is_floating_point() else targets, targets if classes else None
+    if loss == "cross_entropy" and k == 1:
+        todo = "Use loss='binary_cross_entropy' for one logit."
+        raise ArgumentError(complaint("loss", "two or more outputs with 'cross_entropy'", "a model with one", todo))
+    if loss == "binary_cross_entropy" and targets is not None and k > 1 and targets.ndim == 2:
+        targets = targets.to(torch.float64)
+    if loss == "binary_cross_entropy" and targets is not None and k > 1 and targets.ndim == 1:
+        got, todo = f"shape {list(targets.shape)}", "Pass a row of 0 and 1 per sample, or use loss='cross_entropy'."
+        raise DataError(complaint(argument, f"targets of shape [n, {k}] for 'binary_cross_entropy'", got, todo))
+    y, labels = regression_targets(targets, k, argument)
+    wrong = ~((y >= 0) & (y <= 1)).all(1)
+    expected = "targets in 0..1 for 'binary_cross_entropy'"
+    if loss == "cross_entropy":
+        wrong |= (y.sum(1) - 1).abs() > 1e-6
+        expected = "classes, or probabilities that sum to 1, for 'cross_entropy'"
+    bad = torch.nonzero(wrong).flatten()
+    if len(bad):
+        got = f"{y[bad[0]].tolist()[:8]} at sample {int(bad[0])}"
+        raise DataError(complaint(argument, expected, got, "Repair that sample, or use loss='mse'."))
+    return y, labels if loss == "cross_entropy" or k == 1 else None

@@ -32,7 +32,23 @@ def test_score_and_report(task, capsys):
     scores = sui_fast.Scores.load("s.parquet")
     assert list(scores.values) == ["si", "fsi", "loo_margin"] and len(scores) == 8
     assert main(["report", "s.parquet", "-o", "again.html"]) == 0
-    assert "Run card" in (task / "again.html").read_text() and (task / "r.html").exists()
+    page = (task / "again.html").read_text()
+    assert "Run card" in page and (task / "r.html").exists()
+    assert "sui-fast score my_task:build --out s.parquet --report r.html --reg 0.1" in page  # how to repeat
+
+
+def test_report_with_texts_and_names_and_compare(task, capsys):
+    for reg, out in (("0.1", "a.parquet"), ("1", "b.parquet")):
+        assert main(["score", "my_task:build", "--reg", reg, "--out", out]) == 0
+    (task / "texts.txt").write_text("\n".join(f"line {i}" for i in range(8)))
+    more = ["--texts", "texts.txt", "--class-names", "cat", "dog", "--title", "Cats & dogs"]
+    assert main(["report", "a.parquet", *more]) == 0
+    page = (task / "report.html").read_text()
+    assert "<title>Cats &amp; dogs</title>" in page and "line 7" in page and ">dog<" in page
+    assert main(["report", "a.parquet", "--class-names", "cat"]) == 2 and "class_names" in capsys.readouterr().err
+    assert main(["compare", "a.parquet", "b.parquet", "-o", "c.html", "--measure", "si"]) == 0
+    out = capsys.readouterr().out
+    assert "8 common samples" in out and "si: Spearman" in out and (task / "c.html").exists()
 
 
 @pytest.mark.filterwarnings("ignore:sui_fast")
@@ -59,6 +75,7 @@ def test_plan_and_a_store_that_resumes(task, capsys):
         ["score", "my_task:build", "--reg", "-1"],
         ["score", "my_task:build", "--measures", "wrong"],
         ["report", "missing.parquet"],
+        ["compare", "missing.parquet", "missing.parquet"],
     ],
 )
 def test_errors_take_one_line_and_status_two(task, capsys, arguments):

@@ -15,17 +15,24 @@ ROOMS = [
     ["spectra"],
     ["loo"],
     ["measures"],
-    ["targets", "scores"],
+    ["previews", "review"],
+    ["losses", "outputs", "targets", "scores"],
     ["planning", "streaming"],
     ["runs"],
     ["scoring", "training"],
     ["report", "compat"],
     ["demo", "doctor"],
+    ["demo_text"],
     ["cli"],
     ["__init__", "__main__"],
 ]
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
-INSIDE = {("scores", "report"), ("demo", "sklearn")}  # drawn only when asked for; needed by the demo alone
+INSIDE = {  # drawn only when asked for; optional packages
+    ("scores", "report"),
+    ("demo", "sklearn"),
+    ("report", "PIL"),
+    ("report", "matplotlib"),
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
-from sui_fast import Scores, SuiError, score
+from sui_fast import Scores, SuiError, ntk, score
 
 N, K = 13, 3
 GENERATOR = torch.Generator().manual_seed(0)
@@ -291,3 +291,22 @@ def test_properties(seed, n, k, reg, time, convention):
     np.testing.assert_allclose(half["si"] * 4, got["si"], rtol=1e-12)
     turned = run((x.flip(0), y.flip(0)), **arguments)
     np.testing.assert_allclose(turned["si"][::-1], got["si"], rtol=1e-5, atol=1e-12 * got["si"].max())
+
+
+def test_a_parameter_without_dimensions_counts():
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.linear = torch.nn.Parameter(torch.tensor(0.5)), torch.nn.Linear(3, 1)
+
+        def forward(self, x):
+            return torch.tanh(self.scale * self.linear(x))
+
+    torch.manual_seed(0)
+    model, x = Scaled().double(), torch.randn(6, 3, dtype=torch.float64)
+    rows = []
+    for i in range(6):
+        gradients = torch.autograd.grad(model(x[i : i + 1])[0, 0], list(model.parameters()))
+        rows.append(torch.cat([g.reshape(-1) for g in gradients]))
+    expected = torch.stack(rows) @ torch.stack(rows).T
+    assert torch.allclose(torch.as_tensor(ntk(model, x)), expected, rtol=1e-10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import sys
 import warnings
@@ -20,12 +21,29 @@ from torch.utils.checkpoint import CheckpointFunction, checkpoint
 from .._errors import ArgumentError, CoverageError, DataError, ModelError, complaint
 from .data import batch_length
 from .layers import Use
-from .recorder import Call, Recorder, Replay, Survey
+from .recorder import Recorder, Replay
 from .recurrent import own_body
+from .survey import Call, Survey
 
 _grad = own_body(torch.autograd.grad)  # with a mode on, the function would turn it off for what checkpoints repeat
 _COPIED = 5 * 10**8  # entries of a model that may be copied to float32 for the proof
 _log = logging.getLogger("sui_fast")
+
+
+def model_outputs(model: nn.Module, batch: Any, outputs: Callable | None = None) -> Any:
+    """outputs(model, batch), or what the model returns for the batch: its tensor, or its ``.logits``."""
+    if outputs is not None:
+        out = outputs(model, batch)
+    elif isinstance(batch, dict):
+        out = model(*batch.values()) if len(batch) == 1 and not _takes(model, next(iter(batch))) else model(**batch)
+    else:
+        out = model(*batch) if isinstance(batch, tuple) else model(batch)
+    return out if isinstance(out, Tensor) else getattr(out, "logits", out)
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    known = inspect.signature(model.forward).parameters
+    return name in known or any(p.kind is p.VAR_KEYWORD for p in known.values())
 
 
 class Evaluator:
@@ -100,8 +118,6 @@ class Evaluator:
                     "Check the shape and dtype of the inputs, or pass outputs=f(model, batch).",
                 )
             ) from error
-        if not isinstance(out, Tensor):
-            out = getattr(out, "logits", out)
         size = batch_length(batch)
         if not isinstance(out, Tensor) or out.ndim not in (1, 2) or len(out) != size or not out.is_floating_point():
             shape = f"shape {list(out.shape)}, {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
@@ -130,11 +146,7 @@ class Evaluator:
 
     def _forward(self, batch: Any) -> Any:
         with torch.autocast(**self._autocast):
-            if self._outputs is not None:
-                return self._outputs(self.model, batch)
-            if isinstance(batch, dict):
-                return self.model(**batch)
-            return self.model(*batch) if isinstance(batch, tuple) else self.model(batch)
+            return model_outputs(self.model, batch, self._outputs)
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -232,7 +244,8 @@ class Evaluator:
                 self.one_by_one = True
         if found is None:
             found = self._rows_one_by_one(wrapper, chosen, batch)
-        return {name: found[f"model.{name}"].detach().flatten(2) for name in names}
+        rows = {name: found[f"model.{name}"].detach() for name in names}
+        return {name: row.reshape(*row.shape[:2], self.parameters[name].numel()) for name, row in rows.items()}
 
     def _rows_one_by_one(self, wrapper, chosen, batch) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = {name: [] for name in chosen}
@@ -251,7 +264,9 @@ class Evaluator:
 
             found = functional_call(wrapper, leaves, (sample, rows), tie_weights=True)
             for j, (name, leaf) in enumerate(leaves.items()):
-                parts[name].append(torch.stack([torch.zeros_like(leaf) if r[j] is None else r[j] for r in found]))
+                parts[name].append(
+                    torch.stack([torch.zeros_like(leaf) if r[j] is None else r[j].to_dense() for r in found])
+                )
         return {name: torch.stack(rows) for name, rows in parts.items()}
 
     def autograd_vjp(self, batch: Any, cotangent: Tensor, project: Tensor) -> tuple[dict[str, Tensor], set[str]]:
@@ -272,7 +287,7 @@ class Evaluator:
 
         found = functional_call(wrapper, leaves, (batch, gradients), tie_weights=True)
         pairs = zip(self.parameters.items(), found, strict=False)
-        grads = {name: torch.zeros_like(p) if grad is None else grad for (name, p), grad in pairs}
+        grads = {name: torch.zeros_like(p) if grad is None else grad.to_dense() for (name, p), grad in pairs}
         outside = {name for name, grad in zip(real, found[len(given) :], strict=True) if grad is not None}
         return grads, outside
 

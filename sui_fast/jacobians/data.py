@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import register_pytree_node
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from torch.utils.data import default_collate as collate
 
 from .._errors import DataError, complaint
 
 _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
-_ID_KEYS = ("id", "ids", "idx")
+_ID_KEYS = ("id", "ids", "idx", "index")
 _SHUFFLED = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+class Fields(dict):
+    """Inputs of a batch by name; also as attributes, as in the dataclass, named tuple or encoding they came as."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+register_pytree_node(
+    Fields, lambda x: (list(x.values()), list(x)), lambda values, keys: Fields(zip(keys, values, strict=True))
+)
+
+
+class Known(NamedTuple):
+    """Inputs of a batch with what is known of its samples beside them: a tensor with a row per sample, never cast."""
+
+    inputs: Any
+    known: Tensor
 
 
 class Samples:
@@ -49,6 +74,15 @@ class Samples:
             length = batch_length(chunk)
             for begin in range(0, length, batch_size):
                 yield _map(lambda x, b=begin: x[b : b + batch_size], chunk)
+
+    def beside(self, known: Tensor) -> Samples:
+        """The same inputs, every batch of them a ``Known`` with its rows of ``known`` [n, ...]."""
+        chunks, offset = [], 0
+        for chunk in self._chunks:
+            end = offset + batch_length(chunk)
+            chunks.append(Known(chunk, known[offset:end]))
+            offset = end
+        return Samples(chunks, self.targets, self.ids, self.argument)
 
     def slice(self, begin: int, end: int) -> Samples:
         """Inputs of samples begin .. end, without targets."""
@@ -95,6 +129,8 @@ def as_samples(data: Any, *, with_targets: bool | None, argument: str = "train")
         items = [(_tensor(data, argument), None, None)]
     elif isinstance(data, Mapping):
         items = [_split(data, with_targets, argument)]
+    elif _named(data) is not data:
+        items = [_split(data, with_targets, argument)]
     elif isinstance(data, tuple) and with_targets is not False and len(data) == 2 and _is_arrays(data):
         items = [_split(data, with_targets, argument)]
     elif isinstance(data, tuple) and with_targets is False and _is_arrays(data):
@@ -102,9 +138,8 @@ def as_samples(data: Any, *, with_targets: bool | None, argument: str = "train")
     elif isinstance(data, list) and data and not np.isscalar(data[0]):
         items = [_split(batch, with_targets, argument) for batch in data]
     elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, str | bytes | list | tuple):
-        rows = range(len(data))
         items = [
-            _split(collate([data[i] for i in rows[begin : begin + 256]]), with_targets, argument)
+            _split(_gather(data, begin, min(begin + 256, len(data)), argument), with_targets, argument)
             for begin in range(0, len(data), 256)
         ]
     else:
@@ -150,6 +185,8 @@ def to_device(batch: Any, device: torch.device, dtype: torch.dtype | None) -> An
         x = x.clone() if x.is_inference() else x
         return x.to(device, dtype) if dtype is not None and x.is_floating_point() else x.to(device)
 
+    if isinstance(batch, Known):
+        return Known(_map(move, batch.inputs), batch.known.to(device))
     return _map(move, batch)
 
 
@@ -157,7 +194,9 @@ def _map(function, batch: Any) -> Any:
     if isinstance(batch, Tensor | np.ndarray):
         return function(batch)
     if isinstance(batch, Mapping):
-        return {key: _map(function, value) for key, value in batch.items()}
+        return Fields((key, _map(function, value)) for key, value in batch.items())
+    if isinstance(batch, Known):
+        return Known(*(_map(function, value) for value in batch))
     if isinstance(batch, tuple | list):
         return tuple(_map(function, value) for value in batch)
     return batch
@@ -171,11 +210,71 @@ def _is_nested(x: Any) -> bool:
     return isinstance(x, Sequence) and not isinstance(x, str) and len(x) > 0 and np.asarray(x).dtype.kind in "fiub"
 
 
+def _gather(data: Any, begin: int, end: int, argument: str) -> Any:
+    """Rows begin .. end of a data set as one batch; sequences of several lengths are padded to the longest of them."""
+    if hasattr(data, "column_names") and hasattr(data, "features"):  # a Hugging Face Dataset
+        return _columns(data[begin:end], argument)
+    rows = [_named(data[i]) for i in range(begin, end)]
+    if isinstance(rows[0], Mapping):
+        return _columns({key: [row[key] for row in rows] for key in rows[0]}, argument)
+    try:
+        return collate(rows)
+    except (RuntimeError, ValueError) as error:
+        got, todo = f"{type(error).__name__}: {error}", "Pass a DataLoader with a collate_fn that pads."
+        raise DataError(complaint(argument, "rows of one shape", got, todo)) from error
+
+
+def _columns(columns: Mapping[str, Any], argument: str) -> dict[str, Any]:
+    """Columns as arrays; text is left out unless it names the rows."""
+    found: dict[str, Any] = {}
+    mask = None
+    for key, values in columns.items():
+        if isinstance(values, Tensor | np.ndarray) and values.dtype != object:
+            found[key] = values
+            continue
+        values = list(values)
+        if any(value is None for value in values):
+            bad = next(i for i, value in enumerate(values) if value is None)
+            got, todo = f"none at row {bad} of 256 in column {key!r}", "Remove or repair that sample."
+            raise DataError(complaint(argument, "a value in every column", got, todo))
+        if isinstance(values[0], str):
+            if key in _ID_KEYS:
+                found[key] = np.asarray(values)
+            continue
+        if isinstance(values[0], Mapping) or hasattr(values[0], "convert"):  # nested records, pictures
+            got, todo = f"{type(values[0]).__name__} in column {key!r}", "Turn it into arrays with .map()."
+            raise DataError(complaint(argument, "numbers", got, todo))
+        rows = [_tensor(value, argument) for value in values]
+        if len({row.shape for row in rows}) == 1:
+            found[key] = torch.stack(rows)
+            continue
+        if "input_ids" not in columns or len({row.ndim for row in rows}) > 1 or rows[0].ndim != 1:
+            got = f"shapes {sorted({tuple(row.shape) for row in rows})[:4]} in column {key!r}"
+            todo = "Pass a DataLoader with a collate_fn that pads."
+            raise DataError(complaint(argument, "rows of one shape", got, todo))
+        found[key] = pad_sequence(rows, batch_first=True, padding_value=-100 if key in _TARGET_KEYS else 0)
+        if key == "input_ids":
+            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    if mask is not None:
+        found.setdefault("attention_mask", mask)
+    return found
+
+
+def _named(batch: Any) -> Any:
+    """A dataclass or a named tuple as its fields by name; anything else as it is."""
+    if is_dataclass(batch) and not isinstance(batch, type | Mapping) and not hasattr(batch, "__getitem__"):
+        return Fields((field.name, getattr(batch, field.name)) for field in fields(batch))
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return Fields(zip(batch._fields, batch, strict=True))
+    return batch
+
+
 def _split(batch: Any, with_targets: bool | None, argument: str) -> tuple[Any, Tensor | None, Any]:
     """(inputs, targets, ids) of one batch."""
     ids = target = None
+    batch = _named(batch)
     if isinstance(batch, Mapping):
-        batch = dict(batch)
+        batch = {key: value for key, value in batch.items() if value is not None}
         for key in _ID_KEYS:
             if key in batch:
                 ids = batch.pop(key)
@@ -184,7 +283,12 @@ def _split(batch: Any, with_targets: bool | None, argument: str) -> tuple[Any, T
             found = [key for key in _TARGET_KEYS if key in batch]
             if found:
                 target = batch.pop(found[0])
-        inputs: Any = batch
+                if np.ndim(target) == 2 and np.shape(target) == np.shape(batch.get("input_ids")):
+                    batch["labels"] = target  # of every token: the outputs of a language model need them
+        inputs: Any = {key: value for key, value in batch.items() if not _is_text(value)}
+        if not inputs:
+            got, todo = f"only {', '.join(map(repr, batch))}", "Encode text as numbers first."
+            raise DataError(complaint(argument, "inputs", got, todo))
     elif isinstance(batch, tuple | list) and with_targets is not False and len(batch) >= 2:
         *inputs, target = batch
         inputs = inputs[0] if len(inputs) == 1 else tuple(inputs)
@@ -200,6 +304,12 @@ def _split(batch: Any, with_targets: bool | None, argument: str) -> tuple[Any, T
     if target is not None and target.ndim == 0:
         raise DataError(complaint(argument, "one target per sample", "a scalar", "Pass a batch of targets."))
     return inputs, target, ids
+
+
+def _is_text(x: Any) -> bool:
+    if isinstance(x, np.ndarray):
+        return x.dtype.kind in "US"
+    return isinstance(x, list | tuple) and len(x) > 0 and isinstance(x[0], str)
 
 
 def _tensor(x: Any, argument: str) -> Tensor:

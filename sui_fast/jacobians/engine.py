@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from .._errors import ArgumentError, CoverageError, complaint
 from .capture import Captured, Evaluator
-from .data import Samples, as_samples, to_device
+from .data import Samples, as_samples, batch_length, to_device
 from .jacobian import Jacobian
 from .layers import Gather, Origin, Part, Use
 from .proof import CHECKED, Plan, prove
@@ -89,7 +89,7 @@ def _pass(model, data, make, outputs, params, batch_size, dtype, progress):
         batch = to_device(next(samples.batches(CHECKED)), evaluator.device, evaluator.dtype)
         key = (tuple(evaluator.parameters), outputs, evaluator.dtype, _signature(batch))
         known = _proven.setdefault(model, {})
-        if key not in known:
+        if key not in known or known[key].samples < batch_length(batch):  # one sample cannot show that others mix in
             known[key] = prove(evaluator, batch, _collect)
         for _ in range(2):
             store = _run(evaluator, make(samples.n), samples, batch_size, known[key], progress)
@@ -107,6 +107,28 @@ def _pass(model, data, make, outputs, params, batch_size, dtype, progress):
                 )
             )
     return store, evaluator, known[key].general
+
+
+def predict(
+    model: nn.Module,
+    samples: Samples,
+    *,
+    outputs: Callable | None = None,
+    params: Any = "trainable",
+    batch_size: int = 64,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Outputs [n, k] of all samples, as ``jacobian`` would find them, from forward passes alone."""
+    evaluator, found = Evaluator(model, outputs, params, dtype), []
+    total = -(-samples.n // batch_size)
+    with evaluator.quiet(), torch.no_grad():
+        done = 0
+        for raw in tqdm(samples.batches(batch_size), total=total, desc="outputs", delay=2, leave=False,
+                        disable=not progress):  # fmt: skip
+            found.append(evaluator(to_device(raw, evaluator.device, evaluator.dtype), done))
+            done += len(found[-1])
+    return torch.cat(found)
 
 
 def _run(

@@ -130,7 +130,9 @@ class Jacobian:
             if isinstance(factor, Rows):
                 total += factor.rows @ parts["rows"].T
             elif isinstance(factor, Index):
-                total += self._dense(factor) @ parts["weight"].T
+                weight = parts["weight"].unflatten(1, (-1, factor.g.shape[3]))
+                held = torch.where((factor.token >= 0)[..., None], weight[:, factor.token.clamp(min=0)], 0)
+                total += torch.einsum("nkso,rnso->nkr", factor.g, held)
             else:
                 o = factor.g.shape[3]
                 weight = parts["weight"].reshape(len(flat), o, -1)
@@ -157,8 +159,13 @@ class Jacobian:
             if "bias" in factor.names:
                 self._put(flat, factor, "bias", found[..., i])
             return
-        rows = factor.rows if isinstance(factor, Rows) else self._dense(factor)
-        self._put(flat, factor, next(iter(factor.names)), torch.einsum("nkp,nkr->rp", rows, c))
+        if isinstance(factor, Rows):
+            self._put(flat, factor, "rows", torch.einsum("nkp,nkr->rp", factor.rows, c))
+            return
+        keep = (factor.token >= 0).reshape(-1)
+        target = self._part(flat, factor, "weight").unflatten(1, (-1, factor.g.shape[3]))
+        given = torch.einsum("nkso,nkr->rnso", factor.g, c).flatten(1, 2)
+        target.index_add_(1, factor.token.reshape(-1)[keep], given[:, keep])
 
     def _part(self, flat: Tensor, factor: Factor, role: str) -> Tensor:
         """View of the entries [..., *] that a factor speaks of, in a tensor [..., d]."""

@@ -326,7 +326,7 @@ def _given_factors(use: Use, g: Tensor) -> list[Factor]:
     if isinstance(origin, Gather):
         token = origin.token.reshape(1, -1).expand(len(g), -1)
         return [Index({"weight": origin.name}, token, g.reshape(*g.shape[:2], token.shape[1], -1))]
-    return _rows(use, "rows", lambda: g.flatten(2))
+    return _rows(use, "rows", lambda: g.reshape(*g.shape[:2], -1))
 
 
 _FORMS: dict[str, Callable[[Use, Tensor], list[Factor]]] = {

@@ -81,7 +81,7 @@ class Origins:
             swap = {id(met[0]): twin}
             try:
                 twins = tensors(function(*self.swapped(args, swap), **self.swapped(kwargs, swap)))
-            except (RuntimeError, NotImplementedError, TypeError):
+            except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError):
                 return None
             base = twin if twin._base is None else twin._base
             if len(twins) != len(results) or any(x is not base and x._base is not base for x in twins):

@@ -15,7 +15,7 @@ from .._errors import CoverageError, complaint
 from .capture import Captured, Evaluator
 from .data import batch_length, to_device
 from .jacobian import Jacobian
-from .recorder import Call
+from .survey import Call
 
 _log = logging.getLogger("sui_fast")
 Collect = Callable[[Evaluator, Captured, dict[str, Tensor]], Jacobian]
@@ -29,6 +29,7 @@ class Plan:
     calls: list[Call]
     general: dict[str, str]
     outputs: int  # k
+    samples: int  # on which it was proven
 
 
 def prove(evaluator: Evaluator, batch: Any, collect: Collect, general: dict[str, str] | None = None) -> Plan:
@@ -48,22 +49,28 @@ def prove(evaluator: Evaluator, batch: Any, collect: Collect, general: dict[str,
     size = batch_length(few)
     survey, more = evaluator.survey(_rows(few, [i % size for i in range(size + min(size, 3))]))
     tolerance = _tolerance(evaluator.dtype, *survey.dtypes)
+    if size > 1:  # fewer samples, as control flow may depend on all of a batch
+        half = list(range(0, size, 2))
+        _, fewer = evaluator.survey(_rows(few, half))
+        _refuse_mixing(evaluator, fewer, more[half], tolerance)
     general = dict(general or {})
     turned: set[str] = set()  # parameters for which the other order of a merged axis is under trial
     while True:
         recorder, out = evaluator.decide(few, survey, set(general))
-        _refuse_mixing(evaluator, out.detach(), more, tolerance)
+        _refuse_mixing(evaluator, out.detach(), more[:size], tolerance)
         if recorder.unruled:
             general |= recorder.unruled
             continue
         for call in recorder.plan:
             call.positions_first = bool(call.names & turned)
-        wrong, outside = _disagreement(evaluator, few, Plan(recorder.plan, general, out.shape[1]), collect, tolerance)
+        wrong, outside = _disagreement(
+            evaluator, few, Plan(recorder.plan, general, out.shape[1], size), collect, tolerance
+        )
         if outside and not outside <= set(general):
             general |= dict.fromkeys(outside, "a tensor made of it before the forward pass")
             continue
         if not wrong and not outside:
-            return Plan(recorder.plan, general, out.shape[1])
+            return Plan(recorder.plan, general, out.shape[1], size)
         stubborn = [name for name in (*outside, *wrong) if name in general]
         if stubborn:
             _refuse(stubborn[0], general[stubborn[0]])
@@ -99,14 +106,14 @@ def _tolerance(*dtypes: torch.dtype) -> float:
 
 def _refuse_mixing(evaluator: Evaluator, out: Tensor, more: Tensor, tolerance: float) -> None:
     limit = tolerance * max(float(out.abs().max()), 1e-30)
-    difference = (more[: len(out)] - out).abs().amax(1)
+    difference = (more - out).abs().amax(1)
     if float(difference.max()) > limit:
         name = next(iter(evaluator.parameters))
         raise CoverageError(
             complaint(
                 "model",
                 "outputs that depend on one sample each, the same in every pass",
-                f"others for sample {int(difference.argmax())} among more samples (parameters {name!r} and the others)",
+                f"others for sample {int(difference.argmax())} in other company (parameters {name!r} and the others)",
                 "Check that the model is deterministic in eval mode and does not mix the samples of a batch.",
             )
         )

@@ -12,8 +12,8 @@ those of the second and decides call by call; later passes follow these decision
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,64 +27,11 @@ from .layers import Use
 from .origins import Origins, tensors
 from .recurrent import taken_apart
 from .rules import COPIES, ELEMENTWISE, RULES, Reading, plain_name, repeated, wide_attention
+from .survey import Axis, Call, Survey
 
 _CUTS = (torch.Tensor.detach, torch.Tensor.data.__get__, torch.detach)
 _FUSED = F.scaled_dot_product_attention
 _STORES = (torch.Tensor.__setitem__,)
-
-
-@dataclass(frozen=True)
-class Axis:
-    """The axis that carries the samples; merged: together with positions."""
-
-    dim: int
-    merged: bool
-
-
-@dataclass
-class Call:
-    """What was decided about one call."""
-
-    function: Callable
-    kind: str
-    result: Axis | None = None
-    inputs: list[Axis | None] = field(default_factory=list)
-    names: frozenset[str] = frozenset()
-    positions_first: bool = False  # a merged axis runs over positions, then samples
-    copy: bool = False  # the input is overwritten later
-
-    @property
-    def ambiguous(self) -> bool:
-        """Whether the order inside a merged axis had to be guessed."""
-        return any(axis is not None and axis.merged for axis in (self.result, *self.inputs))
-
-
-@dataclass
-class Seen:
-    function: Callable
-    inputs: list[torch.Size]
-    results: list[torch.Size]
-
-
-class Survey(TorchFunctionMode):
-    """Functions and shapes of all calls of a forward pass."""
-
-    def __init__(self, batch: int):
-        super().__init__()
-        self.batch, self.calls = batch, []
-        self.dtypes: set[torch.dtype] = set()  # of the results that carry gradients
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        apart = taken_apart(function, args, kwargs)
-        if apart is not None:
-            return apart(self)
-        shapes = [x.shape for x in tensors((args, kwargs))]
-        out = function(*args, **kwargs)
-        results = tensors(out)
-        self.calls.append(Seen(function, shapes, [x.shape for x in results]))
-        self.dtypes |= {x.dtype for x in results if x.requires_grad}
-        return out
 
 
 class Recorder(TorchFunctionMode):
@@ -297,7 +244,9 @@ class Recorder(TorchFunctionMode):
             return out if result.merged else out.squeeze(result.dim)
 
         out_dim = result.dim + int(result.merged and call.positions_first)
-        out = vmap(one, in_dims=tuple(dims[i] for i in places), out_dims=out_dim)(*(values[i] for i in places))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*performance drop.*")
+            out = vmap(one, in_dims=tuple(dims[i] for i in places), out_dims=out_dim)(*(values[i] for i in places))
         return out.flatten(result.dim, result.dim + 1) if result.merged else out
 
     def _split(self, x: Tensor, dim: int, call: Call) -> Tensor:

@@ -1,6 +1,6 @@
-"""Calls that hide their products, taken apart: recurrent layers and multi-head attention.
+"""Calls that hide their products, taken apart: recurrent layers, multi-head attention, bags of embeddings.
 
-What they do with parameters becomes F.linear, which the recorder sees; results are those of PyTorch.
+What they do with parameters becomes F.linear or F.embedding, which the recorder sees; results are those of PyTorch.
 """
 
 from __future__ import annotations
@@ -142,10 +142,38 @@ _CELLS = {
 }
 
 
+def bag(mode: Any, tokens: Tensor, weight: Tensor, average: bool, padding: int | None) -> Tensor:
+    """F.embedding_bag of tokens [b, s] without offsets: sum or mean of the embeddings that are not padding."""
+    with mode:
+        rows = F.embedding(tokens, weight, padding)
+    if padding is None:
+        return rows.mean(1) if average else rows.sum(1)
+    kept = (tokens != padding % len(weight)).to(rows.dtype)
+    total = (rows * kept[..., None]).sum(1)
+    return total / kept.sum(1, keepdim=True).clamp(min=1) if average else total
+
+
+def _plain_bag(
+    input, weight, offsets=None, max_norm=None, norm_type=2, scale_grad_by_freq=False, mode="mean", sparse=False,
+    per_sample_weights=None, include_last_offset=False, padding_idx=None,
+) -> Callable | None:  # fmt: skip
+    if (
+        input.ndim != 2
+        or offsets is not None
+        or max_norm is not None
+        or per_sample_weights is not None
+        or mode == "max"
+    ):
+        return None
+    return lambda recorder: bag(recorder, input, weight, mode == "mean", padding_idx)
+
+
 def taken_apart(function: Callable, args: tuple, kwargs: dict) -> Callable | None:
     """A function of the mode that makes this call out of visible ones, or None."""
     if function is F.multi_head_attention_forward:
         return lambda mode: attention(mode, *args, **kwargs)
+    if function is F.embedding_bag:
+        return _plain_bag(*args, **kwargs)
     if function in _LAYERS and not kwargs and not _packed(args):
         return lambda mode: _LAYERS[function](mode, *args)
     if function in _CELLS and not kwargs and len(args) >= 4:

@@ -6,11 +6,14 @@ from .regularisation import loo_error_curve
 from .removal import Removal
 from .solve import check_stability, leave_one_out, make_filter, remove_from_spectrum
 from .spectral import SpectralRemoval
+from .weighted import WeightedProblem, WeightedRemoval
 
 __all__ = [
     "Addition",
     "Removal",
     "SpectralRemoval",
+    "WeightedProblem",
+    "WeightedRemoval",
     "add_samples",
     "add_to_kernel",
     "check_stability",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,13 +24,15 @@ def loo_error_curve(
     lr: float | None,
     dynamics: str,
     convention: str,
+    error: Callable[[slice, Tensor], Tensor] = lambda part, v: v.square().sum(1),
     points: int = 31,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over samples of ||y_i - f_-i(x_i)||^2 for regularisations from 1e-9 to 10 times the largest curvature.
+    """Mean over samples of the left-out error for regularisations from 1e-9 to 10 times the largest curvature.
 
     Args:
         spectrum: exact spectrum of the training kernel.
         r0: residual at the initial weights [n, k].
+        error: of the left-out residuals v [n, k], per sample; default ||v||^2.
         blocks, idle, time, lr, dynamics, convention: as in ``remove_from_spectrum``.
         points: size of the logarithmic grid.
     Returns:
@@ -47,5 +51,5 @@ def loo_error_curve(
                 raise
             break
         regs.append(float(reg))
-        errors.append(float(torch.as_tensor(removal.loo_residual).square().sum(1).mean()))
+        errors.append(float(error(slice(None), torch.as_tensor(removal.loo_residual)).mean()))
     return np.array(regs), np.array(errors)

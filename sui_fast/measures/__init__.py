@@ -1,6 +1,17 @@
 """Information: quadratic forms of the effect of a removal."""
 
-from .information import MEASURES, UNITS, information, loo_margin
+from .information import MEASURES, UNITS, class_margin, information, suggested_label
+from .neighbours import feature_neighbours, input_neighbours, kernel_neighbours
 from .sgd import sgd_information
 
-__all__ = ["MEASURES", "UNITS", "information", "loo_margin", "sgd_information"]
+__all__ = [
+    "MEASURES",
+    "UNITS",
+    "class_margin",
+    "feature_neighbours",
+    "information",
+    "input_neighbours",
+    "kernel_neighbours",
+    "sgd_information",
+    "suggested_label",
+]

@@ -36,24 +36,31 @@ def information(sqnorm: Tensor, sigma: float) -> Tensor:
     return sqnorm / (2.0 * sigma**2)
 
 
-def loo_margin(targets: Tensor, loo_residual: Tensor, labels: Tensor) -> Tensor:
-    """How clearly the model trained without a sample predicts its given label; negative: it disagrees.
+def class_margin(outputs: Tensor, labels: Tensor) -> Tensor:
+    """How clearly outputs are for the given class; negative: against it.
 
     ::
 
-        k > 1:  f_-i(x_i)[label] - max over the other classes
-        k = 1:  (2 label - 1) (2 f_-i(x_i) - 1),  label in {0, 1}
+        k > 1:  f[label] - max over the other classes
+        k = 1:  (2 label - 1) f,  label in {0, 1}
 
     Args:
-        targets: [n, k] as regressed on.
-        loo_residual: targets minus the left-out prediction, [n, k].
-        labels: given class of each sample, int64 [n].
+        outputs: [n, k]. labels: given class of each sample, int64 [n].
     Returns:
-        float64 [n], in units of the targets.
+        [n], in units of the outputs.
     """
-    left_out = targets - loo_residual
-    if left_out.shape[1] == 1:
-        return (2.0 * labels - 1.0) * (2.0 * left_out[:, 0] - 1.0)
-    given = left_out.gather(1, labels[:, None])[:, 0]
-    others = left_out.scatter(1, labels[:, None], -torch.inf)
-    return given - others.amax(1)
+    if outputs.shape[1] == 1:
+        return (2.0 * labels - 1.0) * outputs[:, 0]
+    given = outputs.gather(1, labels[:, None])[:, 0]
+    return given - outputs.scatter(1, labels[:, None], -torch.inf).amax(1)
+
+
+def suggested_label(outputs: Tensor, threshold: float) -> Tensor:
+    """Class that outputs speak for: the largest, or {0, 1} by the threshold where k = 1.
+
+    Args:
+        outputs: [n, k]. threshold: between the two classes, in units of the outputs.
+    Returns:
+        int64 [n].
+    """
+    return (outputs[:, 0] > threshold).to(torch.int64) if outputs.shape[1] == 1 else outputs.argmax(1)

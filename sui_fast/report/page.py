@@ -1,171 +1,121 @@
-"""The page: sections in the order in which questions come up. Everything from the data is escaped."""
+"""The page: one file, no request, no script but its own. What comes from the data is escaped, in HTML and in JSON."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
-from html import escape
+from collections.abc import Sequence
 from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from .draw import histogram, scatter, thumbnail
+from .._errors import ArgumentError, complaint
+from . import sections as parts
+from .payload import dumps, payload, rows_shown
 
 if TYPE_CHECKING:
     from ..scores import Scores
 
-_MOST_POINTS = 10_000
-_STYLE = Path(__file__).with_name("report.css")
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title><style>{style}</style></head>
-<body><main><h1>{title}</h1>
-<p>How much each of {n} training samples informs the final weights (SI) and the predictions (F-SI) of the linearised
-network, in nats, by exact leave-one-out removal.</p>
-{sections}</main></body></html>
-"""
-_NAMES = {
-    "si": "SI",
-    "fsi": "F-SI",
-    "loo_margin": "margin",
-    "loo_residual": "LOO residual",
-    "leverage": "leverage",
-    "si_langevin": "SI (Langevin)",
-    "si_sgd": "SI (SGD)",
-}
+_HERE = Path(__file__).parent
+_SCRIPTS = ("state.js", "plots.js", "table.js", "review.js", "main.js")
 
 
-def write_report(scores: Scores, path: str | os.PathLike, *, title: str) -> Path:
+def write_report(
+    scores: Scores,
+    path: str | os.PathLike,
+    *,
+    title: str,
+    sections: Sequence[Any] = (),
+    texts: Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Path:
     """Write the report of a run as one offline HTML file.
 
     Args:
-        scores: at least one measure. path: the file. title: heading.
+        scores: at least one measure. path: the file. title: heading. sections: results of applications.
+        texts: text of each sample. class_names: a name per class.
     Returns:
         the path.
     """
-    sections = [_figures(scores)]
-    ranks = [name for name in ("fsi", "si") if name in scores.values] or [scores.default_measure]
-    for name in ranks:
-        sections.append(
-            _gallery(
-                scores.top(18, by=name),
-                f"Most informative by {_NAMES[name]}",
-                "What the model would miss most: rare, hard or wrongly labelled samples.",
-            )
-        )
-        sections.append(
-            _gallery(
-                scores.bottom(18, by=name),
-                f"Least informative by {_NAMES[name]}",
-                "What the other samples already teach: typical or duplicated ones.",
-            )
-        )
-    if "loo_margin" in scores.values:
-        suspects = scores.bottom(24, by="loo_margin")
-        suspects = suspects.select(np.flatnonzero(suspects["loo_margin"] < 0))
-        if len(suspects):
-            sections.append(
-                _gallery(
-                    suspects,
-                    "Suspected label errors",
-                    "The model trained without the sample contradicts its label (negative margin).",
-                )
-            )
+    if texts is not None and len(texts) != len(scores):
+        raise ArgumentError(complaint("texts", f"one per sample ({len(scores)})", len(texts), "Align them."))
+    rows = rows_shown(scores)
+    shown = scores if len(rows) == len(scores) else scores.select(rows)
+    some = None if texts is None else [texts[i] for i in rows]
+    data = payload(shown, texts=some, class_names=class_names)
+    names = dict(zip(data["classes"], data["names"], strict=True))
+    note = "" if len(rows) == len(scores) else f" The page shows {len(rows)} of them: the extremes and a random rest."
+    lead = (
+        f"What each of {len(scores)} training samples alone tells the model: its weights (SI) and its predictions "
+        f"(F-SI).{note}"
+    )
+    found = [("Suspected label errors", "suspects", _SUSPECTS)] if scores.labels is not None else []
+    ranking = next(c["name"] for c in data["columns"] if c["key"] == data["start"]["sort"])
+    found.append(("Most and least informative", "gallery", _GALLERY.format(first=parts.safe(ranking))))
     if scores.labels is not None and len(scores):
-        sections.append(_classes(scores))
-    sections.append(_run_card(scores))
-    page = _PAGE.format(title=escape(title), style=_STYLE.read_text(), n=len(scores), sections="".join(sections))
+        found.append(("Classes", "classes", parts.classes(scores, names)))
+    found += _applications(sections)
+    found.append(("Run card", "card", parts.run_card(scores)))
+    return write_page(path, title, lead, parts.tiles(scores), found, {**data, "kind": "report"})
+
+
+def _applications(results: Sequence[Any]) -> list[tuple[str, str, str]]:
+    return [
+        (title, f"section-{number}", body) for number, (title, body) in enumerate(map(parts.application, results), 1)
+    ]
+
+
+def write_page(
+    path: str | os.PathLike, title: str, lead: str, tiles: str, sections: Sequence[tuple[str, str, str]], data: dict
+) -> Path:
+    """Write one page.
+
+    Args:
+        path: the file. title, lead: text. tiles: HTML. sections: (title, id, HTML) after the explorer.
+        data: for the script, as ``payload`` makes it.
+    Returns:
+        the path.
+    """
+    style = (_HERE / "report.css").read_text(encoding="utf-8")
+    body = "".join((_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    script = "(() => {\n'use strict';\n" + body + "})();\n"
+    json = dumps({**data, "key": hashlib.sha256(repr((title, data["ids"], data["labels"])).encode()).hexdigest()[:16]})
+    policy = (
+        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    body = "".join(
+        f'<section id="{parts.safe(name)}" aria-labelledby="{parts.safe(name)}-title">'
+        f'<h2 id="{parts.safe(name)}-title">{parts.safe(heading)}</h2>{html}</section>'
+        for heading, name, html in sections
+    )
+    links = "".join(f'<a href="#{parts.safe(name)}">{parts.safe(heading)}</a>' for heading, name, _ in sections)
+    page = Template((_HERE / "report.html").read_text(encoding="utf-8")).substitute(
+        policy=policy, title=parts.safe(title), style=style, lead=parts.safe(lead), tiles=tiles, sections=body,
+        links=links, data=json, script=script,
+    )  # fmt: skip
     path = Path(path)
-    path.write_text(page, encoding="utf-8")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 
-def _figures(scores: Scores) -> str:
-    positive = [name for name in ("si", "fsi") if name in scores.values] or [
-        name for name in scores.values if name != "loo_margin"
-    ][:1]
-    cards = [
-        histogram(scores[name], f"{_NAMES[name]} ({scores.units.get(name, '')})") for name in positive if len(scores)
-    ]
-    note = ""
-    if {"si", "fsi"} <= set(scores.values) and len(scores):
-        shown = scores
-        if len(scores) > _MOST_POINTS:
-            shown = scores.select(np.sort(np.random.default_rng(0).permutation(len(scores))[:_MOST_POINTS]))
-            note = f"<p>The scatter shows {_MOST_POINTS} of {len(scores)} samples, drawn at random.</p>"
-        titles = [_caption(shown, i) for i in range(len(shown))]
-        cards.append(scatter(shown["si"], shown["fsi"], "SI", "F-SI", shown.labels, titles))
-    return (
-        f'<h2>Distribution</h2>{note}<div class="row">'
-        + "".join(f'<div class="card">{c}</div>' for c in cards)
-        + "</div>"
-    )
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _caption(scores: Scores, i: int) -> str:
-    label = "" if scores.labels is None else f", label {scores.labels[i]}"
-    return f"{scores.ids[i]}{label}: " + ", ".join(f"{_NAMES[n]} {v[i]:.3g}" for n, v in scores.values.items())
-
-
-def _gallery(rows: Scores, title: str, note: str) -> str:
-    cells = []
-    for i in range(len(rows)):
-        image = None if rows.inputs is None else thumbnail(rows.inputs[i])
-        picture = f'<img alt="" src="{image}">' if image else ""
-        label = "" if rows.labels is None else f" · label <b>{escape(str(rows.labels[i]))}</b>"
-        lines = "".join(
-            f"<br>{_NAMES[name]} {column[i]:.3g}"
-            for name, column in rows.values.items()
-            if name in ("si", "fsi", "loo_margin")
-        )
-        cells.append(
-            f'<div class="sample" title="{escape(_caption(rows, i))}">{picture}<b>{escape(str(rows.ids[i]))}</b>'
-            f"{label}{lines}</div>"
-        )
-    return f'<h2>{escape(title)}</h2><p>{escape(note)}</p><div class="samples">{"".join(cells)}</div>'
-
-
-def _classes(scores: Scores) -> str:
-    head = "".join(f"<th>median {escape(_NAMES[name])}</th><th>mean</th>" for name in scores.values)
-    body = []
-    for label in np.unique(scores.labels):
-        rows = scores.labels == label
-        cells = "".join(
-            f"<td>{np.median(v[rows]):.3g}</td><td>{v[rows].mean():.3g}</td>" for v in scores.values.values()
-        )
-        body.append(f"<tr><td>{escape(str(label))}</td><td>{rows.sum()}</td>{cells}</tr>")
-    return (
-        f'<h2>Classes</h2><div class="wide card"><table><tr><th>class</th><th>samples</th>{head}</tr>{"".join(body)}'
-        "</table></div>"
-    )
-
-
-def _run_card(scores: Scores) -> str:
-    first = (
-        "method",
-        "form",
-        "rank",
-        "effective_dimension",
-        "condition",
-        "coverage",
-        "error_estimate",
-        "samples",
-        "outputs",
-        "parameters",
-        "initial_mse",
-        "loo_mse",
-        "peak_bytes",
-    )
-    details = scores.diagnostics
-    rows = [(name.replace("_", " "), details[name]) for name in first if name in details]
-    rows += [(f"seconds, {name}", value) for name, value in (details.get("seconds") or {}).items()]
-    rows += [(f"setting: {name}", value) for name, value in scores.settings.items()]
-    lines = "".join(f"<tr><td>{escape(str(name))}</td><td>{escape(_text(value))}</td></tr>" for name, value in rows)
-    return f'<h2>Run card</h2><div class="wide card"><table>{lines}</table></div>'
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return ", ".join(map(_text, value)) if isinstance(value, list | tuple) else str(value)
+_SUSPECTS = """<p>The model trained without the sample contradicts its label. Beside each: the nearest samples of
+another class, which speak against the label.</p>
+<div class=bar><button type=button id=review-suspects class=primary>Review them one by one</button>
+<span id=suspect-count></span></div><ul class=suspects id=suspect-list></ul>
+<button type=button id=more-suspects hidden>Show more</button>"""
+_GALLERY = """<p>High: what the model would miss most, rare, hard or wrongly labelled samples. Low: what the others
+already teach, typical or duplicated ones.</p>
+<div class=bar><label>by <select id=gallery-by></select></label></div>
+<h3 id=most-title>Most informative by {first}</h3><ul class=strip id=most></ul>
+<h3 id=least-title>Least informative by {first}</h3><ul class=strip id=least></ul>"""

@@ -321,6 +321,48 @@ class Mixes(nn.Module):
         return y - y.mean(0)
 
 
+class Waits(nn.Module):
+    """The number of steps depends on all samples of a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        for _ in range(1 + int(x.abs().max() > 1)):
+            x = torch.tanh(self.layer(x))
+        return x
+
+
+def test_control_flow_over_the_batch_is_refused():
+    x = torch.tensor([[0.1, 0.2, 0.3], [2.0, 0.1, 0.2], [0.3, 0.2, 0.1]])
+    with pytest.raises(CoverageError, match="sample"):
+        jacobian(Waits(), x)
+
+
+def test_one_sample_proves_nothing_about_more():
+    model = Mixes()
+    jacobian(model, torch.randn(1, 3))
+    with pytest.raises(CoverageError):
+        jacobian(model, torch.randn(5, 3))
+
+
+def test_sparse_gradients():
+    class Sparse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.layer = nn.Embedding(9, 3, sparse=True), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.layer(torch.tanh(self.embed(x)).sum(1))
+
+    torch.manual_seed(0)
+    model, x = Sparse().double(), torch.randint(0, 9, (5, 4))
+    rows = jacobian(model, x).rows()
+    model.embed.sparse = False
+    close(rows, autograd_rows(model, x))
+
+
 def test_samples_that_interact_are_refused():
     with pytest.raises(CoverageError, match="layer"):
         jacobian(Mixes(), torch.randn(6, 3))

@@ -81,6 +81,26 @@ def test_padding_changes_nothing(name):
         assert float((alone - rows[k * i : k * i + k]).abs().max()) <= limit
 
 
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("name", ["BERT", "DistilBERT", "Llama"])
+def test_padding_and_batches_in_lower_precision(name, dtype, limit):
+    model, batch, outputs = build(name)
+    model = model.to(dtype)
+    theta = jacobian(model, batch, outputs=outputs).gram()
+    longer = {key: torch.nn.functional.pad(x, (0, 3)) for key, x in batch.items()}
+    for other in (jacobian(model, longer, outputs=outputs), jacobian(model, batch, outputs=outputs, batch_size=3)):
+        assert float((other.gram() - theta).abs().max()) <= limit * float(theta.abs().max())
+
+
+def test_frozen_models_and_unused_parameters():
+    model, batch, _ = build("BERT")
+    true = jacobian(model, batch).rows()
+    jac = jacobian(model.requires_grad_(False), batch, params="all")
+    assert float((jac.rows() - true).abs().max()) <= 1e-12 * float(true.abs().max())
+    model.unused = nn.Linear(2, 2).double()
+    assert not jacobian(model, batch, params=["unused"]).rows().any()
+
+
 def test_batches_padded_each_to_its_own_length():
     model, batch, outputs = build("BERT")
     rows = jacobian(model, batch).rows()
