@@ -36,6 +36,7 @@ from .report import Comparison, compare
 from .review import Review, read_review
 from .scores import Scores
 from .scoring import plan, score
+from .training import TrainingScores
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ __all__ = [
     "StabilityError",
     "StoreError",
     "SuiError",
+    "TrainingScores",
     "compare",
     "compare_sources",
     "detect_adversarial",

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .layers import Use
 from .origins import Origins, tensors
 from .recurrent import taken_apart
-from .rules import COPIES, ELEMENTWISE, RULES, Reading, plain_name, repeated
+from .rules import COPIES, ELEMENTWISE, RULES, Reading, plain_name, repeated, wide_attention
 from .survey import Axis, Call, Survey
 
 _CUTS = (torch.Tensor.detach, torch.Tensor.data.__get__, torch.detach)
@@ -72,7 +72,7 @@ class Recorder(TorchFunctionMode):
         number, self._seen = self._seen, self._seen + 1
         met = self._origins.among(args, kwargs)
         if not met or function in _CUTS or not torch.is_grad_enabled():
-            return (_wide_attention if function is _FUSED else function)(*args, **kwargs)
+            return (wide_attention if function is _FUSED else function)(*args, **kwargs)
         if self._survey is None:
             return self._replay(function, args, kwargs, met)
         return self._decide(number, function, args, kwargs, met)
@@ -375,18 +375,6 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         return gradient, None
-
-
-def _wide_attention(query: Tensor, *others, **kwargs) -> Tensor:
-    """Fused attention; half precision on a CPU in float32: its backward pass is four times as fast there."""
-    if query.device.type != "cpu" or query.dtype not in (torch.bfloat16, torch.float16):
-        return _FUSED(query, *others, **kwargs)
-
-    def widen(x: Any) -> Any:
-        return x.float() if isinstance(x, Tensor) and x.dtype == query.dtype else x
-
-    wide = _FUSED(query.float(), *map(widen, others), **{name: widen(x) for name, x in kwargs.items()})
-    return wide.to(query.dtype)
 
 
 def _in_place(function: Callable) -> bool:

@@ -249,3 +249,16 @@ def repeated(result: tuple[int, ...], part: Tensor) -> Tensor:
     if all(size in (1, wanted) for size, wanted in zip(part.shape, result, strict=True)):
         return part.expand(result)
     return part.repeat([wanted // size for size, wanted in zip(part.shape, result, strict=True)])
+
+
+def wide_attention(query: Tensor, *others, **kwargs) -> Tensor:
+    """Fused attention; half precision on a CPU in float32: its backward pass is four times as fast there."""
+    fused = F.scaled_dot_product_attention
+    if query.device.type != "cpu" or query.dtype not in (torch.bfloat16, torch.float16):
+        return fused(query, *others, **kwargs)
+
+    def widen(x: Any) -> Any:
+        return x.float() if isinstance(x, Tensor) and x.dtype == query.dtype else x
+
+    wide = fused(query.float(), *map(widen, others), **{name: widen(x) for name, x in kwargs.items()})
+    return wide.to(query.dtype)
