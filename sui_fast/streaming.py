@@ -186,17 +186,18 @@ def features_of(
 
 def _features(source: Source, fmap: FeatureMap, goal: Goal | None, begin: int, end: int) -> dict[str, Tensor]:
     if fmap.sketch is not None:
+        own = None
         outputs, features = sketches(source.model, source.samples.slice(begin, end), *fmap.sketch, **source.options)
     else:
         part = source.part(begin, end)
-        outputs, features = part.outputs, fmap.features(part)
+        outputs, (features, own) = part.outputs, fmap.both(part)
     features = features.to(torch.float32)
     found = {"features": features.cpu()}
     if goal is not None:
         found["residual"] = goal.residual(slice(begin, end), outputs).cpu()
-        if fmap.diagonal:
+        if own is not None:
             wide = features.to(torch.float64)
-            found["missed"] = (part.own_blocks().to(torch.float64) - wide @ wide.transpose(1, 2)).cpu()
+            found["missed"] = (own.to(torch.float64) - wide @ wide.transpose(1, 2)).cpu()
     return found
 
 
