@@ -74,7 +74,7 @@ def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
     """Landmark samples of a pool, drawn in proportion to what the landmarks before them leave unexplained.
 
     All outputs of a landmark sample serve, so rank is rounded up to whole samples; fewer columns where the pool is
-    explained sooner. Below a rank of 256 more landmarks are drawn than columns kept, the leading ones.
+    explained sooner. Of a small rank more landmarks are drawn than columns kept, the leading ones.
 
     Args:
         pool: samples to draw from. rank: columns. seed: of the draws.
@@ -82,7 +82,7 @@ def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
     """
     n, k = pool.n, pool.k
     rank = -(-rank // k) * k
-    wanted = min(n, max(rank, min(8 * rank, 256)) // k)
+    wanted = min(n, max(rank, min(8 * rank, 256 * k, 2048)) // k)
     rng = torch.Generator().manual_seed(seed)
     diagonal = pool.own_blocks().diagonal(dim1=1, dim2=2).to(torch.float64)
     floor = 1e-12 * float(diagonal.sum())
@@ -140,7 +140,7 @@ def subspace_map(
         reduce: sums a tensor over processes.
     Source: Halko, Martinsson, Tropp 2011; Musco and Musco 2015.
     """
-    basis, wide = None, min(rank + rank // 8 + 16, samples)
+    basis, wide = None, min(rank + rank // 2 + 16, samples)
     for _ in range(iterations + 1):
         total = None
         for first, part in passes():
