@@ -12,6 +12,8 @@ from .jacobians import Jacobian
 
 DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs up to which an eigendecomposition is worth its time
 DEFAULT_RANK = 1024
+SHARD = 1 << 22  # features of a shard: 16 MB
+PORTION = 1 << 19  # float64 features at a time in pass 2: larger intermediates are fresh memory each time
 METHODS = ("auto", "dense", "nystrom", "subspace", "sketch")
 
 
@@ -57,11 +59,13 @@ def choose_method(
     return "sketch", wanted, f"{rows} rows of {parameters} parameters; one pass, nothing to fit"
 
 
-def make_plan(first: Jacobian, seconds: float, n: int, m: int, method: str, rank: int, reason: str) -> Plan:
+def make_plan(
+    first: Jacobian, seconds: float, n: int, m: int, method: str, rank: int, reason: str, stored: bool
+) -> Plan:
     """Costs from the Jacobian of a few samples and the seconds its capture took.
 
     Args:
-        first: captured with the settings of the run. n, m: training and validation samples.
+        first: captured with the settings of the run. n, m: training and validation samples. stored: on disk.
     """
     k, rows, each = first.k, n * first.k, first.nbytes / max(first.n, 1)
     capture = seconds / first.n * (n + m)
@@ -71,8 +75,9 @@ def make_plan(first: Jacobian, seconds: float, n: int, m: int, method: str, rank
         work = 2 * rows * (rows + m * k) * sum(p.numel() ** 0.5 for p in first._shapes.values()) + 15 * rows**3
         return Plan(method, rows, reason, 1, 0, peak, capture + work * product)
     part = min(256, n) * each
-    shard = min(n * k * rank, 1 << 22)
-    peak = int(part * 3 + shard * (4 * 2 + 8 * 4) + 8 * rank * rank * 6 + 4 * n * k * 3)
+    held = 0 if stored else 4 * rank * (n + m) * k
+    shard, portion = min(n * k * rank, SHARD), min(n * k * rank, PORTION)
+    peak = int(held + part * 3 + shard * 4 * 2 + portion * 8 * 4 + 8 * rank * rank * 6 + 4 * n * k * 3)
     passes = {"sketch": 1, "nystrom": 1, "subspace": 5}[method]
     if method == "subspace":
         peak += int(4 * first.shape[1] * rank * 3 + min(n * each, 1 << 30))

@@ -293,7 +293,8 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
         samples.n, first.k, first.shape[1], method=arguments.get("method", "auto"), rank=arguments.get("rank"),
         device=first.device, groups=arguments.get("groups") is not None,
     )  # fmt: skip
-    return make_plan(first, seconds, samples.n, m, method, rank, reason)
+    stored = arguments.get("store") is not None
+    return make_plan(first, seconds, samples.n, m, method, rank, reason, stored)
 
 
 def _check_arguments(measures, loss, sigma, method, rank, val, sgd_batch_size, sgd_jitter):

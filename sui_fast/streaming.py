@@ -29,6 +29,7 @@ from .jacobians import Jacobian, jacobian, sketches
 from .jacobians.data import Samples, batch_length
 from .loo import Addition, SpectralRemoval, add_samples, check_stability, make_blocks, make_filter, shard_blocks
 from .losses import Goal
+from .planning import PORTION, SHARD
 from .spectra import (
     POOL,
     RANK_FOR,
@@ -42,8 +43,7 @@ from .spectra import (
     subspace_map,
 )
 
-_SHARD = 1 << 22  # features of a shard: 16 MB
-_PORTION = 1 << 19  # float64 features at a time in pass 2: larger intermediates are fresh memory each time
+_SHARD, _PORTION = SHARD, PORTION
 _PROBES = 64  # samples whose exact kernel the error estimate looks at
 _HELD = 1 << 30  # bytes of factors that may stay in memory between passes
 
