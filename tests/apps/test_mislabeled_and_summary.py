@@ -3,7 +3,7 @@ import pytest
 import torch
 from problems import blobs, network
 
-from sui_fast import ArgumentError, DataError, find_mislabeled, score, summarize
+from sui_fast import ArgumentError, DataError, find_mislabeled, read_review, score, summarize
 from sui_fast.apps.mislabeled import label_error_probability
 from sui_fast.apps.results import auroc, average_precision, rank_correlation
 
@@ -117,6 +117,42 @@ def test_quota_is_kept(problem):
             least = {int(c): 18 * int(m) // 40 for c, m in zip(classes, counts, strict=True)}
         assert len(found.kept) == 18
         assert all(kept[c] >= min(m, counts[c]) for c, m in least.items())
+
+
+def test_a_review_decides_what_is_summarized(problem, tmp_path):
+    model, (x, y), val = problem
+    file = tmp_path / "review.csv"
+    new = 1 - int(y[7])
+    file.write_text(
+        f"id,decision,label,new_label\r\n3,drop,0,0\r\n7,relabel,{int(y[7])},{new}\r\n11,keep,0,0\r\n0,drop,0,0\r\n"
+    )
+    common = dict(reg=1e-2, progress=False)
+    found = summarize(model, (x, y), val, 20, review=file, **common)
+    same = summarize(model, (x, y), val, 20, review=read_review(str(file)), **common)
+    rest = np.delete(np.arange(40), [0, 3])
+    relabelled = y.clone()
+    relabelled[7] = new
+    by_hand = summarize(model, (x[rest], relabelled[rest]), val, 20, **common)
+    assert (found.order == same.order).all() and sorted(found.order) == list(range(40))
+    assert found.order[:2].tolist() == found.reviewed_out.tolist() == [0, 3]
+    assert (found.order[2:] == rest[by_hand.order]).all() and (found.kept == rest[by_hand.kept]).all()
+    assert np.allclose(found.information[rest], by_hand.information) and np.isnan(found.information[[0, 3]]).all()
+    assert found.labels.tolist() == relabelled.tolist() and found.accuracy == by_hand.accuracy
+    assert (found.at(38) == rest).all() and "2 of those left out" in found.summary() and y[7] != new
+    with pytest.raises(ArgumentError, match="m: "):
+        found.at(39)
+    assert len(summarize(model, (x, y), val, 0.5, review=file, **common).kept) == 19
+    scores = score(model, (x, y), val, reg=1e-2)
+    with pytest.raises(ArgumentError, match="review"):
+        summarize(scores, m=30, method="one-shot", review=file)
+    file.write_text("id,decision,label,new_label\r\n3,drop,0,0\r\n")
+    once = summarize(scores, m=39, method="one-shot", review=file)
+    assert once.kept.tolist() == np.delete(np.arange(40), 3).tolist()
+    with pytest.raises(ArgumentError, match="review"):
+        summarize(model, (x, y), val, 20, review=[3])
+    file.write_text("id,decision,label,new_label\r\n400,drop,0,0\r\n")
+    with pytest.raises(DataError, match="reviewed id"):
+        summarize(model, (x, y), val, 20, review=file)
 
 
 def test_statistics():
