@@ -35,6 +35,7 @@ class Summary(Result):
         labels: classes of all samples [n], after the review, or None. method, by: how it was chosen.
         accuracy: {kept samples: validation accuracy of the linearised model retrained on them}, where there is one.
         reviewed_out: numbers of the samples that a review dropped.
+        reg: of the mean loss, as given or found; None where only scores were ranked.
     """
 
     title: ClassVar[str] = "Summary of the training set"
@@ -48,6 +49,7 @@ class Summary(Result):
     all_ids: np.ndarray
     accuracy: dict[int, float]
     reviewed_out: np.ndarray
+    reg: float | None
 
     def at(self, m: int) -> np.ndarray:
         """Numbers of the m samples that are kept at that size (m at least ``len(kept)``), ascending."""
@@ -121,7 +123,10 @@ def summarize(
         quota: per class, the samples that must stay: {class: samples}, "equal" or "proportional" shares of m.
         review: decisions of a person, from ``read_review``, or the CSV file that the report exports: samples it drops
             are not used, those it relabels count with their new label.
-        reg, progress, arguments: of ``score``: time, lr, dynamics, convention, outputs, params, batch_size, dtype.
+        reg: of the mean loss; "auto": that with the smallest error of models trained on m random samples, judged on the
+            others. Few samples need more of it than all of them, where the leave-one-out error of ``score`` has its
+            minimum: with that one the choice is made for a model that nearly interpolates.
+        progress, arguments: of ``score``: time, lr, dynamics, convention, outputs, params, batch_size, dtype.
     Returns:
         Summary. The same arguments give the same samples; ties go to the later sample.
     Raises:
@@ -158,7 +163,11 @@ def summarize(
         samples = as_samples(train, with_targets=True, argument="train")
         ids, used = samples.ids, _used(review, samples.ids)
         clean = samples if review is None else review.clean(samples)
-        problem = linear_problem(model, clean, val, reg=reg, progress=progress, **arguments)
+        m = _size(m, len(used))
+        automatic = isinstance(reg, str) and reg == "auto"
+        problem = linear_problem(model, clean, val, reg=0.0 if automatic else reg, progress=progress, **arguments)
+        if automatic:
+            problem.choose_reg_for(m)
         labels = None
         if problem.labels is not None:
             labels = regression_targets(samples.targets, problem.k)[1].cpu().numpy().copy()
@@ -218,6 +227,7 @@ def summarize(
         all_ids=ids,
         accuracy=_accuracies(problem, order, m),
         reviewed_out=reviewed_out,
+        reg=None if problem is None else problem.reg,
     )
 
 

@@ -4,8 +4,10 @@ import torch
 from problems import blobs, network
 
 from sui_fast import ArgumentError, DataError, find_mislabeled, read_review, score, summarize
+from sui_fast.apps.kernel import linear_problem
 from sui_fast.apps.mislabeled import label_error_probability
 from sui_fast.apps.results import auroc, average_precision, rank_correlation
+from sui_fast.loo import part_error_curve
 
 
 @pytest.mark.parametrize("k", [1, 4])
@@ -164,3 +166,45 @@ def test_statistics():
     assert np.isclose(average_precision(value, positive), metrics.average_precision_score(positive, value))
     assert np.isclose(rank_correlation(value, positive), stats.spearmanr(value, positive)[0])
     assert np.isnan(auroc(value, np.zeros(50, bool))) and np.isnan(rank_correlation(value, np.ones(50)))
+
+
+def test_regularisation_of_a_summary_is_that_of_training_on_few(problem):
+    model, train, val = problem
+    problem = linear_problem(model, train, reg=0.0, progress=False)
+    n, k, m = 40, problem.k, 8
+    regs, errors = part_error_curve(problem.theta, problem.r0, m, time=None, lr=None, dynamics="gd", repeats=2)
+    theta, flat, rng = problem.theta.numpy(), problem.r0.numpy().ravel(), np.random.default_rng(0)
+    expected = np.zeros(len(regs))
+    for _ in range(2):
+        order = rng.permutation(n)
+        inside, others = ((rows[:, None] * k + np.arange(k)).ravel() for rows in (order[:m], order[m:]))
+        for place, reg in enumerate(regs):
+            kernel = theta[np.ix_(inside, inside)] + m * reg * np.eye(m * k)
+            left = flat[others] - theta[np.ix_(others, inside)] @ np.linalg.solve(kernel, flat[inside])
+            expected[place] += (left**2).sum() / (n - m) / 2
+    assert np.allclose(errors, expected, rtol=1e-4)
+    found = summarize(model, train, val, m, progress=False)
+    assert found.reg in part_error_curve(problem.theta, problem.r0, m, time=None, lr=None, dynamics="gd")[0]
+    assert summarize(model, train, val, 40, progress=False).reg > 0
+    assert summarize(model, train, val, m, reg=0.5, progress=False).reg == 0.5
+    assert summarize(model, train, val, m, time=50, lr=0.01, progress=False).reg > 0
+
+
+def test_a_fifth_of_the_digits_matches_all_of_them():
+    datasets = pytest.importorskip("sklearn.datasets")
+    data = datasets.load_digits()
+    order = np.random.default_rng(0).permutation(len(data.target))
+    x, y = torch.from_numpy(data.images[order].reshape(-1, 64) / 16), torch.from_numpy(data.target[order] >= 5).long()
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 1)).double()
+    train, test = (x[:500], y[:500]), (x[800:], y[800:])
+    found = summarize(model, train, (x[500:800], y[500:800]), 0.2, progress=False)
+    judge = linear_problem(model, train, test, reg=found.reg, progress=False)
+
+    def accuracy(rows):
+        guess = judge.predictions(np.sort(rows), convention="mean")[:, 0] > 0.5
+        return float((guess == test[1].bool()).double().mean())
+
+    rng = np.random.default_rng(1)
+    drawn = np.mean([accuracy(rng.permutation(500)[:100]) for _ in range(5)])
+    assert accuracy(found.kept) > max(drawn + 0.02, accuracy(np.arange(500)) - 0.015)
