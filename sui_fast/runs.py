@@ -217,7 +217,8 @@ class Run:
                 stores.append(open_store(store, print_, "train", processes, resume))
                 collect(source, fmap, self.goal, stores[0], self.progress)
                 device = source.device
-                moments = moments_of(stores[0], fmap.rank, device)
+                few = n * self.goal.rows < fmap.rank and processes.count == 1
+                moments = moments_of(stores[0], fmap.rank, device, few)
                 moments.reduce(processes.total)
                 spectrum = feature_spectrum(moments)
             moment = seen = None
