@@ -54,15 +54,20 @@ class Review:
         ids, labels = np.asarray(ids), np.array(labels)
         if len(ids) != len(labels):
             raise ArgumentError(complaint("labels", f"one per id ({len(ids)})", len(labels), "Align them."))
-        kept = np.ones(len(ids), dtype=bool)
+        kept = self.stays(ids)
         if not (labels.dtype.kind in "iu" and self.new_labels.dtype.kind in "iu"):
             labels = labels.astype(str).astype(object)
         for row, what, new in zip(self._rows(ids), self.decisions, self.new_labels.tolist(), strict=True):
-            if what == "drop":
-                kept[row] = False
-            elif what == "relabel":
+            if what == "relabel":
                 labels[row] = new
         return kept, labels.astype(str) if labels.dtype == object else labels
+
+    def stays(self, ids: Sequence | np.ndarray) -> np.ndarray:
+        """Which samples were not dropped, bool [n]; ids: of all samples. Raises as ``apply``."""
+        ids = np.asarray(ids)
+        kept = np.ones(len(ids), dtype=bool)
+        kept[np.array(self._rows(ids), dtype=np.int64)[self.decisions == "drop"]] = False
+        return kept
 
     def _rows(self, ids: np.ndarray) -> list[int]:
         """Row of each decision."""
@@ -89,11 +94,9 @@ class Review:
             DataError: a decided id is not in the data, every sample was dropped, or a new label names no class.
         """
         samples = as_samples(data, with_targets=True, argument=argument)
-        targets, kept = samples.targets.clone(), np.ones(samples.n, dtype=bool)
+        targets, kept = samples.targets.clone(), self.stays(samples.ids)
         for row, what, new in zip(self._rows(samples.ids), self.decisions, self.new_labels.tolist(), strict=True):
-            if what == "drop":
-                kept[row] = False
-            elif what == "relabel":
+            if what == "relabel":
                 targets[row] = _target(new, targets[row])
         rows = np.flatnonzero(kept)
         if not len(rows):

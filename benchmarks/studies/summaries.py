@@ -73,7 +73,41 @@ def one(seed: int) -> tuple[dict[str, list[float]], float]:
     return found, accuracy(np.arange(N))
 
 
+def automatic(seed: int, width: int = 256, draws: int = 3) -> list[list[float]]:
+    """Accuracy of the default, of random samples and of all of them at every share, trained with the reg it found."""
+    x, y = digits(seed)
+    y = (y >= 5).long()
+    train, val = (x[:N], y[:N]), (x[N : N + VALIDATION], y[N : N + VALIDATION])
+    test = (x[N + VALIDATION :], y[N + VALIDATION :])
+    model, rng = mlp(width, 1, seed), np.random.default_rng(seed)
+    judge = linear_problem(model, train, test, reg="auto", progress=False)
+
+    def accuracy(kept) -> float:
+        guess = judge.predictions(np.sort(kept), convention="mean")[:, 0] > 0.5
+        return float((guess == test[1].bool()).double().mean())
+
+    best, columns = accuracy(np.arange(N)), []
+    for share in SHARES:
+        found = summarize(model, train, val, share, progress=False)
+        judge.reg, m = found.reg, len(found.kept)
+        drawn = np.mean([accuracy(rng.permutation(N)[:m]) for _ in range(draws)])
+        columns.append([accuracy(found.kept), drawn, accuracy(np.arange(N)), best])
+    return np.array(columns).T.tolist()
+
+
 def main(seeds: int = 5) -> None:
+    by_method(seeds)
+    names = ["iterative", "random", "all samples, same reg", "all samples, the best reg for all"]
+    means = np.mean([automatic(seed) for seed in range(seeds)], 0).tolist()
+    table(
+        "Summaries with the default regularisation",
+        ["kept", *(f"{share:.0%} kept" for share in SHARES)],
+        [[name, *row] for name, row in zip(names, means, strict=True)],
+        f'As above with MLP-256 and reg = "auto", mean of {seeds} seeds. `python -m benchmarks.studies.summaries`',
+    )
+
+
+def by_method(seeds: int) -> None:
     results = [one(seed) for seed in range(seeds)]
     full = np.mean([whole for _, whole in results])
     rows = [[name, *np.mean([found[name] for found, _ in results], 0).tolist()] for name in results[0][0]]

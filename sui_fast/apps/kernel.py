@@ -20,6 +20,7 @@ from ..loo import (
     make_blocks,
     make_filter,
     make_sets,
+    part_error_curve,
     remove_from_spectrum,
 )
 from ..runs import authors_definitions, projected_cross, projected_kernel
@@ -84,6 +85,15 @@ class LinearProblem:
             reg = float(regs[errors.argmin()])
         make_filter(self.n, reg=reg, **self.training)
         self.reg = float(reg)
+
+    def choose_reg_for(self, m: int) -> None:
+        """Set ``reg`` to that with the smallest error on the others of training on m random samples, at most 90%."""
+        m = min(m, int(0.9 * self.n))
+        if m < 1:
+            return self.choose_reg("auto")
+        repeats = int(np.clip((self.n / m) ** 3, 2, 5))  # the price of one spectrum of all samples, or two
+        regs, errors = part_error_curve(self.theta, self.r0, m, repeats=repeats, **self.training)
+        return self.choose_reg(float(regs[errors.argmin()]))
 
     def removal(self, groups=None, **changed) -> Removal:
         """Of every sample or group, from the spectrum where there is one."""

@@ -34,7 +34,7 @@ class Mislabeled(Result):
         auroc, aupr: of the margin, where the truth was given; auroc_second: of the second opinion.
     """
 
-    title: ClassVar[str] = "Suspected label errors"
+    title: ClassVar[str] = "Wrong labels by leave-one-out margin"
     ids: np.ndarray
     labels: np.ndarray
     order: np.ndarray

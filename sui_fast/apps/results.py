@@ -65,6 +65,11 @@ class Result:
         return ax.figure
 
 
+def plain(text: Any) -> str:
+    """Text of the user's for matplotlib, which reads dollars as mathematics and cannot draw half a surrogate pair."""
+    return str(text).encode("utf-8", "replace").decode().replace("$", r"\$")
+
+
 def auroc(value: np.ndarray, positive: np.ndarray) -> float:
     """Chance that a positive has a larger value than a negative; ties count half, nan where one kind is missing."""
     value, positive = np.asarray(value), np.asarray(positive, dtype=bool)

@@ -67,9 +67,7 @@ class LossOfWeights:
         return torch.cat([self.outputs(flat, batch).detach() for batch in batches])
 
 
-def descend(
-    loss: LossOfWeights, sample_weights: Tensor, *, steps: int, lr: float, progress: bool = True
-) -> Tensor:
+def descend(loss: LossOfWeights, sample_weights: Tensor, *, steps: int, lr: float, progress: bool = True) -> Tensor:
     """Weights after full-batch gradient descent from the start, one model per row of sample weights, [E, d].
 
     Models share each step through vmap where that is faster than one after the other (it is not for convolutions on a

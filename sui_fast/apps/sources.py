@@ -12,7 +12,7 @@ import torch
 from .._errors import ArgumentError, complaint
 from ..jacobians import Samples, as_samples
 from .kernel import linear_problem
-from .results import Result
+from .results import Result, plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +63,8 @@ class Sources(Result):
     def _draw(self, ax) -> None:
         width = 0.8 / max(len(self.names), 1)
         for i, name in enumerate(self.names):
-            ax.bar(np.arange(len(self.targets)) + i * width, self.fsi[i], width, label=name)
-        ax.set_xticks(np.arange(len(self.targets)) + 0.4 - width / 2, self.targets)
+            ax.bar(np.arange(len(self.targets)) + i * width, self.fsi[i], width, label=plain(name))
+        ax.set_xticks(np.arange(len(self.targets)) + 0.4 - width / 2, [plain(x) for x in self.targets])
         ax.set(xlabel="validation set", ylabel="mean F-SI of a sample, nats")
         ax.legend(title="source")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +12,10 @@ import torch
 from tqdm.auto import tqdm
 
 from .._errors import ArgumentError, complaint
+from ..jacobians import as_samples
+from ..review import Review, read_review
 from ..scores import Scores
+from ..targets import regression_targets
 from .kernel import linear_problem
 from .results import Result
 
@@ -25,10 +29,13 @@ class Summary(Result):
 
     Attributes:
         ids: of the kept samples, in the order of the data. kept: their numbers.
-        order: numbers of all samples, those to drop first in front; ``at(m)`` keeps the last m.
+        order: numbers of all samples, those to drop first in front (before them what a review dropped); ``at(m)`` keeps
+            the last m.
         information: of each sample when it was dropped, or last computed, in nats [n].
-        labels: classes of all samples [n], or None. method, by: how it was chosen.
+        labels: classes of all samples [n], after the review, or None. method, by: how it was chosen.
         accuracy: {kept samples: validation accuracy of the linearised model retrained on them}, where there is one.
+        reviewed_out: numbers of the samples that a review dropped.
+        reg: of the mean loss, as given or found; None where only scores were ranked.
     """
 
     title: ClassVar[str] = "Summary of the training set"
@@ -41,18 +48,22 @@ class Summary(Result):
     by: str
     all_ids: np.ndarray
     accuracy: dict[int, float]
+    reviewed_out: np.ndarray
+    reg: float | None
 
     def at(self, m: int) -> np.ndarray:
         """Numbers of the m samples that are kept at that size (m at least ``len(kept)``), ascending."""
-        least = len(self.kept)
-        if not isinstance(m, int | np.integer) or not least <= m <= len(self.order):
+        least, most = len(self.kept), len(self.order) - len(self.reviewed_out)
+        if not isinstance(m, int | np.integer) or not least <= m <= most:
             got, todo = repr(m), "Summarize to fewer samples for smaller sizes."
-            raise ArgumentError(complaint("m", f"a number from {least} to {len(self.order)}", got, todo))
+            raise ArgumentError(complaint("m", f"a number from {least} to {most}", got, todo))
         return np.sort(self.order[len(self.order) - m :])
 
     def summary(self) -> str:
         n, name = len(self.order), self.by.upper()
         text = f"{len(self.kept)} of {n} samples kept, {self.method}, least {name} dropped first."
+        if len(self.reviewed_out):
+            text += f" {len(self.reviewed_out)} of those left out were dropped by the review."
         if self.labels is not None:
             classes, counts = np.unique(self.labels[self.kept], return_counts=True)
             text += " Per class: " + ", ".join(f"{c}: {m}" for c, m in zip(classes, counts, strict=True)) + "."
@@ -78,7 +89,7 @@ class Summary(Result):
             ax.plot(np.array(sizes) / len(self.order), [self.accuracy[m] for m in sizes], marker=".")
             ax.set(xlabel="share of the samples kept", ylabel="validation accuracy, linearised model")
         else:
-            ax.plot(np.maximum(self.information[self.order], 1e-300))
+            ax.plot(np.maximum(self.information[self.order[len(self.reviewed_out) :]], 1e-300))
             ax.set(xlabel="samples in the order of dropping", ylabel=f"{self.by.upper()} then, nats", yscale="log")
 
 
@@ -93,6 +104,7 @@ def summarize(
     step: float = 0.05,
     quota: str | dict[int, int] | None = None,
     reg: float | str = "auto",
+    review: Review | str | os.PathLike | None = None,
     progress: bool = True,
     **arguments,
 ) -> Summary:
@@ -105,15 +117,20 @@ def summarize(
 
     Args:
         model, train, val: as in ``score``. For "one-shot" a ``Scores`` is enough.
-        m: samples to keep, or their share where it is below 1.
+        m: samples to keep, or their share (of those the review left) where it is below 1.
         by: "fsi" (default where val is given) or "si".
         step: share of the remaining samples that leave between two looks.
         quota: per class, the samples that must stay: {class: samples}, "equal" or "proportional" shares of m.
-        reg, progress, arguments: of ``score``: time, lr, dynamics, convention, outputs, params, batch_size, dtype.
+        review: decisions of a person, from ``read_review``, or the CSV file that the report exports: samples it drops
+            are not used, those it relabels count with their new label.
+        reg: of the mean loss; "auto": that with the smallest error of models trained on m random samples, judged on the
+            others. Few samples need more of it than all of them, where the leave-one-out error of ``score`` has its
+            minimum: with that one the choice is made for a model that nearly interpolates.
+        progress, arguments: of ``score``: time, lr, dynamics, convention, outputs, params, batch_size, dtype.
     Returns:
         Summary. The same arguments give the same samples; ties go to the later sample.
     Raises:
-        As ``score``; ArgumentError for an m or a quota that cannot be.
+        As ``score``; ArgumentError for an m or a quota that cannot be; DataError for a review of other data.
     """
     if method not in METHODS:
         raise ArgumentError(complaint("method", f"one of {', '.join(METHODS)}", repr(method), "Choose one."))
@@ -123,24 +140,43 @@ def summarize(
     if by not in ("si", "fsi"):
         raise ArgumentError(complaint("by", "'si' or 'fsi'", repr(by), "Choose one."))
     problem = remaining = scores = None
+    if review is not None and not isinstance(review, Review):
+        if not isinstance(review, str | os.PathLike):
+            todo = "Pass sui_fast.read_review('review.csv')."
+            raise ArgumentError(complaint("review", "a Review or the path of its file", repr(review), todo))
+        review = read_review(review)
     if isinstance(model, Scores):
         scores = model
         if method != "one-shot" or train is not None:
             got, todo = f"Scores and method={method!r}", "Pass model and data, or method='one-shot'."
             raise ArgumentError(complaint("model", "a model for the iterative method", got, todo))
+        if review is not None and (review.decisions == "relabel").any():
+            got, todo = "Scores of the old labels and a review with new ones", "Pass model and data, with review=."
+            raise ArgumentError(complaint("review", "no new labels beside Scores", got, todo))
         ids, labels = scores.ids, scores.labels
+        used = _used(review, ids)
     else:
         if train is None:
             raise ArgumentError(complaint("train", "the training data", None, "Pass (inputs, targets)."))
         if by == "fsi" and val is None:
             raise ArgumentError(complaint("val", "validation samples for 'fsi'", None, "Pass val=..., or by='si'."))
-        problem = linear_problem(model, train, val, reg=reg, progress=progress, **arguments)
-        ids = problem.samples.ids
-        labels = None if problem.labels is None else problem.labels.cpu().numpy()
+        samples = as_samples(train, with_targets=True, argument="train")
+        ids, used = samples.ids, _used(review, samples.ids)
+        clean = samples if review is None else review.clean(samples)
+        m = _size(m, len(used))
+        automatic = isinstance(reg, str) and reg == "auto"
+        problem = linear_problem(model, clean, val, reg=0.0 if automatic else reg, progress=progress, **arguments)
+        if automatic:
+            problem.choose_reg_for(m)
+        labels = None
+        if problem.labels is not None:
+            labels = regression_targets(samples.targets, problem.k)[1].cpu().numpy().copy()
+            labels[used] = problem.labels.cpu().numpy()
         remaining = problem.remaining()
-    n = len(ids)
+    n = len(used)
     m = _size(m, n)
-    least = _quota(quota, labels, m)
+    own = None if labels is None else labels[used]
+    least = _quota(quota, own, m)
     if method == "one-shot" and 2 * m < n:
         warnings.warn(
             f"sui_fast: one-shot summaries below 50% ({m} of {n} here) drop samples together with those that make them "
@@ -161,12 +197,12 @@ def summarize(
             sqnorm = removal.prediction_sqnorm if by == "fsi" else removal.weight_sqnorm
             value = sqnorm.cpu().numpy() / 2
         else:
-            value = scores[by][kept]
+            value = scores[by][used[kept]]
         information[kept] = value
         count = len(kept) - m
         if method == "iterative":
             count = min(count, max(1, int(step * len(kept))))
-        out = _lowest(value, kept, count, labels, least)
+        out = _lowest(value, kept, count, own, least)
         dropped.append(kept[out])
         kept = np.setdiff1d(kept, dropped[-1])
         if remaining is not None and method == "iterative" and count:
@@ -177,17 +213,27 @@ def summarize(
     bar.close()
     last = kept[np.argsort(information[kept], kind="stable")]
     order = np.concatenate([*dropped, last])
+    reviewed_out = np.setdiff1d(np.arange(len(ids)), used)
+    found = np.full(len(ids), np.nan)
+    found[used] = information
     return Summary(
-        ids=ids[kept],
-        kept=kept,
-        order=order,
-        information=information,
+        ids=ids[used[kept]],
+        kept=used[kept],
+        order=np.concatenate([reviewed_out, used[order]]),
+        information=found,
         labels=labels,
         method=method,
         by=by,
         all_ids=ids,
         accuracy=_accuracies(problem, order, m),
+        reviewed_out=reviewed_out,
+        reg=None if problem is None else problem.reg,
     )
+
+
+def _used(review: Review | None, ids: np.ndarray) -> np.ndarray:
+    """Numbers of the samples that the review leaves."""
+    return np.arange(len(ids)) if review is None else np.flatnonzero(review.stays(ids))
 
 
 def _size(m, n: int) -> int:

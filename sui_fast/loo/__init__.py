@@ -3,7 +3,7 @@
 from .addition import Addition, add_samples, add_to_kernel
 from .blocks import make_blocks, make_sets, shard_blocks
 from .downdate import Remaining
-from .regularisation import loo_error_curve
+from .regularisation import loo_error_curve, part_error_curve
 from .removal import Removal
 from .solve import check_stability, leave_one_out, make_filter, remove_from_spectrum
 from .spectral import SpectralRemoval
@@ -21,6 +21,7 @@ __all__ = [
     "check_stability",
     "leave_one_out",
     "loo_error_curve",
+    "part_error_curve",
     "make_blocks",
     "make_filter",
     "make_sets",

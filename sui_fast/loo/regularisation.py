@@ -1,4 +1,4 @@
-"""Choosing the regularisation: the exact leave-one-out error over a grid, from one spectrum."""
+"""Choosing the regularisation: the exact leave-one-out error, or that of training on a part, over a grid."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .._errors import StabilityError
-from ..spectra import Spectrum
+from ..spectra import Spectrum, dense_spectrum
 from .blocks import Blocks
-from .solve import make_filter, remove_from_spectrum
+from .solve import check_stability, make_filter, remove_from_spectrum
 
 
 def loo_error_curve(
@@ -53,3 +53,49 @@ def loo_error_curve(
         regs.append(float(reg))
         errors.append(float(error(slice(None), torch.as_tensor(removal.loo_residual)).mean()))
     return np.array(regs), np.array(errors)
+
+
+def part_error_curve(
+    theta: Tensor,
+    r0: Tensor,
+    m: int,
+    *,
+    time: float | None,
+    lr: float | None,
+    dynamics: str,
+    repeats: int = 5,
+    seed: int = 0,
+    points: int = 31,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean squared error on the others of training on m random samples, for regularisations as in ``loo_error_curve``.
+
+    Args:
+        theta: training kernel [n k, n k]. r0: residual at the initial weights [n, k]. m: samples of a part, below n.
+        repeats: parts drawn; seed: of the draw; points: size of the logarithmic grid. time, lr, dynamics: as above.
+    Returns:
+        regs [p] (of the mean loss of m samples, those for which the training is stable) and errors [p].
+    """
+    n, k = r0.shape
+    rng, flat = np.random.default_rng(seed), r0.reshape(-1)
+    regs, errors = np.zeros(0), np.zeros(points)
+    for _ in range(repeats):
+        order = torch.from_numpy(rng.permutation(n)).to(theta.device)
+        rows = order[:, None] * k + torch.arange(k, device=theta.device)
+        inside, others = rows[:m].flatten(), rows[m:].flatten()
+        spectrum = dense_spectrum(theta[inside][:, inside])
+        if not len(regs):
+            regs = (spectrum.top / m if spectrum.top > 0 else 1.0) * np.logspace(-9, 1, points)
+        gain, cross = spectrum.u.T @ flat[inside], theta[others][:, inside] @ spectrum.u
+        for place, reg in enumerate(regs):
+            phi = make_filter(m, reg=float(reg), time=time, lr=lr, dynamics=dynamics)
+            try:
+                check_stability(phi, spectrum.top, m)
+            except StabilityError:
+                if not place:
+                    raise
+                regs = regs[:place]
+                break
+            scale = torch.from_numpy(phi(spectrum.s.cpu().numpy())).to(gain)
+            left = flat[others] - cross @ torch.where(spectrum.s > 0, scale * gain, 0.0)
+            errors[place] += float(left.square().sum()) / ((n - m) * repeats)
+    return regs, errors[: len(regs)]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .._errors import ArgumentError, DataError, complaint
+from ..apps.results import plain
 from ..scores import Scores
 from . import sections as parts
 from .page import write_page
@@ -74,8 +75,8 @@ class Comparison:
         figure = Figure(figsize=(4.6, 4.2))
         axes = figure.add_subplot()
         axes.scatter(self.a[self.measure], self.b[self.measure], s=8, alpha=0.7)
-        axes.set_xlabel(f"{self.measure}, {self.names[0]}")
-        axes.set_ylabel(f"{self.measure}, {self.names[1]}")
+        axes.set_xlabel(f"{self.measure}, {plain(self.names[0])}")
+        axes.set_ylabel(f"{self.measure}, {plain(self.names[1])}")
         return figure
 
     def report(self, path: str | os.PathLike, *, class_names: Sequence[str] | None = None) -> Path:

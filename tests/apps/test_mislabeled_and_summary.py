@@ -3,9 +3,11 @@ import pytest
 import torch
 from problems import blobs, network
 
-from sui_fast import ArgumentError, DataError, find_mislabeled, score, summarize
+from sui_fast import ArgumentError, DataError, find_mislabeled, read_review, score, summarize
+from sui_fast.apps.kernel import linear_problem
 from sui_fast.apps.mislabeled import label_error_probability
 from sui_fast.apps.results import auroc, average_precision, rank_correlation
+from sui_fast.loo import part_error_curve
 
 
 @pytest.mark.parametrize("k", [1, 4])
@@ -119,6 +121,42 @@ def test_quota_is_kept(problem):
         assert all(kept[c] >= min(m, counts[c]) for c, m in least.items())
 
 
+def test_a_review_decides_what_is_summarized(problem, tmp_path):
+    model, (x, y), val = problem
+    file = tmp_path / "review.csv"
+    new = 1 - int(y[7])
+    file.write_text(
+        f"id,decision,label,new_label\r\n3,drop,0,0\r\n7,relabel,{int(y[7])},{new}\r\n11,keep,0,0\r\n0,drop,0,0\r\n"
+    )
+    common = dict(reg=1e-2, progress=False)
+    found = summarize(model, (x, y), val, 20, review=file, **common)
+    same = summarize(model, (x, y), val, 20, review=read_review(str(file)), **common)
+    rest = np.delete(np.arange(40), [0, 3])
+    relabelled = y.clone()
+    relabelled[7] = new
+    by_hand = summarize(model, (x[rest], relabelled[rest]), val, 20, **common)
+    assert (found.order == same.order).all() and sorted(found.order) == list(range(40))
+    assert found.order[:2].tolist() == found.reviewed_out.tolist() == [0, 3]
+    assert (found.order[2:] == rest[by_hand.order]).all() and (found.kept == rest[by_hand.kept]).all()
+    assert np.allclose(found.information[rest], by_hand.information) and np.isnan(found.information[[0, 3]]).all()
+    assert found.labels.tolist() == relabelled.tolist() and found.accuracy == by_hand.accuracy
+    assert (found.at(38) == rest).all() and "2 of those left out" in found.summary() and y[7] != new
+    with pytest.raises(ArgumentError, match="m: "):
+        found.at(39)
+    assert len(summarize(model, (x, y), val, 0.5, review=file, **common).kept) == 19
+    scores = score(model, (x, y), val, reg=1e-2)
+    with pytest.raises(ArgumentError, match="review"):
+        summarize(scores, m=30, method="one-shot", review=file)
+    file.write_text("id,decision,label,new_label\r\n3,drop,0,0\r\n")
+    once = summarize(scores, m=39, method="one-shot", review=file)
+    assert once.kept.tolist() == np.delete(np.arange(40), 3).tolist()
+    with pytest.raises(ArgumentError, match="review"):
+        summarize(model, (x, y), val, 20, review=[3])
+    file.write_text("id,decision,label,new_label\r\n400,drop,0,0\r\n")
+    with pytest.raises(DataError, match="reviewed id"):
+        summarize(model, (x, y), val, 20, review=file)
+
+
 def test_statistics():
     metrics = pytest.importorskip("sklearn.metrics")
     stats = pytest.importorskip("scipy.stats")
@@ -128,3 +166,45 @@ def test_statistics():
     assert np.isclose(average_precision(value, positive), metrics.average_precision_score(positive, value))
     assert np.isclose(rank_correlation(value, positive), stats.spearmanr(value, positive)[0])
     assert np.isnan(auroc(value, np.zeros(50, bool))) and np.isnan(rank_correlation(value, np.ones(50)))
+
+
+def test_regularisation_of_a_summary_is_that_of_training_on_few(problem):
+    model, train, val = problem
+    problem = linear_problem(model, train, reg=0.0, progress=False)
+    n, k, m = 40, problem.k, 8
+    regs, errors = part_error_curve(problem.theta, problem.r0, m, time=None, lr=None, dynamics="gd", repeats=2)
+    theta, flat, rng = problem.theta.numpy(), problem.r0.numpy().ravel(), np.random.default_rng(0)
+    expected = np.zeros(len(regs))
+    for _ in range(2):
+        order = rng.permutation(n)
+        inside, others = ((rows[:, None] * k + np.arange(k)).ravel() for rows in (order[:m], order[m:]))
+        for place, reg in enumerate(regs):
+            kernel = theta[np.ix_(inside, inside)] + m * reg * np.eye(m * k)
+            left = flat[others] - theta[np.ix_(others, inside)] @ np.linalg.solve(kernel, flat[inside])
+            expected[place] += (left**2).sum() / (n - m) / 2
+    assert np.allclose(errors, expected, rtol=1e-4)
+    found = summarize(model, train, val, m, progress=False)
+    assert found.reg in part_error_curve(problem.theta, problem.r0, m, time=None, lr=None, dynamics="gd")[0]
+    assert summarize(model, train, val, 40, progress=False).reg > 0
+    assert summarize(model, train, val, m, reg=0.5, progress=False).reg == 0.5
+    assert summarize(model, train, val, m, time=50, lr=0.01, progress=False).reg > 0
+
+
+def test_a_fifth_of_the_digits_matches_all_of_them():
+    datasets = pytest.importorskip("sklearn.datasets")
+    data = datasets.load_digits()
+    order = np.random.default_rng(0).permutation(len(data.target))
+    x, y = torch.from_numpy(data.images[order].reshape(-1, 64) / 16), torch.from_numpy(data.target[order] >= 5).long()
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 1)).double()
+    train, test = (x[:500], y[:500]), (x[800:], y[800:])
+    found = summarize(model, train, (x[500:800], y[500:800]), 0.2, progress=False)
+    judge = linear_problem(model, train, test, reg=found.reg, progress=False)
+
+    def accuracy(rows):
+        guess = judge.predictions(np.sort(rows), convention="mean")[:, 0] > 0.5
+        return float((guess == test[1].bool()).double().mean())
+
+    rng = np.random.default_rng(1)
+    drawn = np.mean([accuracy(rng.permutation(500)[:100]) for _ in range(5)])
+    assert accuracy(found.kept) > max(drawn + 0.02, accuracy(np.arange(500)) - 0.015)
