@@ -44,8 +44,8 @@ def files(path: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in path.iterdir() if p.name != "lock"}
 
 
-def killed(path: Path, content: list[dict[str, torch.Tensor]], after: float) -> bool:
-    """Write in a process of its own, killed after some seconds; whether it was still at work then."""
+def start(path: Path, content: list[dict[str, torch.Tensor]]) -> int:
+    """Write in a process of its own."""
     process = os.fork()
     if not process:
         status = 1
@@ -54,12 +54,22 @@ def killed(path: Path, content: list[dict[str, torch.Tensor]], after: float) -> 
             status = 0
         finally:
             os._exit(status)
-    time.sleep(after)
-    os.kill(process, signal.SIGKILL)  # a process that has ended waits for us: its number is still its own
+    return process
+
+
+def ended(process: int) -> bool:
+    """Wait for a writer; whether it ended by itself."""
     _, status = os.waitpid(process, 0)
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-        raise AssertionError("the writer failed on what a kill had left")
-    return os.WIFSIGNALED(status)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the writer failed on what a kill had left"
+    return os.WIFEXITED(status)
+
+
+def killed(path: Path, content: list[dict[str, torch.Tensor]], after: float) -> bool:
+    """Write in a process of its own, killed after some seconds; whether it was still at work then."""
+    process = start(path, content)
+    time.sleep(after)
+    os.kill(process, signal.SIGKILL)  # one that has ended waits for us: its number is still its own
+    return not ended(process)
 
 
 def kill(folder: Path, kills: int, seed: int = 0) -> dict[str, int]:
@@ -70,9 +80,9 @@ def kill(folder: Path, kills: int, seed: int = 0) -> dict[str, int]:
     """
     rng = random.Random(seed)
     content = [shard(number) for number in range(SHARDS)]
-    start = time.perf_counter()
-    write(folder / "whole", content)
-    seconds = time.perf_counter() - start
+    begin = time.perf_counter()
+    assert ended(start(folder / "whole", content))
+    seconds = time.perf_counter() - begin
     whole = files(folder / "whole")
     found = dict(kills=0, stores=0, part_files=0, beyond_manifest=0, no_manifest=0)
     while found["kills"] < kills:
@@ -120,10 +130,10 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         found = kill(Path(folder), kills)
+        left = f"{found['part_files']} half-written files, {found['beyond_manifest']} shards beyond the manifest"
         print(
             f"{found['kills']} kills in {found['stores']} stores: every store opened and ended with the same bytes; "
-            f"left behind: {found['part_files']} half-written files, {found['beyond_manifest']} shards beyond the manifest, "
-            f"{found['no_manifest']} folders without manifest"
+            f"left behind: {left}, {found['no_manifest']} folders without manifest"
         )
         found = flip(Path(folder), flips)
         print(f"{found['refused']} of {found['flips']} flipped bits refused with StoreError")
