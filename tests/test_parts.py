@@ -47,6 +47,19 @@ def test_merged_parts_are_the_run_of_one_process(tmp_path, method, count):
     assert sorted(p.name for p in tmp_path.iterdir())[0] == f"train-0000-of-{count:04d}"
 
 
+@pytest.mark.parametrize("shard", [1 << 13, 1 << 16])
+def test_single_precision_rounds_alike_in_parts_and_whole(tmp_path, monkeypatch, shard):
+    monkeypatch.setattr(sui_fast.streaming, "_SHARD", shard)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 3))
+    train = torch.randn(700, 40), torch.randn(700, 3)
+    common = dict(method="sketch", rank=40, measures=("si",), progress=False)
+    for number in (1, 2, 3):
+        sui_fast.score(model, train, store=tmp_path, part=(number, 3), **common)
+    merged = sui_fast.merge(model, train, store=tmp_path, reg=0.05, measures=("si",))
+    np.testing.assert_allclose(merged["si"], sui_fast.score(model, train, reg=0.05, **common)["si"], rtol=1e-10)
+
+
 def test_more_parts_than_samples_and_other_settings_at_the_end(tmp_path):
     model, (x, y), _ = problem()
     few = (x[:3], y[:3])
@@ -86,7 +99,7 @@ def test_a_part_missing_incomplete_or_of_another_run_is_named(tmp_path):
     folder = tmp_path / "train-0001-of-0004"
     with sui_fast.spectra.Store(folder, sui_fast.spectra.store.read_fingerprint(folder), resume=False):
         pass
-    with pytest.raises(sui_fast.StoreError, match="part 2 of 4, complete, got 0 of 13"):
+    with pytest.raises(sui_fast.StoreError, match="part 2 of 4, complete, got 0 of 16"):
         merge(measures=("si",))
     run_parts(tmp_path, 2, (1,), **settings)
     with pytest.raises(sui_fast.StoreError, match="parts of 2 and of 4"):
