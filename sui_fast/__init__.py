@@ -30,6 +30,7 @@ from .apps import (
 from .doctor import doctor
 from .jacobians import Jacobian, jacobian, ntk
 from .loo import Removal, leave_one_out
+from .merging import merge
 from .ops import explain, use_backend
 from .planning import Plan
 from .report import Comparison, compare
@@ -68,6 +69,7 @@ __all__ = [
     "information_curves",
     "jacobian",
     "leave_one_out",
+    "merge",
     "ntk",
     "outputs",
     "overlap",

@@ -1,4 +1,4 @@
-"""Command line: sui-fast demo | score | plan | report | compare | doctor."""
+"""Command line: sui-fast demo | score | merge | plan | report | compare | doctor."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 from ._errors import ArgumentError, SuiError, complaint
@@ -16,6 +17,8 @@ from .demo import run_demo
 from .demo_text import run_text_demo
 from .doctor import doctor
 from .measures import MEASURES
+from .merging import merge
+from .parts import as_part
 from .planning import METHODS
 from .report import compare
 from .scores import Scores
@@ -41,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sui-fast", description="What does each training sample teach the model?")
     parser.add_argument("--version", action="version", version=f"sui-fast {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
-    commands = parser.add_subparsers(required=True, metavar="demo | score | plan | report | compare | doctor")
+    commands = parser.add_subparsers(required=True, metavar="demo | score | merge | plan | report | compare | doctor")
 
     demo = commands.add_parser("demo", help="score scikit-learn's digits with wrong labels mixed in")
     demo.add_argument("--out", help="folder for scores.parquet and report.html (demo_out, demo_out_text)")
@@ -50,23 +53,19 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("score", help="score your own model and data")
     _add_method(run)
-    run.add_argument("--out", default="scores.parquet", help="Parquet file to write")
-    run.add_argument("--report", help="HTML file to write as well")
+    _add_scores(run)
+    run.add_argument("--seed", type=int, default=0)
     run.add_argument("--store", help="folder for the features of a method of low rank; an interrupted run goes on")
     run.add_argument("--no-resume", action="store_true", help="empty the store first")
-    run.add_argument("--measures", nargs="+", default=["si", "fsi"], help=f"of {', '.join(MEASURES)}")
-    run.add_argument("--reg", default="0", help="regularisation of the mean loss, or auto")
-    run.add_argument("--time", type=float, help="training steps or time; left out: to convergence")
-    run.add_argument("--lr", type=float, help="step size of the mean loss")
-    run.add_argument("--dynamics", default="gd", help="gd or flow")
-    run.add_argument("--sigma", type=float, default=1.0, help="standard deviation of the noise")
-    run.add_argument("--convention", default="sum", help="sum, mean or iclr2021")
-    run.add_argument("--device", help="where to compute, as cuda:0")
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--sgd-batch-size", type=int, default=1, help="noise of si_sgd")
-    run.add_argument("--sgd-lr", type=float, help="noise of si_sgd")
-    run.add_argument("--sgd-jitter", type=float, default=1e-9, help="noise of si_sgd")
+    run.add_argument("--part", help="i/count: only the features of the i-th of count slices, into --store; see merge")
     run.set_defaults(run=_score)
+
+    join = commands.add_parser("merge", help="scores from the stores that score --part i/count left, for every i")
+    _add_method(join, None)
+    _add_scores(join)
+    join.add_argument("--seed", type=int, help="as the parts had it (read from them)")
+    join.add_argument("--store", required=True, help="the folder of the parts")
+    join.set_defaults(run=_merge)
 
     plan_ = commands.add_parser("plan", help="what score would do: method, rank, passes, bytes, seconds")
     _add_method(plan_)
@@ -93,12 +92,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_method(parser: argparse.ArgumentParser) -> None:
+def _add_method(parser: argparse.ArgumentParser, method: str | None = "auto") -> None:
     parser.add_argument("source", metavar="module:function", help="a function that returns (model, train, val)")
-    parser.add_argument("--method", default="auto", help=", ".join(METHODS))
+    parser.add_argument("--method", default=method, help=", ".join(METHODS) if method else "as the parts had it")
     parser.add_argument("--rank", type=int, help="features of a method of low rank")
     parser.add_argument("--params", nargs="+", help="parameter names or prefixes, or trainable, or all")
     parser.add_argument("--batch-size", type=int, default=64)
+
+
+def _add_scores(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="scores.parquet", help="Parquet file to write")
+    parser.add_argument("--report", help="HTML file to write as well")
+    parser.add_argument("--measures", nargs="+", default=["si", "fsi"], help=f"of {', '.join(MEASURES)}")
+    parser.add_argument("--reg", default="0", help="regularisation of the mean loss, or auto")
+    parser.add_argument("--time", type=float, help="training steps or time; left out: to convergence")
+    parser.add_argument("--lr", type=float, help="step size of the mean loss")
+    parser.add_argument("--dynamics", default="gd", help="gd or flow")
+    parser.add_argument("--sigma", type=float, default=1.0, help="standard deviation of the noise")
+    parser.add_argument("--convention", default="sum", help="sum, mean or iclr2021")
+    parser.add_argument("--device", help="where to compute, as cuda:0")
+    parser.add_argument("--sgd-batch-size", type=int, default=1, help="noise of si_sgd")
+    parser.add_argument("--sgd-lr", type=float, help="noise of si_sgd")
+    parser.add_argument("--sgd-jitter", type=float, default=1e-9, help="noise of si_sgd")
 
 
 def _params(a: argparse.Namespace):
@@ -120,34 +135,45 @@ def _plan(a: argparse.Namespace) -> int:
 
 
 def _score(a: argparse.Namespace) -> int:
-    model, train, val = _load(a.source)
+    given = dict(resume=not a.no_resume, part=a.part, store=a.store, method=a.method, rank=a.rank, seed=a.seed)
+    scores = score(*_load(a.source), **given, **_given(a))
+    if scores is None:
+        part = as_part(a.part)
+        print(f"part {part.number + 1} of {part.count} is in {a.store}; sui-fast merge scores when all are there")
+        return 0
+    return _write(a, scores)
+
+
+def _merge(a: argparse.Namespace) -> int:
+    given = dict(method=a.method, rank=a.rank, seed=a.seed)
+    given = {name: value for name, value in given.items() if value is not None}
+    return _write(a, merge(*_load(a.source), store=a.store, **given, **_given(a)))
+
+
+def _given(a: argparse.Namespace) -> dict[str, Any]:
+    """What score and merge are both told."""
     try:
         reg = a.reg if a.reg == "auto" else float(a.reg)
     except ValueError:
         raise ArgumentError(complaint("--reg", "a number or auto", repr(a.reg), "Pass one of them.")) from None
-    scores = score(
-        model,
-        train,
-        val,
+    return dict(
         measures=tuple(a.measures),
         reg=reg,
         time=a.time,
         lr=a.lr,
         dynamics=a.dynamics,
         sigma=a.sigma,
-        method=a.method,
-        rank=a.rank,
-        store=a.store,
-        resume=not a.no_resume,
         params=_params(a),
         convention=a.convention,
         batch_size=a.batch_size,
         device=a.device,
-        seed=a.seed,
         sgd_batch_size=a.sgd_batch_size,
         sgd_lr=a.sgd_lr,
         sgd_jitter=a.sgd_jitter,
     )
+
+
+def _write(a: argparse.Namespace, scores: Scores) -> int:
     scores.diagnostics["command"] = a.command
     if Processes().number:  # one of several writes what all of them have
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time as clock
 from contextlib import contextmanager
 from importlib import metadata
@@ -29,6 +30,7 @@ from .loo import (
 )
 from .losses import ROOTS, Goal
 from .measures import feature_neighbours, information, kernel_neighbours, sgd_information
+from .parts import Merged, Part, check_map, open_parts
 from .spectra import (
     PROJECTIONS,
     dense_spectrum,
@@ -86,6 +88,7 @@ class Run:
         self.neighbours: dict[str, np.ndarray] | None = None
         self.sgd: dict[str, Any] = {}
         self.projection: tuple[str, int | None] | None = None
+        self.apart: Part | Merged | None = None  # one of several runs that never meet, or what joins them
 
     def dense(self, stages: Stages, common: dict[str, Any]):
         """The exact kernel."""
@@ -196,17 +199,20 @@ class Run:
         return values, details, reg, self.samples.ids if self.groups is None else blocks.labels
 
     def low_rank(self, stages: Stages, common: dict[str, Any], method: str, rank: int, store, resume: bool):
-        """A kernel of low rank, shard by shard."""
-        n, processes = self.samples.n, Processes()
+        """A kernel of low rank, shard by shard; nothing where this run is but a part."""
+        n, processes = self.samples.n, self.apart or Processes()
+        alone, merged = isinstance(processes, Part), isinstance(processes, Merged)
+        open_ = open_parts if merged else open_store
         source = Source(self.model, self.samples, {**common, "outputs": self.outputs}, *processes.slice(n))
         whole = self.groups is not None or "si_sgd" in self.wanted
-        if whole and processes.count > 1:
+        if whole and processes.count > 1 and not alone:
             raise ArgumentError(
                 complaint("groups", "None in a run of several processes", "groups or 'si_sgd'", "Use one process.")
             )
         with stages(f"{method} map"):
             fmap = fit_map(source, self.goal, method, rank, self.seed, processes)
-        about = dict(method=method, rank=fmap.rank, seed=self.seed, options=repr(sorted(common.items(), key=str)))
+        options = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(sorted(common.items(), key=str)))  # the same tomorrow
+        about = dict(method=method, rank=fmap.rank, rank_asked=int(rank), seed=self.seed, options=options)
         about["targets"] = fingerprint_of({"targets": self.goal.y})
         if self.goal.kind != "mse":
             about["loss"] = f"{self.goal.kind} {fingerprint_of({'outputs': self.goal.f0})}"
@@ -214,21 +220,27 @@ class Run:
         try:
             with stages("features"):
                 print_ = run_fingerprint(self.model, self.samples, about, _version())
-                stores.append(open_store(store, print_, "train", processes, resume))
+                stores.append(open_(store, print_, "train", processes, resume))
+                if merged:
+                    check_map(source, fmap, stores[0])
                 collect(source, fmap, self.goal, stores[0], self.progress)
-                device = source.device
-                few = n * self.goal.rows < fmap.rank and processes.count == 1
-                moments = moments_of(stores[0], fmap.rank, device, few)
-                moments.reduce(processes.total)
-                spectrum = feature_spectrum(moments)
-            moment = seen = None
             if self.probes is not None:
                 with stages("validation features"):
                     options = {**common, "outputs": self.probe_outputs}
                     probes = Source(self.model, self.probes, options, *processes.slice(self.probes.n))
                     print_ = run_fingerprint(self.model, self.probes, about, _version())
-                    stores.append(open_store(store, print_, "validation", processes, resume))
+                    stores.append(open_(store, print_, "validation", processes, resume))
                     collect(probes, fmap, None, stores[1], self.progress)
+            if alone:
+                return None
+            moment = seen = None
+            with stages("spectrum"):
+                device = source.device
+                few = n * self.goal.rows < fmap.rank and processes.count == 1
+                moments = moments_of(stores[0], fmap.rank, device, few)
+                moments.reduce(processes.total)
+                spectrum = feature_spectrum(moments)
+                if self.probes is not None:
                     seen = moments_of(stores[1], fmap.rank, device)
                     seen.reduce(processes.total)
                     moment = spectrum.moment(seen.gram, seen.samples)

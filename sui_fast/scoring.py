@@ -23,6 +23,7 @@ from .jacobians.engine import check_batch_size, predict
 from .loo import make_filter
 from .losses import check_loss
 from .measures import MEASURES, UNITS
+from .parts import check_part
 from .planning import METHODS, Plan, choose_method, make_plan
 from .previews import LARGEST, channels_first, image_shape, shrink
 from .projections import Signed
@@ -64,6 +65,7 @@ def score(
     convention: str = "sum",
     store=None,
     resume: bool = True,
+    part=None,
     progress: bool = True,
     candidates=None,
     compat: str | None = None,
@@ -102,6 +104,8 @@ def score(
         store: folder for the features of a method of low rank, so that memory does not grow with the samples and a run
             that was interrupted goes on (resume=True) with the same scores; resume=False begins anew. Under torchrun a
             run of low rank shares the samples among the processes, and every process returns all scores.
+        part: (i, count), i from 1: only the features of the i-th of ``count`` slices of the samples, into ``store``,
+            without the other processes; returns None. ``merge`` scores from all parts ("sketch" and "nystrom").
         params: "trainable", "all", names, or a predicate: the parameters that count.
         outputs: function (model, batch) -> [b, k]; default: the model's tensor, or its ``.logits``; ready-made ones,
             of language models too, in ``sui_fast.outputs``.
@@ -123,7 +127,7 @@ def score(
             classes and the rest as one ("cross_entropy" of classes).
         sgd_batch_size, sgd_lr, sgd_jitter: noise of "si_sgd" (lr: default ``lr``, else 1).
     Returns:
-        Scores, one row per sample in the order of ``train``.
+        Scores, one row per sample in the order of ``train``; None with ``part``.
     Raises:
         ArgumentError, DataError, StabilityError, CoverageError, SpectrumError; each names the argument and the remedy.
     Source: Harutyunyan et al., ICLR 2021, Definitions 3.1 and 4.1, eqs. 5 and 16.
@@ -131,6 +135,7 @@ def score(
     if candidates is not None and "si_sgd" in measures:
         got, todo = "'si_sgd', whose noise depends on the sample", "Score them in two calls."
         raise ArgumentError(complaint("measures", "measures that candidates have", got, todo))
+    apart = check_part(part, method, store)
     convention, method, rank, projection = authors_definitions(compat, convention, method, rank)
     wanted = _check_arguments(measures, loss, sigma, method, rank, val, sgd_batch_size, sgd_jitter)
     sgd_lr = sgd_lr if sgd_lr is not None else (lr if lr is not None else 1.0)
@@ -147,7 +152,7 @@ def score(
 
     stages = Stages(6 + ("fsi" in wanted) * 2, progress)
     run = Run(model, wanted, reg, dict(time=time, lr=lr, dynamics=dynamics), convention, groups, sigma, seed, progress)
-    run.projection = projection
+    run.projection, run.apart = projection, apart
     run.sgd = dict(lr=sgd_lr, batch_size=sgd_batch_size, jitter=sgd_jitter)
     try:
         with stages("data"):
@@ -207,6 +212,8 @@ def score(
             found = run.dense(stages, common)
         else:
             found = run.low_rank(stages, common, chosen, rank, store, resume)
+            if found is None:
+                return None
         values, details, reg, ids = found
         if few and loss == "mse":
             values = {name: column * (k / output_rank) for name, column in values.items()}

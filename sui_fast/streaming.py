@@ -95,7 +95,9 @@ class Processes:
 
     def slice(self, n: int) -> tuple[int, int]:
         """First and last sample of this process."""
-        return n * self.number // self.count, n * (self.number + 1) // self.count
+        step = min(256, 1 << max(n // self.count, 1).bit_length() - 1)  # batches as in one process, so equal rounding
+        cut = lambda i: min(n, -(-n * i // (self.count * step)) * step)  # noqa: E731
+        return cut(self.number), cut(self.number + 1)
 
     def total(self, x: Tensor) -> Tensor:
         """Sum over processes."""
@@ -173,7 +175,8 @@ def features_of(
     """What pass 1 keeps of the samples from ``begin`` on, shard by shard."""
     if begin >= source.end:
         return
-    size = max(16, min(_SHARD // (source.part(begin, begin + 1).k * fmap.rank), 4096))
+    most = min(_SHARD // (source.part(begin, begin + 1).k * fmap.rank), 4096)
+    size = 1 << max(16, most).bit_length() - 1  # a power of two, so that slices share their batches with one process
     with tqdm(
         total=source.end - begin, desc=f"{fmap.kind} features", delay=2, leave=False, disable=not progress
     ) as bar:

@@ -1,5 +1,6 @@
 """Low rank against the exact kernel, through score(): accuracy, stores, interruption, several processes."""
 
+import json
 import os
 import shutil
 import signal
@@ -255,6 +256,40 @@ def test_several_processes_give_the_result_of_one(tmp_path, processes):
         for rank in range(processes):
             np.testing.assert_allclose(np.load(f"{many}{rank}.npy"), want, rtol=1e-7 if method == "subspace" else 1e-10)
         shutil.rmtree(tmp_path / "s")
+
+
+KILL_SECOND = """
+import os, signal
+from sui_fast.spectra import Store
+once = Store._write
+def write(self, name, data):
+    once(self, name, data)
+    if os.environ["RANK"] == "1" and name == "shard-000002.safetensors":  # on disk, not yet in the manifest
+        os.kill(os.getpid(), signal.SIGKILL)
+Store._write = write
+"""
+
+
+def test_one_of_two_processes_killed_and_all_started_again(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    save = "import os, numpy; numpy.save({path!r} + os.environ.get('RANK', '0'), [scores['si'], scores['fsi']])"
+    end = "\ntorch.distributed.destroy_process_group()"
+    (tmp_path / "whole").mkdir()
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    whole = run(tmp_path / "whole", after=save.format(path=one))
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    killed = run(tmp_path, before=KILL_SECOND, after=save.format(path=two) + end, launcher=launcher)
+    assert killed.returncode != 0 and "SIGKILL" in killed.stderr, killed.stderr[-2000:]
+    assert not (tmp_path / "two0.npy").exists()
+    part = tmp_path / "s" / "train-0001-of-0002"
+    held = json.loads((part / "manifest.json").read_text())["shards"]
+    assert len(held) == 2 and held[1]["first"] + held[1]["rows"] < 200
+    written = (part / held[0]["name"]).stat().st_mtime_ns
+    again = run(tmp_path, after=save.format(path=two) + end, launcher=launcher)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert (part / held[0]["name"]).stat().st_mtime_ns == written  # went on, not anew
+    for rank in range(2):
+        np.testing.assert_allclose(np.load(f"{two}{rank}.npy"), np.load(one + "0.npy"), rtol=1e-10)
 
 
 def test_plan_tells_what_score_would_do():

@@ -264,6 +264,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return about
 
 
+def read_fingerprint(path: str | os.PathLike) -> dict[str, Any] | None:
+    """What the content of the store in a folder depends on; None where there is no store."""
+    manifest = Path(path) / "manifest.json"
+    return _read_manifest(manifest)["fingerprint"] if os.path.lexists(manifest) else None
+
+
 def _difference(held: Any, wanted: dict[str, Any]) -> str:
     """First entries that differ, in words."""
     if not isinstance(held, dict):

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks.reliability import kill
 from sui_fast import StoreError
 from sui_fast.spectra import Store
 
@@ -193,3 +194,11 @@ def test_two_writers_at_once(tmp_path):
 def test_tensors_of_unequal_length_are_refused(tmp_path):
     with Store(tmp_path / "s", PRINT) as store, pytest.raises(StoreError, match="rows"):
         store.append({"a": torch.zeros(2), "b": torch.zeros(3)})
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_killed_at_random_instants_it_ends_with_the_same_bytes(tmp_path):
+    found = kill(tmp_path, 20)
+    assert found["kills"] == 20 and found["stores"] >= 1
+    assert found["part_files"] + found["beyond_manifest"] > 0  # some kills met it in the middle of a write

@@ -1,0 +1,138 @@
+"""Pass 1 of a run of low rank in parts started by hand, and their stores read as one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ._errors import ArgumentError, StoreError, complaint
+from .spectra import FeatureMap, Store
+from .spectra.store import read_fingerprint
+from .streaming import Processes, Source, features_of
+
+ALONE = ("sketch", "nystrom")  # methods whose map every part fits by itself, the same one
+_FOLDER = re.compile(r"train-(\d{4,})-of-(\d{4,})")
+
+
+class Part(Processes):
+    """One of several processes that never meet: its slice of the samples, and no sums."""
+
+    def __init__(self, number: int, count: int):
+        self.number, self.count = number, count
+
+
+class Merged(Processes):
+    """One process that reads what ``parts`` others have left."""
+
+    def __init__(self, parts: int):
+        self.number, self.count, self.parts = 0, 1, parts
+
+
+class Joined:
+    """The stores of all parts, one after the other, read only."""
+
+    def __init__(self, stores: list[Store]):
+        self.stores = stores
+
+    @property
+    def rows(self) -> int:
+        """Rows held."""
+        return sum(store.rows for store in self.stores)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (shard for store in self.stores for shard in store)
+
+    def close(self) -> None:
+        """Nothing is locked."""
+
+
+def as_part(part: Any) -> Part:
+    """(i, count) or "i/count", counted from 1."""
+    try:
+        number, count = part.split("/") if isinstance(part, str) else part
+        if isinstance(number, float) or isinstance(count, float):
+            raise TypeError("fractions")
+        number, count = int(number), int(count)
+    except (TypeError, ValueError):
+        number, count = 0, 0
+    if not 1 <= number <= count:
+        todo = "Pass (2, 4), or --part 2/4, for the second of four."
+        raise ArgumentError(complaint("part", "(number, count) with 1 <= number <= count", repr(part), todo))
+    return Part(number - 1, count)
+
+
+def check_part(part: Any, method: str, store: Any) -> Part | Merged | None:
+    """What ``part=`` asks for, where method and store allow it."""
+    if part is None:
+        return None
+    apart = part if isinstance(part, Merged) else as_part(part)
+    if method not in ALONE:
+        todo = "Choose one of them, or use torchrun, where processes meet."
+        raise ArgumentError(complaint("method", f"{' or '.join(map(repr, ALONE))} with part=", repr(method), todo))
+    if store is None:
+        raise ArgumentError(complaint("store", "a folder with part=", None, "Name the folder that parts share."))
+    return apart
+
+
+def settings_of_parts(path: Any) -> tuple[int, dict[str, Any]]:
+    """(count, method, rank and seed) of the parts in a folder, as the first of them tells."""
+    folder = Path(path)
+    found = [match for x in sorted(folder.glob("train-*-of-*")) if (match := _FOLDER.fullmatch(x.name))]
+    counts = sorted({int(match[2]) for match in found})
+    if len(counts) != 1:
+        got = f"parts of {' and of '.join(map(str, counts))}" if counts else "none"
+        todo = "Start every part with the same count and store, or name another folder."
+        raise StoreError(complaint("store", f"the parts of one run in {folder}", got, todo))
+    held = next((about for match in found if (about := read_fingerprint(folder / match[0])) is not None), None)
+    if held is None:
+        raise _missing(folder / found[0][0], int(found[0][1]), counts[0])
+    try:
+        return counts[0], dict(method=held["method"], rank=held["rank_asked"], seed=held["seed"])
+    except KeyError as error:
+        got, todo = f"no {error} in its fingerprint", "Name a folder that score(..., part=...) filled."
+        raise StoreError(complaint("store", f"the parts of a run in {folder}", got, todo)) from None
+
+
+def open_parts(path, fingerprint: dict[str, Any], name: str, merged: Merged, resume: bool) -> Joined:
+    """The stores of all parts, complete and of this run; same arguments as ``open_store``."""
+    stores = []
+    for number in range(merged.parts):
+        folder = Path(path) / f"{name}-{number:04d}-of-{merged.parts:04d}"
+        which = f"part {number + 1} of {merged.parts}"
+        if not (folder / "manifest.json").exists():
+            raise _missing(folder, number, merged.parts)
+        try:
+            stores.append(Store(folder, fingerprint, write=False))
+        except StoreError as error:
+            raise StoreError(f"{error} ({which}, {folder})") from error
+        first, last = Part(number, merged.parts).slice(fingerprint["samples"])
+        if stores[-1].rows != last - first:
+            got = f"{stores[-1].rows} of {last - first} samples in {folder}"
+            todo = "Start that part again with the arguments it had: it goes on where it stopped."
+            raise StoreError(complaint("store", f"{which}, complete", got, todo))
+    return Joined(stores)
+
+
+def check_map(source: Source, fmap: FeatureMap, joined: Joined) -> None:
+    """Whether every part fitted the map of this process: the features of its first sample are the same."""
+    begin = source.begin
+    for number, store in enumerate(joined.stores):
+        if store.rows:
+            one = replace(source, begin=begin, end=begin + 1)
+            fresh = next(features_of(one, fmap, None, begin, False))["features"]
+            held = store.read(0)["features"][:1]
+            if held.shape != fresh.shape or float((held - fresh).norm()) > 1e-3 * float(fresh.norm()):
+                got = f"part {number + 1} of {len(joined.stores)} with other features of sample {begin}"
+                todo = "Run the parts anew, all on the same kind of machine and with the same versions."
+                raise StoreError(complaint("store", "parts with the same feature map", got, todo))
+        begin += store.rows
+
+
+def _missing(folder: Path, number: int, count: int) -> StoreError:
+    todo = f"Start it: the same call with part ({number + 1}, {count}), --part {number + 1}/{count}."
+    return StoreError(complaint("store", f"part {number + 1} of {count}", f"no store in {folder}", todo))

@@ -1,0 +1,151 @@
+"""Parts of a run started by hand, and what merge makes of them."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sui_fast
+from sui_fast.cli import main
+
+pytestmark = pytest.mark.filterwarnings("ignore:sui_fast")
+MEASURES = ("si", "fsi", "loo_margin")
+
+
+def problem(k=3):
+    torch.manual_seed(0)
+    x, y = torch.randn(50, 6).double(), torch.arange(50) % k
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, k)).double()
+    return model, (x, y), (torch.randn(20, 6).double(), torch.arange(20) % k)
+
+
+def outputs(model, batch):
+    return 2 * model(batch)
+
+
+def run_parts(store, count, which=None, **settings):
+    for number in which or range(1, count + 1):
+        assert sui_fast.score(*problem(), store=store, part=(number, count), progress=False, **settings) is None
+
+
+@pytest.mark.parametrize("method", ["sketch", "nystrom"])
+@pytest.mark.parametrize("count", [2, 4])
+def test_merged_parts_are_the_run_of_one_process(tmp_path, method, count):
+    settings = dict(method=method, rank=40, seed=3, outputs=outputs, loss="cross_entropy" if count == 4 else "mse")
+    run_parts(tmp_path, count, **settings)
+    about = dict(reg=0.05, measures=MEASURES, progress=False, candidates=problem()[2])
+    whole = sui_fast.score(*problem(), **settings, **about)
+    told = dict(outputs=outputs, loss=settings["loss"])  # method, rank and seed are known
+    merged = sui_fast.merge(*problem(), store=tmp_path, **told, **about)
+    for name in MEASURES:
+        np.testing.assert_allclose(merged[name], whole[name], rtol=1e-10)
+    np.testing.assert_allclose(merged.candidates["fsi"], whole.candidates["fsi"], rtol=1e-10)
+    assert merged.diagnostics["features"] == whole.diagnostics["features"]
+    assert merged.diagnostics["effective_dimension"] == pytest.approx(whole.diagnostics["effective_dimension"])
+    assert sorted(p.name for p in tmp_path.iterdir())[0] == f"train-0000-of-{count:04d}"
+
+
+@pytest.mark.parametrize("shard", [1 << 13, 1 << 16])
+def test_single_precision_rounds_alike_in_parts_and_whole(tmp_path, monkeypatch, shard):
+    monkeypatch.setattr(sui_fast.streaming, "_SHARD", shard)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 3))
+    train = torch.randn(700, 40), torch.randn(700, 3)
+    common = dict(method="sketch", rank=40, measures=("si",), progress=False)
+    for number in (1, 2, 3):
+        sui_fast.score(model, train, store=tmp_path, part=(number, 3), **common)
+    merged = sui_fast.merge(model, train, store=tmp_path, reg=0.05, measures=("si",))
+    np.testing.assert_allclose(merged["si"], sui_fast.score(model, train, reg=0.05, **common)["si"], rtol=1e-10)
+
+
+def test_more_parts_than_samples_and_other_settings_at_the_end(tmp_path):
+    model, (x, y), _ = problem()
+    few = (x[:3], y[:3])
+    common = dict(measures=("si", "si_sgd"), groups=[0, 0, 1])
+    for number in range(1, 6):
+        sui_fast.score(model, few, store=tmp_path, part=f"{number}/5", method="sketch", rank=64, **common)
+    for reg in (0.1, 1.0):
+        merged = sui_fast.merge(model, few, store=tmp_path, reg=reg, **common)
+        whole = sui_fast.score(model, few, method="sketch", rank=64, reg=reg, **common)
+        for name in common["measures"]:
+            np.testing.assert_allclose(merged[name], whole[name], rtol=1e-10)
+
+
+def test_a_part_missing_incomplete_or_of_another_run_is_named(tmp_path):
+    settings = dict(method="sketch", rank=40)
+
+    def merge(**more):
+        return sui_fast.merge(*problem(), store=tmp_path, reg=0.05, progress=False, **more)
+
+    with pytest.raises(sui_fast.StoreError, match="parts of one run.*none"):
+        merge()
+    run_parts(tmp_path, 4, (1, 2, 4), **settings)
+    with pytest.raises(sui_fast.StoreError, match=r"part 3 of 4.*no store in .*train-0002-of-0004.*--part 3/4"):
+        merge()
+    assert not (tmp_path / "train-0002-of-0004").exists()
+    run_parts(tmp_path, 4, (3,), **{**settings, "seed": 1})
+    with pytest.raises(sui_fast.StoreError, match=r"seed was 1, is 0.*part 3 of 4"):
+        merge()
+    shutil.rmtree(tmp_path / "train-0002-of-0004")
+    shutil.rmtree(tmp_path / "validation-0002-of-0004")
+    run_parts(tmp_path, 4, (3,), **settings, measures=("si",))
+    with pytest.raises(sui_fast.StoreError, match="part 3 of 4.*validation-0002-of-0004"):
+        merge()
+    assert len(merge(measures=("si",))) == 50
+    with pytest.raises(sui_fast.StoreError, match="loss was None"):
+        merge(measures=("si",), loss="cross_entropy")
+    folder = tmp_path / "train-0001-of-0004"
+    with sui_fast.spectra.Store(folder, sui_fast.spectra.store.read_fingerprint(folder), resume=False):
+        pass
+    with pytest.raises(sui_fast.StoreError, match="part 2 of 4, complete, got 0 of 16"):
+        merge(measures=("si",))
+    run_parts(tmp_path, 2, (1,), **settings)
+    with pytest.raises(sui_fast.StoreError, match="parts of 2 and of 4"):
+        merge()
+
+
+def test_a_part_with_another_map_is_refused(tmp_path, monkeypatch):
+    run_parts(tmp_path, 2, (1,), method="sketch", rank=40)
+    once = sui_fast.runs.fit_map
+
+    def otherwise(source, goal, method, rank, seed, processes):
+        return once(source, goal, method, rank, seed + 1, processes)
+
+    monkeypatch.setattr(sui_fast.runs, "fit_map", otherwise)
+    run_parts(tmp_path, 2, (2,), method="sketch", rank=40)
+    monkeypatch.undo()
+    with pytest.raises(sui_fast.StoreError, match="same feature map, got part 2 of 2"):
+        sui_fast.merge(*problem(), store=tmp_path)
+
+
+def test_bad_parts_are_refused(tmp_path):
+    for part in ((0, 2), (3, 2), "2", "a/b", (1.5, 2), 1, (1, 2, 3)):
+        with pytest.raises(sui_fast.ArgumentError, match="part: expected"):
+            sui_fast.score(*problem(), method="sketch", store=tmp_path, part=part)
+    for method in ("subspace", "dense", "auto"):
+        with pytest.raises(sui_fast.ArgumentError, match="'sketch' or 'nystrom' with part="):
+            sui_fast.score(*problem(), method=method, store=tmp_path, part=(1, 2))
+    with pytest.raises(sui_fast.ArgumentError, match="store"):
+        sui_fast.score(*problem(), method="sketch", part=(1, 2))
+
+
+def test_the_commands(tmp_path, monkeypatch, capsys):
+    (tmp_path / "by_hand.py").write_text(
+        "import torch\n"
+        "def build():\n"
+        "    torch.manual_seed(0)\n"
+        "    x = torch.randn(8, 3)\n"
+        "    return torch.nn.Linear(3, 2), (x, torch.arange(8) % 2), (x[:4], torch.arange(4) % 2)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    run = ["score", "by_hand:build", "--method", "sketch", "--rank", "16"]
+    merge = ["merge", "by_hand:build", "--store", "s", "--reg", "0.1", "--out", "merged.parquet"]
+    assert main([*run, "--store", "s", "--part", "1/2"]) == 0
+    assert "part 1 of 2 is in s" in capsys.readouterr().out and not (tmp_path / "scores.parquet").exists()
+    assert main(merge) == 2 and "--part 2/2" in capsys.readouterr().err
+    assert main([*run, "--store", "s", "--part", "2/2"]) == 0 and main(merge) == 0
+    assert main([*run, "--reg", "0.1", "--out", "whole.parquet"]) == 0
+    one, two = sui_fast.Scores.load("merged.parquet"), sui_fast.Scores.load("whole.parquet")
+    np.testing.assert_allclose(one["fsi"], two["fsi"], rtol=1e-10)
