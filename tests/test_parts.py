@@ -70,7 +70,8 @@ def test_more_parts_than_samples_and_other_settings_at_the_end(tmp_path):
         merged = sui_fast.merge(model, few, store=tmp_path, reg=reg, **common)
         whole = sui_fast.score(model, few, method="sketch", rank=64, reg=reg, **common)
         for name in common["measures"]:
-            np.testing.assert_allclose(merged[name], whole[name], rtol=1e-10)
+            tolerance = 1e-8 if name == "si_sgd" else 1e-10  # its noise model divides by what is nearly zero
+            np.testing.assert_allclose(merged[name], whole[name], rtol=tolerance)
 
 
 def test_a_part_missing_incomplete_or_of_another_run_is_named(tmp_path):
