@@ -66,7 +66,8 @@ def anchored_sketch_map(pool: Jacobian, residual: Tensor, rank: int, seed: int =
 
 
 def _worth_it(pool: Jacobian, rank: int, count: int, flat: bool) -> bool:
-    """Whether the anchors' operations are few against those of capture and sketch."""
+    """Whether the anchors' operations are few against those of capture and a sketch of 1024 columns or more."""
+    rank = max(rank, 1024)
     if not flat and 4 * count * pool.shape[1] > _MOST:
         return False
     anchors = own = 0.0  # operations of a sample; those of a transform count three times
@@ -78,5 +79,5 @@ def _worth_it(pool: Jacobian, rank: int, count: int, flat: bool) -> bool:
             anchors += 2.0 * min(pool.n, POOL) * (i + k * o)
         else:
             anchors += 2.0 * k * o * i * (2 * positions + count)
-        own += 2.0 * positions * i * o * (1 + k) + 6.0 * k * positions * rank * log2(max(rank, 2))
+        own += 2.0 * positions * i * o * (1 + k) + 6.0 * k * positions * rank * log2(rank)
     return anchors <= _SHARE[flat] * own
