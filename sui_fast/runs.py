@@ -236,7 +236,8 @@ class Run:
             moment = seen = None
             with stages("spectrum"):
                 device = source.device
-                moments = moments_of(stores[0], fmap.rank, device)
+                few = n * self.goal.rows < fmap.rank and processes.count == 1
+                moments = moments_of(stores[0], fmap.rank, device, few)
                 moments.reduce(processes.total)
                 spectrum = feature_spectrum(moments)
                 if self.probes is not None:

@@ -19,7 +19,7 @@ from .aims import aim, aim_at_few, check_mode
 from .aims import targets as targets_of
 from .jacobians import jacobian
 from .jacobians.data import as_samples
-from .jacobians.engine import predict
+from .jacobians.engine import check_batch_size, predict
 from .loo import make_filter
 from .losses import check_loss
 from .measures import MEASURES, UNITS
@@ -290,6 +290,7 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     options = {name: arguments[name] for name in known if name in arguments}
     samples = as_samples(train, with_targets=None, argument="train")
     m = 0 if val is None else as_samples(val, with_targets=None, argument="val").n
+    check_batch_size(options.get("batch_size", 64))
     few = samples.slice(0, min(samples.n, options.get("batch_size", 64)))
     jacobian(model, few, **options)  # the first pass also proves the capture
     start = clock.perf_counter()

@@ -189,17 +189,18 @@ def features_of(
 
 def _features(source: Source, fmap: FeatureMap, goal: Goal | None, begin: int, end: int) -> dict[str, Tensor]:
     if fmap.sketch is not None:
+        own = None
         outputs, features = sketches(source.model, source.samples.slice(begin, end), *fmap.sketch, **source.options)
     else:
         part = source.part(begin, end)
-        outputs, features = part.outputs, fmap.features(part)
+        outputs, (features, own) = part.outputs, fmap.both(part)
     features = features.to(torch.float32)
     found = {"features": features.cpu()}
     if goal is not None:
         found["residual"] = goal.residual(slice(begin, end), outputs).cpu()
-        if fmap.diagonal:
+        if own is not None:
             wide = features.to(torch.float64)
-            found["missed"] = (part.own_blocks().to(torch.float64) - wide @ wide.transpose(1, 2)).cpu()
+            found["missed"] = (own.to(torch.float64) - wide @ wide.transpose(1, 2)).cpu()
     return found
 
 
@@ -213,9 +214,9 @@ def _ahead(store: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
             yield shard
 
 
-def moments_of(store: Store | _Memory, rank: int, device: torch.device) -> Moments:
+def moments_of(store: Store | _Memory, rank: int, device: torch.device, keep_rows: bool = False) -> Moments:
     """Sums over the shards of a store, in their order."""
-    sums = Moments(rank, device)
+    sums = Moments(rank, device, keep_rows)
     for shard in _ahead(store):
         sums.add(shard["features"].to(device), shard["residual"].to(device) if "residual" in shard else None)
     return sums
@@ -264,7 +265,7 @@ class LowRank:
         spectrum = self.spectrum
         root = spectrum.s.sqrt()
         v = spectrum.turn * root
-        hidden = z @ spectrum.beyond
+        hidden = z - (z @ v) @ v.T  # in directions in which no sample has features
         unseen = hidden @ hidden.transpose(1, 2)
         if "missed" in sample:
             share, basis = torch.linalg.eigh(unseen + sample["missed"].to(self.device))
@@ -275,7 +276,7 @@ class LowRank:
         )  # fmt: skip
         if seen is None:
             return found
-        change = found.inside @ v.T + torch.einsum("ckr,ck->cr", hidden, found.beyond) @ spectrum.beyond.T
+        change = found.inside @ v.T + torch.einsum("ckr,ck->cr", hidden, found.beyond)
         moved = ((change @ seen.gram) * change).sum(1).clamp_min(0) / seen.samples
         return replace(found, prediction_sqnorm=moved)
 

@@ -18,7 +18,14 @@ from torch import nn
 
 import sui_fast
 from sui_fast.jacobians.data import as_samples
-from sui_fast.spectra import Moments, feature_spectrum, nystrom_map, sketch_map, subspace_map
+from sui_fast.spectra import (
+    Moments,
+    anchored_sketch_map,
+    feature_spectrum,
+    nystrom_map,
+    sketch_map,
+    subspace_map,
+)
 from sui_fast.streaming import Source, kernel_error
 
 
@@ -292,3 +299,34 @@ def test_plan_tells_what_score_would_do():
     low = sui_fast.plan(model, train, val, method="sketch", rank=64)
     assert low.rank == 64 and low.passes == 1 and low.disk_bytes > 100 * 64 * 4
     assert "sketch" in str(low) and "peak memory" in str(low)
+
+
+@pytest.mark.parametrize("images", [False, True], ids=["mlp", "cnn"])
+@pytest.mark.parametrize("k", [1, 3])
+def test_an_anchored_sketch_is_linear_and_keeps_its_anchors_exactly(k, images):
+    model, (train, _) = network(k, images), digits(90, 1, 1, images)
+    whole = sui_fast.jacobian(model, train[0])
+    pool, rest = whole.select(range(60)), whole.select(range(60, 90))
+    residual = torch.randn(60, k, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    fmap = anchored_sketch_map(pool, residual, 256)
+    chosen = fmap.state["anchors"]
+    directions = chosen.T @ pool.rows().double()
+    torch.testing.assert_close(directions @ directions.T, torch.eye(len(directions), dtype=torch.float64))
+    z, own = fmap.both(rest)
+    torch.testing.assert_close(z[..., : len(directions)].flatten(0, 1), rest.rows() @ directions.T)
+    torch.testing.assert_close(own, rest.own_blocks())
+    plain, exact = sketch_map(256, 0).features(rest).flatten(0, 1), rest.gram()
+    near = z.flatten(0, 1)
+    assert (near @ near.T - exact).norm() < 0.7 * (plain @ plain.T - exact).norm()
+
+
+def test_an_anchored_sketch_is_unbiased():
+    model, (train, _) = network(1, True), digits(50, 1, 1, True)
+    jac = sui_fast.jacobian(model, train[0])
+    pool, rest = jac.select(range(40)), jac.select(range(40, 50))
+    residual, exact, found = train[1][:40, None] - pool.outputs, rest.gram(), []
+    for seed in range(200):
+        z = anchored_sketch_map(pool, residual, 64, seed).features(rest).flatten(0, 1)
+        found.append(z @ z.T)
+    mean, spread = torch.stack(found).mean(0), torch.stack(found).std(0) / 200**0.5
+    assert float(((mean - exact) / spread).abs().max()) < 5

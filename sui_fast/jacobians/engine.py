@@ -78,10 +78,14 @@ def sketches(
     return torch.cat(store.outputs), torch.cat(store.features)
 
 
-def _pass(model, data, make, outputs, params, batch_size, dtype, progress):
-    """All batches through the store that ``make(n)`` returns; with it the evaluator and the general parameters."""
+def check_batch_size(batch_size: Any) -> None:
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ArgumentError(complaint("batch_size", "a whole number >= 1", repr(batch_size), "Pass 64, say."))
+
+
+def _pass(model, data, make, outputs, params, batch_size, dtype, progress):
+    """All batches through the store that ``make(n)`` returns; with it the evaluator and the general parameters."""
+    check_batch_size(batch_size)
     with torch.inference_mode(False):
         samples = as_samples(data, with_targets=None, argument="data")
         evaluator = Evaluator(model, outputs, params, dtype)
@@ -120,6 +124,7 @@ def predict(
     progress: bool = False,
 ) -> Tensor:
     """Outputs [n, k] of all samples, as ``jacobian`` would find them, from forward passes alone."""
+    check_batch_size(batch_size)
     evaluator, found = Evaluator(model, outputs, params, dtype), []
     total = -(-samples.n // batch_size)
     with evaluator.quiet(), torch.no_grad():

@@ -126,21 +126,44 @@ class Jacobian:
         flat = flat[None] if tangent.ndim == 1 else flat
         total = self.outputs.new_zeros(self.n, self.k, len(flat))
         for factor in self.factors():
-            parts = {role: self._part(flat, factor, role).flatten(1) for role in factor.names}
-            if isinstance(factor, Rows):
-                total += factor.rows @ parts["rows"].T
-            elif isinstance(factor, Index):
-                weight = parts["weight"].unflatten(1, (-1, factor.g.shape[3]))
-                held = torch.where((factor.token >= 0)[..., None], weight[:, factor.token.clamp(min=0)], 0)
-                total += torch.einsum("nkso,rnso->nkr", factor.g, held)
-            else:
-                o = factor.g.shape[3]
-                weight = parts["weight"].reshape(len(flat), o, -1)
-                if "bias" in parts:
-                    weight = torch.cat([weight, parts["bias"][:, :, None]], 2)
-                total += jvp(factor.augmented(), factor.g.contiguous(), weight.contiguous())
+            total += self._along(flat, factor)
         result = total.reshape(self.n * self.k, -1)
         return result[:, 0] if tangent.ndim == 1 else result
+
+    def _along(self, flat: Tensor, factor: Factor) -> Tensor:
+        """Rows of a factor times tangents [r, d], [n, k, r]."""
+        parts = {role: self._part(flat, factor, role).flatten(1) for role in factor.names}
+        if isinstance(factor, Rows):
+            return factor.rows @ parts["rows"].T
+        if isinstance(factor, Index):
+            weight = parts["weight"].unflatten(1, (-1, factor.g.shape[3]))
+            held = torch.where((factor.token >= 0)[..., None], weight[:, factor.token.clamp(min=0)], 0)
+            return torch.einsum("nkso,rnso->nkr", factor.g, held)
+        weight = parts["weight"].reshape(len(flat), factor.g.shape[3], -1)
+        if "bias" in parts:
+            weight = torch.cat([weight, parts["bias"][:, :, None]], 2)
+        return jvp(factor.augmented(), factor.g.contiguous(), weight.contiguous())
+
+    @_unrounded
+    def jvp_and_own_blocks(self, tangents: Tensor, step: int = 64) -> tuple[Tensor, Tensor]:
+        """``jvp`` [N, r] of tangents [r, d] and ``own_blocks`` [n, k, k], the rows of a layer formed once for both."""
+        flat, total = tangents.to(self.outputs), self.outputs.new_zeros(self.n, self.k, len(tangents))
+        own = self.outputs.new_zeros(self.n, self.k, self.k)
+        for factor in self.factors():
+            if not isinstance(factor, Outer) or factor.a.shape[1] <= self.k:
+                total += self._along(flat, factor)
+                own += _own_block(factor)
+                continue
+            weight, a = self._part(flat, factor, "weight").flatten(1), factor.a
+            if "bias" in factor.names:
+                bias = factor.g.sum(2)
+                total += bias @ self._part(flat, factor, "bias").flatten(1).T
+                own += bias @ bias.transpose(1, 2)
+            for part in (slice(begin, begin + step) for begin in range(0, self.n, step)):
+                rows = (factor.g[part].transpose(2, 3) @ a[part, None]).flatten(2)
+                total[part] += rows @ weight.T
+                own[part] += rows @ rows.transpose(1, 2)
+        return total.flatten(0, 1), own
 
     @_unrounded
     def vjp(self, cotangent: Tensor) -> Tensor:

@@ -53,22 +53,23 @@ def anchored_sketch_map(pool: Jacobian, residual: Tensor, rank: int, seed: int =
     sketched = chosen.T @ pool.sketch(columns, seed, kind).flatten(0, 1).to(torch.float64)
     basis = None if flat else pool.vjp(chosen.to(pool.dtype))
 
-    def features(jac: Jacobian) -> Tensor:
+    def both(jac: Jacobian) -> tuple[Tensor, Tensor]:
         if basis is None:
-            along = jac.gram(pool).to(torch.float64) @ chosen
+            along, own = jac.gram(pool).to(torch.float64) @ chosen, jac.own_blocks()
         else:
-            along = jac.jvp(basis).reshape(jac.n * jac.k, -1).to(torch.float64)
+            along, own = jac.jvp_and_own_blocks(basis)
+        along = along.to(torch.float64)
         rest = jac.sketch(columns, seed, kind).flatten(0, 1).to(torch.float64) - along @ sketched
-        return torch.cat([along, rest], 1).reshape(jac.n, jac.k, -1)
+        return torch.cat([along, rest], 1).reshape(jac.n, jac.k, -1), own
 
-    return FeatureMap("sketch", len(sketched) + columns, features, {"anchors": chosen}, diagonal=True)
+    return FeatureMap("sketch", len(sketched) + columns, both, {"anchors": chosen})
 
 
 def _worth_it(pool: Jacobian, rank: int, count: int, flat: bool) -> bool:
     """Whether the anchors' operations are few against those of capture and sketch."""
     if not flat and 4 * count * pool.shape[1] > _MOST:
         return False
-    anchors = own = 0.0
+    anchors = own = 0.0  # operations of a sample; those of a transform count three times
     for factor in pool.select(range(1)).factors():
         if not isinstance(factor, Outer):
             continue
@@ -77,5 +78,5 @@ def _worth_it(pool: Jacobian, rank: int, count: int, flat: bool) -> bool:
             anchors += 2.0 * min(pool.n, POOL) * (i + k * o)
         else:
             anchors += 2.0 * k * o * i * (2 * positions + count)
-        own += 2.0 * positions * i * o * (1 + k) + 25.0 * k * positions * rank * log2(max(rank, 2))
+        own += 2.0 * positions * i * o * (1 + k) + 6.0 * k * positions * rank * log2(max(rank, 2))
     return anchors <= _SHARE[flat] * own

@@ -24,22 +24,32 @@ RANK_FOR = {"sketch": 40.0, "nystrom": 5.0, "subspace": 2.0}  # ranks per effect
 
 @dataclass
 class FeatureMap:
-    """kind, columns r, and the function Jacobian -> [n, k, r]; state: what it was fitted to, by name.
+    """kind, columns r, and the function Jacobian -> (features [n, k, r], blocks [n, k, k] of the exact kernel or None).
+
+    state: what it was fitted to, by name.
 
     sketch: (rank, seed, kind) where that function is a sketch, which needs no Jacobian of more than a batch.
-    diagonal: whether what the features miss of every sample's own kernel block is worth keeping.
     """
 
     kind: str
     rank: int
-    features: Callable[[Jacobian], Tensor]
+    both: Callable[[Jacobian], tuple[Tensor, Tensor | None]]
     state: dict[str, Tensor] = field(default_factory=dict)
     sketch: tuple[int, int, str] | None = None
-    diagonal: bool = False
+
+    def features(self, jac: Jacobian) -> Tensor:
+        """Features [n, k, r] alone."""
+        return self.both(jac)[0]
 
 
 def smooth_rank(rank: int) -> int:
-    """The next number without prime factors above 7: a transform of prime length takes four times as long."""
+    """The next power of two where it is near, else the next number without prime factors above 7.
+
+    A transform of another length takes several times as long.
+    """
+    power = 1 << (rank - 1).bit_length()
+    if power <= 1.1 * rank:
+        return power
     while True:
         rest = rank
         for factor in (2, 3, 5, 7):
@@ -57,14 +67,14 @@ def sketch_map(rank: int, seed: int = 0, kind: str = "tensor") -> FeatureMap:
         rank: columns. seed: of the random numbers. kind: "tensor", "sjlt", "rademacher" or "two_sided".
     Source: Pham and Pagh 2013; docs/math.md, section 10.
     """
-    return FeatureMap("sketch", rank, lambda jac: jac.sketch(rank, seed, kind), sketch=(rank, seed, kind))
+    return FeatureMap("sketch", rank, lambda jac: (jac.sketch(rank, seed, kind), None), sketch=(rank, seed, kind))
 
 
 def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
     """Landmark samples of a pool, drawn in proportion to what the landmarks before them leave unexplained.
 
     All outputs of a landmark sample serve, so rank is rounded up to whole samples; fewer columns where the pool is
-    explained sooner. Below a rank of 256 more landmarks are drawn than columns kept, the leading ones.
+    explained sooner. Of a small rank more landmarks are drawn than columns kept, the leading ones.
 
     Args:
         pool: samples to draw from. rank: columns. seed: of the draws.
@@ -72,7 +82,7 @@ def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
     """
     n, k = pool.n, pool.k
     rank = -(-rank // k) * k
-    wanted = min(n, max(rank, min(8 * rank, 256)) // k)
+    wanted = min(n, max(rank, min(8 * rank, 256 * k, 2048)) // k)
     rng = torch.Generator().manual_seed(seed)
     diagonal = pool.own_blocks().diagonal(dim1=1, dim2=2).to(torch.float64)
     floor = 1e-12 * float(diagonal.sum())
@@ -107,11 +117,11 @@ def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
         known = pool.gram(landmarks).to(torch.float64) @ root
         root = root @ torch.linalg.eigh(known.T @ known)[1][:, -rank:]
 
-    def features(jac: Jacobian) -> Tensor:
-        return (jac.gram(landmarks).to(torch.float64) @ root).reshape(jac.n, jac.k, -1)
+    def both(jac: Jacobian) -> tuple[Tensor, Tensor]:
+        return (jac.gram(landmarks).to(torch.float64) @ root).reshape(jac.n, jac.k, -1), jac.own_blocks()
 
     state = {"landmarks": torch.tensor(chosen), "root": root}
-    return FeatureMap("nystrom", root.shape[1], features, state, diagonal=True)
+    return FeatureMap("nystrom", root.shape[1], both, state)
 
 
 def subspace_map(
@@ -130,7 +140,7 @@ def subspace_map(
         reduce: sums a tensor over processes.
     Source: Halko, Martinsson, Tropp 2011; Musco and Musco 2015.
     """
-    basis, wide = None, min(rank + rank // 8 + 16, samples)
+    basis, wide = None, min(rank + rank // 2 + 16, samples)
     for _ in range(iterations + 1):
         total = None
         for first, part in passes():
@@ -149,9 +159,12 @@ def subspace_map(
         gram = own if gram is None else gram + own
     s, turn = torch.linalg.eigh(reduce(gram))
     basis = turn.to(basis.dtype).T @ basis
-    return FeatureMap(
-        "subspace", len(basis), lambda jac: jac.jvp(basis).reshape(jac.n, jac.k, -1), {"basis": basis}, diagonal=True
-    )
+
+    def both(jac: Jacobian) -> tuple[Tensor, Tensor]:
+        along, own = jac.jvp_and_own_blocks(basis)
+        return along.reshape(jac.n, jac.k, -1), own
+
+    return FeatureMap("subspace", len(basis), both, {"basis": basis})
 
 
 def _orthonormal(rows: Tensor) -> Tensor:

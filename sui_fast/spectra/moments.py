@@ -17,9 +17,11 @@ class Moments:
 
     Attributes:
         gram: Z^T Z [r, r]. pull: Z^T r0 [r]. samples: n. energy: ||r0||^2.
+        rows: the rows of Z themselves, float64, where they are kept; gram is then zero.
     """
 
-    def __init__(self, rank: int, device: torch.device | str = "cpu"):
+    def __init__(self, rank: int, device: torch.device | str = "cpu", keep_rows: bool = False):
+        self.rows: list[Tensor] | None = [] if keep_rows else None
         self.gram = torch.zeros(rank, rank, dtype=torch.float64, device=device)
         self.pull = torch.zeros(rank, dtype=torch.float64, device=device)
         self.samples, self.energy = 0, 0.0
@@ -27,7 +29,10 @@ class Moments:
     def add(self, features: Tensor, residual: Tensor | None = None) -> None:
         """features [n, k, r], residual [n, k] (None for validation samples)."""
         flat = features.flatten(0, 1).to(torch.float64)
-        self.gram.addmm_(flat.T, flat)
+        if self.rows is None:
+            self.gram.addmm_(flat.T, flat)
+        else:
+            self.rows.append(flat)
         self.samples += len(features)
         if residual is not None:
             self.pull.addmv_(flat.T, residual.reshape(-1).to(torch.float64))
@@ -47,14 +52,12 @@ class FeatureSpectrum:
     Attributes:
         s: eigenvalues, ascending, float64 [r'], > 0.
         turn: [r, r'], u = Z turn.
-        beyond: the other directions [r, r - r'], in which no sample has features.
         gain: u^T r0 over all samples [r'].
         samples: n.
     """
 
     s: Tensor
     turn: Tensor
-    beyond: Tensor
     gain: Tensor
     samples: int
 
@@ -83,10 +86,13 @@ class FeatureSpectrum:
 def feature_spectrum(moments: Moments, precision: float = 2.0**-24) -> FeatureSpectrum:
     """Eigendecomposition of Z^T Z; directions below the rounding of the features (relative, squared) are left out.
 
+    From kept rows, fewer than columns, that of Z Z^T, which has the same eigenvalues.
+
     Raises:
         SpectrumError: features that are not finite or all zero.
     """
-    gram = moments.gram
+    rows = None if moments.rows is None else torch.cat(moments.rows)
+    gram = moments.gram if rows is None else rows @ rows.T
     if not torch.isfinite(gram).all():
         raise SpectrumError(complaint("features", "finite numbers", "NaN or infinity", "Check the model's outputs."))
     s, v = torch.linalg.eigh((gram + gram.T) / 2)
@@ -94,6 +100,8 @@ def feature_spectrum(moments: Moments, precision: float = 2.0**-24) -> FeatureSp
     if not top > 0:
         raise SpectrumError(complaint("features", "some that are not zero", "zeros", "Check params=."))
     keep = s > top * max(precision**2 * moments.samples, len(s) * 2.0**-52)
-    beyond, s, v = v[:, ~keep], s[keep], v[:, keep]
+    s, v = s[keep], v[:, keep]
+    if rows is not None:
+        v = (rows.T @ v) / s.sqrt()
     turn = (v / s.sqrt()).T.contiguous().T  # columns together: products of rows with it are faster
-    return FeatureSpectrum(s, turn, beyond, turn.T @ moments.pull, moments.samples)
+    return FeatureSpectrum(s, turn, turn.T @ moments.pull, moments.samples)
