@@ -47,15 +47,15 @@ def test_merged_parts_are_the_run_of_one_process(tmp_path, method, count):
     assert sorted(p.name for p in tmp_path.iterdir())[0] == f"train-0000-of-{count:04d}"
 
 
-@pytest.mark.parametrize("shard", [1 << 13, 1 << 16])
+@pytest.mark.parametrize("shard", [1 << 14, 1 << 22])
 def test_single_precision_rounds_alike_in_parts_and_whole(tmp_path, monkeypatch, shard):
     monkeypatch.setattr(sui_fast.streaming, "_SHARD", shard)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 3))
-    train = torch.randn(700, 40), torch.randn(700, 3)
-    common = dict(method="sketch", rank=40, measures=("si",), progress=False)
-    for number in (1, 2, 3):
-        sui_fast.score(model, train, store=tmp_path, part=(number, 3), **common)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+    train = torch.rand(600, 64), torch.arange(600) % 2
+    common = dict(method="nystrom", rank=64, measures=("si",), progress=False)
+    for number in range(1, 5):
+        sui_fast.score(model, train, store=tmp_path, part=(number, 4), **common)
     merged = sui_fast.merge(model, train, store=tmp_path, reg=0.05, measures=("si",))
     np.testing.assert_allclose(merged["si"], sui_fast.score(model, train, reg=0.05, **common)["si"], rtol=1e-10)
 
@@ -70,8 +70,8 @@ def test_more_parts_than_samples_and_other_settings_at_the_end(tmp_path):
         merged = sui_fast.merge(model, few, store=tmp_path, reg=reg, **common)
         whole = sui_fast.score(model, few, method="sketch", rank=64, reg=reg, **common)
         for name in common["measures"]:
-            tolerance = 1e-8 if name == "si_sgd" else 1e-10  # its noise model divides by what is nearly zero
-            np.testing.assert_allclose(merged[name], whole[name], rtol=tolerance)
+            rtol = 1e-10 if name == "si" else 1e-7  # a jitter of 1e-9 is all that holds si_sgd down here
+            np.testing.assert_allclose(merged[name], whole[name], rtol=rtol)
 
 
 def test_a_part_missing_incomplete_or_of_another_run_is_named(tmp_path):
