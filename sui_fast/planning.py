@@ -60,12 +60,13 @@ def choose_method(
 
 
 def make_plan(
-    first: Jacobian, seconds: float, n: int, m: int, method: str, rank: int, reason: str, stored: bool
+    first: Jacobian, seconds: float, n: int, m: int, method: str, rank: int, reason: str, stored: bool, given: int
 ) -> Plan:
     """Costs from the Jacobian of a few samples and the seconds its capture took.
 
     Args:
         first: captured with the settings of the run. n, m: training and validation samples. stored: on disk.
+        given: bytes of an input where the scores keep it.
     """
     k, rows, each = first.k, n * first.k, first.nbytes / max(first.n, 1)
     capture = seconds / first.n * (n + m)
@@ -77,7 +78,9 @@ def make_plan(
     part = min(256, n) * each
     held = 0 if stored else 4 * rank * (n + m) * k
     shard, portion = min(n * k * rank, SHARD), min(n * k * rank, PORTION)
-    peak = int(held + part * 3 + shard * 4 * 2 + portion * 8 * 4 + 8 * rank * rank * 6 + 4 * n * k * 3)
+    ahead = 3 * 4 * shard if stored else 0  # a shard read while another is worked on
+    columns = n * (given + 250 + 40 * k)  # inputs kept for the report, ids, scores, residuals
+    peak = int(held + ahead + part * 3 + shard * 4 + portion * 8 * 4 + 8 * rank * rank * 8 + columns)
     passes = {"sketch": 1, "nystrom": 1, "subspace": 5}[method]
     if method == "subspace":
         peak += int(4 * first.shape[1] * rank * 3 + min(n * each, 1 << 30))

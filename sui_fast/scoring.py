@@ -38,6 +38,7 @@ try:
 except ImportError:  # not on Windows
     resource = None
 
+MOST_INPUTS = 1 << 28  # bytes of inputs that scores keep
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "question", "prompt")  # what a report shows of a sample
 
 
@@ -300,8 +301,9 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
         samples.n, first.k, first.shape[1], method=arguments.get("method", "auto"), rank=arguments.get("rank"),
         device=first.device, groups=arguments.get("groups") is not None,
     )  # fmt: skip
-    stored = arguments.get("store") is not None
-    return make_plan(first, seconds, samples.n, m, method, rank, reason, stored)
+    stored, small = arguments.get("store") is not None, _small_inputs(few)
+    given = 0 if small is None or samples.n * small[0].nbytes >= MOST_INPUTS else small[0].nbytes
+    return make_plan(first, seconds, samples.n, m, method, rank, reason, stored, given)
 
 
 def _check_arguments(measures, loss, sigma, method, rank, val, sgd_batch_size, sgd_jitter):
@@ -408,7 +410,7 @@ def _small_inputs(samples, most: int = 16_384) -> np.ndarray | None:
     if len({part.shape[1:] for part in parts}) != 1:
         return None
     stacked = np.concatenate(parts)
-    return stacked if stacked.nbytes < 1 << 28 else None
+    return stacked if stacked.nbytes < MOST_INPUTS else None
 
 
 def _texts(train, n: int) -> list[str] | None:
