@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from ._errors import ArgumentError, StabilityError, complaint
 from .jacobians import Jacobian, jacobian, sketches
-from .jacobians.data import Samples, batch_length
+from .jacobians.data import Samples
 from .loo import Addition, SpectralRemoval, add_samples, check_stability, make_blocks, make_filter, shard_blocks
 from .losses import Goal
 from .planning import PORTION, SHARD
@@ -193,7 +193,7 @@ def _features(source: Source, fmap: FeatureMap, goal: Goal | None, begin: int, e
         outputs, features = sketches(source.model, source.samples.slice(begin, end), *fmap.sketch, **source.options)
     else:
         part = source.part(begin, end)
-        outputs, (features, own) = part.outputs, fmap.both(part)
+        outputs, (features, own) = part.outputs, fmap.both(part, goal is not None)
     features = features.to(torch.float32)
     found = {"features": features.cpu()}
     if goal is not None:
@@ -375,11 +375,6 @@ def run_fingerprint(model: torch.nn.Module, samples: Samples, settings: dict[str
         version=version,
         **settings,
     )
-
-
-def samples_of(batches: list[Any], argument: str) -> Samples:
-    """Samples of some batches of inputs."""
-    return Samples([b for b in batches if batch_length(b)], None, None, argument)
 
 
 def check_rank(rank: Any) -> int:

@@ -34,8 +34,9 @@ def anchored_sketch_map(pool: Jacobian, residual: Tensor, rank: int, seed: int =
     Source: docs/math.md, section 10; anchors are a control variate (Nystrom part exact, remainder sketched).
     """
     count = min(_ANCHORS, rank // 4, pool.shape[0] - 1)
-    flat = not any(isinstance(f, Outer) and f.a.shape[1] > 1 for f in pool.select(range(1)).factors())
-    if count <= len(_SOLUTIONS) or not _worth_it(pool, rank, count, flat):
+    layers = [factor for factor in pool.select(range(1)).factors() if isinstance(factor, Outer)]
+    flat = all(layer.a.shape[1] == 1 for layer in layers)
+    if count <= len(_SOLUTIONS) or not _worth_it(layers, pool, rank, count, flat):
         return sketch_map(smooth_rank(rank), seed, kind)
     theta = pool.gram().to(torch.float64)
     s, u = torch.linalg.eigh((theta + theta.T) / 2)
@@ -53,28 +54,26 @@ def anchored_sketch_map(pool: Jacobian, residual: Tensor, rank: int, seed: int =
     sketched = chosen.T @ pool.sketch(columns, seed, kind).flatten(0, 1).to(torch.float64)
     basis = None if flat else pool.vjp(chosen.to(pool.dtype))
 
-    def both(jac: Jacobian) -> tuple[Tensor, Tensor]:
+    def both(jac: Jacobian, own: bool) -> tuple[Tensor, Tensor | None]:
         if basis is None:
-            along, own = jac.gram(pool).to(torch.float64) @ chosen, jac.own_blocks()
+            along, blocks = jac.gram(pool).to(torch.float64) @ chosen, jac.own_blocks() if own else None
         else:
-            along, own = jac.jvp_and_own_blocks(basis)
+            along, blocks = jac.jvp_and_own_blocks(basis) if own else (jac.jvp(basis), None)
         along = along.to(torch.float64)
         rest = jac.sketch(columns, seed, kind).flatten(0, 1).to(torch.float64) - along @ sketched
-        return torch.cat([along, rest], 1).reshape(jac.n, jac.k, -1), own
+        return torch.cat([along, rest], 1).reshape(jac.n, jac.k, -1), blocks
 
     return FeatureMap("sketch", len(sketched) + columns, both, {"anchors": chosen})
 
 
-def _worth_it(pool: Jacobian, rank: int, count: int, flat: bool) -> bool:
+def _worth_it(layers: list[Outer], pool: Jacobian, rank: int, count: int, flat: bool) -> bool:
     """Whether the anchors' operations are few against those of capture and a sketch of 1024 columns or more."""
     rank = max(rank, 1024)
     if not flat and 4 * count * pool.shape[1] > _MOST:
         return False
     anchors = own = 0.0  # operations of a sample; those of a transform count three times
-    for factor in pool.select(range(1)).factors():
-        if not isinstance(factor, Outer):
-            continue
-        (_, k, positions, o), i = factor.g.shape, factor.a.shape[2]
+    for layer in layers:
+        (_, k, positions, o), i = layer.g.shape, layer.a.shape[2]
         if flat:
             anchors += 2.0 * min(pool.n, POOL) * (i + k * o)
         else:

@@ -24,22 +24,22 @@ RANK_FOR = {"sketch": 40.0, "nystrom": 5.0, "subspace": 2.0}  # ranks per effect
 
 @dataclass
 class FeatureMap:
-    """kind, columns r, and the function Jacobian -> (features [n, k, r], blocks [n, k, k] of the exact kernel or None).
+    """kind, columns r, and the function (Jacobian, own) -> (features [n, k, r], its own_blocks [n, k, k] or None).
 
-    state: what it was fitted to, by name.
+    own: whether the blocks are wanted. state: what it was fitted to, by name.
 
     sketch: (rank, seed, kind) where that function is a sketch, which needs no Jacobian of more than a batch.
     """
 
     kind: str
     rank: int
-    both: Callable[[Jacobian], tuple[Tensor, Tensor | None]]
+    both: Callable[[Jacobian, bool], tuple[Tensor, Tensor | None]]
     state: dict[str, Tensor] = field(default_factory=dict)
     sketch: tuple[int, int, str] | None = None
 
     def features(self, jac: Jacobian) -> Tensor:
         """Features [n, k, r] alone."""
-        return self.both(jac)[0]
+        return self.both(jac, False)[0]
 
 
 def smooth_rank(rank: int) -> int:
@@ -67,7 +67,7 @@ def sketch_map(rank: int, seed: int = 0, kind: str = "tensor") -> FeatureMap:
         rank: columns. seed: of the random numbers. kind: "tensor", "sjlt", "rademacher" or "two_sided".
     Source: Pham and Pagh 2013; docs/math.md, section 10.
     """
-    return FeatureMap("sketch", rank, lambda jac: (jac.sketch(rank, seed, kind), None), sketch=(rank, seed, kind))
+    return FeatureMap("sketch", rank, lambda jac, own: (jac.sketch(rank, seed, kind), None), sketch=(rank, seed, kind))
 
 
 def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
@@ -117,8 +117,9 @@ def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
         known = pool.gram(landmarks).to(torch.float64) @ root
         root = root @ torch.linalg.eigh(known.T @ known)[1][:, -rank:]
 
-    def both(jac: Jacobian) -> tuple[Tensor, Tensor]:
-        return (jac.gram(landmarks).to(torch.float64) @ root).reshape(jac.n, jac.k, -1), jac.own_blocks()
+    def both(jac: Jacobian, own: bool) -> tuple[Tensor, Tensor | None]:
+        features = (jac.gram(landmarks).to(torch.float64) @ root).reshape(jac.n, jac.k, -1)
+        return features, jac.own_blocks() if own else None
 
     state = {"landmarks": torch.tensor(chosen), "root": root}
     return FeatureMap("nystrom", root.shape[1], both, state)
@@ -160,9 +161,9 @@ def subspace_map(
     s, turn = torch.linalg.eigh(reduce(gram))
     basis = turn.to(basis.dtype).T @ basis
 
-    def both(jac: Jacobian) -> tuple[Tensor, Tensor]:
-        along, own = jac.jvp_and_own_blocks(basis)
-        return along.reshape(jac.n, jac.k, -1), own
+    def both(jac: Jacobian, own: bool) -> tuple[Tensor, Tensor | None]:
+        along, blocks = jac.jvp_and_own_blocks(basis) if own else (jac.jvp(basis), None)
+        return along.reshape(jac.n, jac.k, -1), blocks
 
     return FeatureMap("subspace", len(basis), both, {"basis": basis})
 
