@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .._errors import ArgumentError, complaint
+from ..loo import make_filter, remove_at_times
 from ..measures import information
 from .kernel import linear_problem
 from .results import Result
@@ -88,16 +89,14 @@ def information_curves(
         times = np.unique(times.round())
     if times.ndim != 1 or not len(times) or not np.isfinite(times).all() or times.min() < 0:
         raise ArgumentError(complaint("times", "finite times >= 0", repr(times[:5]), "Pass np.geomspace(1, 1e4, 30)."))
-    si, fsi = [], []
-    for time in times:
-        removal = problem.removal(time=float(time), lr=lr)
-        si.append(information(removal.weight_sqnorm, sigma).cpu().numpy())
-        if problem.cross is not None:
-            fsi.append(information(removal.prediction_sqnorm, sigma).cpu().numpy())
+    filters = [make_filter(problem.n, reg=problem.reg, time=t, lr=lr, dynamics=dynamics) for t in times.tolist()]
+    weights, predictions = remove_at_times(
+        problem.spectrum, filters, problem.r0, cross=problem.cross, convention=problem.convention, idle=problem.idle
+    )
     return Curves(
         times=times,
-        si=np.array(si),
-        fsi=np.array(fsi) if fsi else None,
+        si=information(weights, sigma).cpu().numpy(),
+        fsi=None if predictions is None else information(predictions, sigma).cpu().numpy(),
         ids=problem.samples.ids,
         labels=None if problem.labels is None else problem.labels.cpu().numpy(),
     )
