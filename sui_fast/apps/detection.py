@@ -128,8 +128,7 @@ def find_undersampled(
     Source: Harutyunyan et al., ICLR 2021, section 6 (under-sampled sub-classes).
     """
     for name, value, least in (("clusters", clusters, 1), ("neighbours", neighbours, 0)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-            raise ArgumentError(complaint(name, f"a whole number >= {least}", repr(value), "Pass 5, say."))
+        _check_count(name, value, least)
     problem = linear_problem(model, train, val, reg=reg, **arguments)
     measures = _measures(problem, sigma)
     by = "fsi" if "fsi" in measures else "si"
@@ -160,6 +159,7 @@ def detect_adversarial(
     *,
     truth=None,
     by: str | None = None,
+    neighbours: int = 10,
     reg: float | str = "auto",
     sigma: float = 1.0,
     **arguments,
@@ -168,23 +168,39 @@ def detect_adversarial(
 
     ::
 
-        surprise_i = mean rank of the leverage (an input unlike the others) and of the leave-one-out residual (a target
-                     that the others contradict), in [0, 1]
+        surprise_i = mean rank, in [0, 1], of
+            the leverage                    how much of the sample the others do not span
+            remoteness_i = - mean likeness of its nearest samples
+            misplacement_i = mean likeness of its nearest of other classes minus that of its nearest of its own
+
+    Likeness is the kernel divided by the lengths of both. Without classes the leave-one-out residual (a target that
+    the others contradict) takes the place of the misplacement.
 
     Args:
         model, train, val: as in ``score``.
         truth: adversarial samples, bool [n], for AUROC.
-        by: "surprise" (default), or one of "fsi", "si", "leverage", "loo_residual", "loo_margin".
+        by: "surprise" (default), or one of "fsi", "si", "leverage", "loo_residual", "loo_margin", "remoteness",
+            "misplacement".
+        neighbours: nearest samples that remoteness and misplacement look at.
         reg, arguments: as in ``find_undersampled``.
     Returns:
         Adversarial.
     Source: Harutyunyan et al., ICLR 2021, section 6 (adversarial examples).
     """
+    _check_count("neighbours", neighbours, 1)
     problem = linear_problem(model, train, val, reg=reg, **arguments)
     measures = _measures(problem, sigma)
     by = by or "surprise"
-    both = [ranks(measures[name]) / problem.n for name in ("leverage", "loo_residual")]
-    measures["surprise"] = (both[0] + both[1]) / 2
+    likeness = sample_kernel(problem)
+    np.fill_diagonal(likeness, -np.inf)
+    measures["remoteness"], last = -_nearest(likeness, neighbours), "loo_residual"
+    if problem.labels is not None:
+        labels = problem.labels.cpu().numpy()
+        own = labels[:, None] == labels
+        inside, outside = (_nearest(np.where(where, likeness, -np.inf), neighbours) for where in (own, ~own))
+        measures["misplacement"], last = outside - inside, "misplacement"
+    parts = [ranks(measures[name]) / problem.n for name in ("leverage", "remoteness", last)]
+    measures["surprise"] = np.mean(parts, 0)
     if by not in measures:
         got, todo = repr(by), "Choose one; 'fsi' needs val, 'loo_margin' classes."
         raise ArgumentError(complaint("by", f"one of {', '.join(measures)}", got, todo))
@@ -221,6 +237,19 @@ def _ranking(problem: LinearProblem, value, measures, by: str, truth) -> dict:
         aupr=None if marks is None else average_precision(value, marks),
         aurocs=aurocs,
     )
+
+
+def _check_count(name: str, value, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ArgumentError(complaint(name, f"a whole number >= {least}", repr(value), "Pass 5, say."))
+
+
+def _nearest(likeness: np.ndarray, count: int) -> np.ndarray:
+    """Mean of the ``count`` largest of each row, of those that are finite; 0 where there are none."""
+    count = min(count, likeness.shape[1])
+    largest = np.partition(likeness, likeness.shape[1] - count, axis=1)[:, -count:]
+    found = np.isfinite(largest)
+    return np.where(found, largest, 0.0).sum(1) / np.maximum(found.sum(1), 1)
 
 
 def sample_kernel(problem: LinearProblem) -> np.ndarray:
