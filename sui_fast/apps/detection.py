@@ -173,7 +173,7 @@ def detect_adversarial(
             remoteness_i = - mean likeness of its nearest samples
             misplacement_i = mean likeness of its nearest of other classes minus that of its nearest of its own
 
-    Likeness is the kernel divided by the lengths of both. Without classes the leave-one-out residual (a target that
+    Likeness is the kernel divided by the lengths of both; the rank of the misplacement counts as 1/2 at least. Without classes the leave-one-out residual (a target that
     the others contradict) takes the place of the misplacement.
 
     Args:
@@ -200,6 +200,8 @@ def detect_adversarial(
         inside, outside = (_nearest(np.where(where, likeness, -np.inf), neighbours) for where in (own, ~own))
         measures["misplacement"], last = outside - inside, "misplacement"
     parts = [ranks(measures[name]) / problem.n for name in ("leverage", "remoteness", last)]
+    if last == "misplacement":
+        parts[2] = np.maximum(parts[2], 0.5)  # to lie among one's own clears nobody: made samples may form a cluster
     measures["surprise"] = np.mean(parts, 0)
     if by not in measures:
         got, todo = repr(by), "Choose one; 'fsi' needs val, 'loo_margin' classes."
