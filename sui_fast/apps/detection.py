@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from .._errors import ArgumentError, complaint
-from ..losses import Squared
 from ..measures import information
 from .kernel import LinearProblem, linear_problem
 from .results import Result, auroc, average_precision, check_truth, ranks
@@ -121,7 +120,8 @@ def find_undersampled(
         model, train, val: as in ``score``; without val SI takes the place of F-SI.
         truth: members of the rare kind, bool [n], for AUROC.
         clusters: in each class. neighbours: averaged over; 0: F-SI as it is.
-        reg, arguments: of ``score``: time, lr, dynamics, convention, outputs, params, batch_size, dtype, progress.
+        reg, arguments: of ``score``: loss, time, lr, dynamics, convention, outputs, params, batch_size, dtype,
+            progress.
         seed: of k-means.
     Returns:
         Undersampled.
@@ -173,8 +173,8 @@ def detect_adversarial(
             remoteness_i = - mean likeness of its nearest samples
             misplacement_i = mean likeness of its nearest of other classes minus that of its nearest of its own
 
-    Likeness is the kernel divided by the lengths of both; the rank of the misplacement counts as 1/2 at least. Without classes the leave-one-out residual (a target that
-    the others contradict) takes the place of the misplacement.
+    Likeness is the kernel divided by the lengths of both; the rank of the misplacement counts as 1/2 at least. Without
+    classes the leave-one-out residual (a target that the others contradict) takes its place.
 
     Args:
         model, train, val: as in ``score``.
@@ -216,9 +216,9 @@ def _measures(problem: LinearProblem, sigma: float) -> dict[str, np.ndarray]:
     if problem.cross is not None:
         found["fsi"] = information(removal.prediction_sqnorm, sigma)
     found["leverage"] = removal.leverage
-    found["loo_residual"] = removal.loo_residual.square().sum(1).sqrt()
+    found["loo_residual"] = problem.goal.slope(slice(None), removal.loo_residual).square().sum(1).sqrt()
     if problem.labels is not None:
-        found["loo_margin"] = Squared(problem.y, problem.labels).margin(slice(None), removal.loo_residual)
+        found["loo_margin"] = problem.goal.margin(slice(None), removal.loo_residual)
     return {name: column.cpu().numpy() for name, column in found.items()}
 
 
