@@ -154,7 +154,8 @@ class Comparison:
             rows = self.a.labels == value
             title = parts.safe(names.get(text_of(value), text_of(value)))
             cells = "".join(
-                f"<td>{np.median(x[rows]) / 10.0**exponent:.3g}</td><td class=bars>{parts.bar(place, x[rows])}</td>"
+                f"<td>{parts.three_digits(np.median(x[rows]) / 10.0**exponent)}</td>"
+                f"<td class=bars>{parts.bar(place, x[rows])}</td>"
                 for x in v.values()
             )
             within = _correlation(_ranks(v["A"][rows]), _ranks(v["B"][rows]))
