@@ -43,16 +43,16 @@ def main(width: int = 64, repeats: int = 3) -> None:
         options |= dict(progress=False)
         spent, found = seconds(lambda options=options: influence_functions(trained, train, val, **options))
         own = min(own, seconds(linear)[0])
-        print(name, spent, own, flush=True)
-        rows.append([name, len(found.ids), f"{spent:.1f}", f"{found.residual:.0e}", f"{own:.3f}", f"{spent / own:.0f}"])
+        cells = [name, len(found.ids), f"{spent:.1f}", f"{found.residual:.2g}", f"{own:.3f}", f"{spent / own:.0f}"]
+        rows.append(cells)
     size = sum(p.numel() for p in model.parameters())
     table(
         "Influence functions, measured",
         ["influence functions", "samples", "seconds", "residual of their solves", "seconds of score", "ratio"],
         rows,
         f"CPU seconds for the changes of weights and of {VALIDATION} predictions by leaving out each of all {N} "
-        f"digits, 4 against 9; MLP-{width}, {size} parameters, reg = {REG}, one thread; at most 200 iterations of each; both "
-        "measured for all samples in one process. `python -m benchmarks.studies.influence`",
+        f"digits, 4 against 9; MLP-{width}, {size} parameters, reg = {REG}, one thread; at most 200 iterations of "
+        "each; both measured for all samples in one process. `python -m benchmarks.studies.influence`",
     )
 
 
