@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._errors import StabilityError, complaint
-from ..ops import converged_removal, rational_removal
+from ..ops import converged_removal, rational_removal, triangular_sqnorm
 from ..spectra import Spectrum
 from .blocks import Blocks
 from .converged import ridgeless_removal
@@ -17,8 +17,6 @@ from .filters import TrainingFilter
 from .rational import Rational, fit_rational
 from .removal import CHUNK, Removal
 
-_STRIPS = 8  # of a triangular factor: few enough to be products of full speed
-_LEAST_STRIP = 64  # rows of one
 _REDUCED_WORK = 1e11  # operations that a look at every reduced spectrum may take
 
 
@@ -268,17 +266,10 @@ class SpectralRemoval(Removal):
     def _prediction_sqnorm(self) -> Tensor:
         if self._moment is None:
             return super()._prediction_sqnorm()
-        # a strip of rows of a triangular C needs the coordinates from its first column on: half the operations
         if self._row is None:
-            rows, weight, scale = self._held, torch.ones_like(self.spectrum.s), 1.0
-        else:
-            rows, weight, scale = self.spectrum.u, self._row[1], self._row[0].square()
-        total = rows.new_zeros(len(rows))
-        step = max(_LEAST_STRIP, -(-len(self._moment) // _STRIPS))
-        for begin in range(0, len(self._moment), step):
-            strip = self._moment[begin : begin + step, begin:] * weight[begin:]
-            total += (strip @ rows[:, begin:].T).square_().sum(0)
-        return total * scale
+            return triangular_sqnorm(self._moment, self._held)
+        v, weight = self._row
+        return triangular_sqnorm(self._moment * weight, self.spectrum.u) * v.square()
 
     def _predict(self, begin: int, end: int) -> Tensor:
         return self._change[begin:end] @ self._probe.T

@@ -3,6 +3,7 @@
 from ._backends import BACKENDS
 from ._explain import backends, explain, self_test
 from ._op import OPS, use_backend
+from .forms import triangular_sqnorm
 from .gram import ntk_gram
 from .products import jvp, vjp
 from .removal import converged_removal, rational_removal
@@ -19,6 +20,7 @@ __all__ = [
     "rational_removal",
     "self_test",
     "sketch",
+    "triangular_sqnorm",
     "use_backend",
     "vjp",
 ]

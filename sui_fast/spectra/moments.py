@@ -80,7 +80,7 @@ class FeatureSpectrum:
         values, vectors = torch.linalg.eigh(turned.T @ gram @ turned / samples)
         keep = values > 1e-16 * values[-1].clamp_min(0)
         root = vectors[:, keep] * values[keep].sqrt()
-        return torch.linalg.qr(root.T, mode="r").R
+        return torch.linalg.qr(root.T, mode="r").R.contiguous()
 
 
 def feature_spectrum(moments: Moments, precision: float = 2.0**-24) -> FeatureSpectrum:
