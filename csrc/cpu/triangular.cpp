@@ -20,8 +20,10 @@ constexpr Variants<TriangularKernels> kVariants{&triangular_baseline, nullptr, n
 
 }  // namespace
 
+const TriangularKernels& triangular_kernels() { return choose(kVariants); }
+
 void triangular_sqnorm(const double* c, Index p, Index r, const double* x, Index count, double* out, int threads) {
-  const TriangularKernels& kernels = choose(kVariants);
+  const TriangularKernels& kernels = triangular_kernels();
   std::vector<double> packed(static_cast<std::size_t>(kernels.packed(p, r)));
   kernels.pack(c, p, r, packed.data());
   const Index parts = parts_for(count, double(count) * double(p) * double(r) / 2, threads), room = kernels.scratch(r);

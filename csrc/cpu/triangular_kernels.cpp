@@ -1,4 +1,4 @@
-// out[i] = ||C x_i||^2, C upper triangular; compiled once per instruction set (see CMakeLists.txt), therefore without the
+// out[i] = ||C x_i||^2, C upper triangular, and forms with a diagonal; compiled once per instruction set (see CMakeLists.txt), therefore without the
 // standard library.
 //
 // A tile of C x holds kRows rows of C and kVectors vectors of samples in registers, and never leaves them: its squares
@@ -21,6 +21,7 @@ constexpr Index kRows = 4, kVectors = 3;  // of 16
 constexpr Index kRows = 4, kVectors = 2;
 #endif
 constexpr Index kGroup = kVectors * kLanes;
+static_assert(kGroups % kGroup == 0, "a portion is whole groups");
 
 SUI_FN Index panels(Index p) { return (p + kRows - 1) / kRows; }
 
@@ -85,9 +86,45 @@ void run(const double* packed, Index p, Index r, const double* x, Index count, d
   }
 }
 
+SUI_FN double sum(const Lane& x) {
+  double total = 0;
+  for (Index lane = 0; lane < kLanes; ++lane) total += x[lane];
+  return total;
+}
+
+void weigh(double* x, const double* base, const double* s, const double* u, Index m, Index r, Index count,
+           double* sqnorm, double* inner) {
+  for (Index i = 0; i < count; ++i, x += r) {
+    Lane square = {}, first = {};
+    const double* row = u + i * m * r;
+    Index l = 0;
+    double square_rest = 0, first_rest = 0;
+    for (; l + kLanes <= r; l += kLanes) {
+      const Lane moved = at(x + l) + at(base + l), weighed = at(s + l) * moved;
+      at(x + l) = moved;
+      square += weighed * moved;
+      if (m) first += weighed * at(row + l);
+    }
+    for (; l < r; ++l) {
+      x[l] += base[l];
+      square_rest += s[l] * x[l] * x[l];
+      if (m) first_rest += s[l] * x[l] * row[l];
+    }
+    sqnorm[i] = sum(square) + square_rest;
+    if (m) inner[i * m] = sum(first) + first_rest;
+    for (Index a = 1; a < m; ++a) {
+      Lane total = {};
+      double rest = 0;
+      for (l = 0; l + kLanes <= r; l += kLanes) total += at(s + l) * at(x + l) * at(row + a * r + l);
+      for (; l < r; ++l) rest += s[l] * x[l] * row[a * r + l];
+      inner[i * m + a] = sum(total) + rest;
+    }
+  }
+}
+
 }  // namespace
 
 extern const TriangularKernels SUI_JOIN(triangular_, SUI_VARIANT);
-const TriangularKernels SUI_JOIN(triangular_, SUI_VARIANT) = {packed, scratch, pack, run};
+const TriangularKernels SUI_JOIN(triangular_, SUI_VARIANT) = {packed, scratch, pack, run, weigh};
 
 }  // namespace sui

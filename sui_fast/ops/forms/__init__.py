@@ -19,10 +19,11 @@ def _examples(device):
     ]
 
 
-def _check_shape(c: Tensor, x: Tensor) -> None:
+def check_triangular(c: Tensor, _: Tensor | None = None) -> None:
+    """Raise where c [p, r] has more rows than columns."""
     if c.shape[0] > c.shape[1]:
-        got = f"shape {list(c.shape)}"
-        raise ArgumentError(complaint("c of triangular_sqnorm", "at most as many rows as columns", got, "Use qr()."))
+        got, todo = f"shape {list(c.shape)}", "Take the factor of a QR decomposition."
+        raise ArgumentError(complaint("c, upper triangular", "at most as many rows as columns", got, todo))
 
 
 @op(
@@ -30,7 +31,7 @@ def _check_shape(c: Tensor, x: Tensor) -> None:
     result="n",
     examples=_examples,
     dtypes={"c": (torch.float64,), "x": (torch.float64,)},
-    check=_check_shape,
+    check=check_triangular,
 )
 def triangular_sqnorm(c: Tensor, x: Tensor) -> Tensor:
     """Squared length of an upper triangular factor times each of many vectors.
