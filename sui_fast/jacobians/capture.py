@@ -52,6 +52,8 @@ class Evaluator:
     def __init__(self, model: nn.Module, outputs: Callable | None, params: Any, dtype: torch.dtype | None):
         if not isinstance(model, nn.Module):
             raise ArgumentError(complaint("model", "a torch.nn.Module", type(model).__name__, "Wrap it in a module."))
+        if outputs is not None and not callable(outputs):
+            raise ArgumentError(complaint("outputs", "a function (model, batch) -> [b, k]", repr(outputs), "Pass one."))
         model = unwrapped(model)
         sharded = next((m for m in model.modules() if type(m).__name__ == "FullyShardedDataParallel"), None)
         if sharded is None:
@@ -378,9 +380,9 @@ def _transformed(x: Tensor) -> bool:
 def choose_parameters(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
     """Chosen parameters by name, each tensor once, in the order of named_parameters()."""
     named = dict(model.named_parameters())
-    if params == "trainable":
+    if isinstance(params, str) and params == "trainable":
         chosen = {name: p for name, p in named.items() if p.requires_grad}
-    elif params == "all":
+    elif isinstance(params, str) and params == "all":
         chosen = named
     elif callable(params):
         chosen = {name: p for name, p in named.items() if params(name, p)}
