@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.utils._pytree import tree_flatten, tree_map
-from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from .._errors import ArgumentError, CoverageError, DataError, ModelError, complaint
 from .data import batch_length
 from .layers import Use
+from .quiet import quiet
 from .recorder import Recorder, Replay
 from .recurrent import own_body
 from .survey import Call, Survey
@@ -150,34 +149,9 @@ class Evaluator:
         with torch.autocast(**self._autocast):
             return model_outputs(self.model, batch, self._outputs)
 
-    @contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Eval mode and gradients on, nothing compiled; mode, buffers and random state as they were afterwards.
-
-        The user's autocast is on in forward passes alone.
-        """
-        modes = [(module, module.training) for module in self.model.modules()]
-        buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
-        cuda = [self.device] if self.device.type == "cuda" else []
-        with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(cuda))
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autocast(self.device.type, enabled=False))
-            stack.enter_context(_plain_checkpoints())
-            if "torch._dynamo" in sys.modules:  # compiled functions hide what they call
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            try:
-                for module, _ in modes:
-                    module.training = False
-                yield
-            finally:
-                for module, mode in modes:
-                    module.training = mode
-                with torch.no_grad():
-                    for buffer, before in buffers:
-                        if not torch.equal(buffer, before):
-                            buffer.copy_(before)
+    def quiet(self) -> AbstractContextManager[None]:
+        """See ``quiet``; the user's autocast is on in forward passes alone."""
+        return quiet(self.model, self.device)
 
     def exact(self) -> Evaluator:
         """The same without rounding to half precision: no autocast, a float32 copy of a bfloat16 or float16 model."""
@@ -341,21 +315,6 @@ class _Functional(nn.Module):
         out = self.evaluator(batch)
         out = out if self.project is None else out @ self.project.to(out)
         return out if finish is None else finish(out)
-
-
-@contextmanager
-def _plain_checkpoints() -> Iterator[None]:
-    """Reentrant checkpoints, which refuse torch.autograd.grad, run as the other kind meanwhile."""
-
-    def apply(function, preserve, *args):
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
-
-    CheckpointFunction.apply = staticmethod(apply)
-    try:
-        yield
-    finally:
-        if "apply" in CheckpointFunction.__dict__:  # another thread may have been first
-            del CheckpointFunction.apply
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
