@@ -51,6 +51,7 @@ from .streaming import (
     kernel_error,
     moments_of,
     open_store,
+    probed_dimension,
     run_fingerprint,
     warn_of_rank,
 )
@@ -289,7 +290,7 @@ class Run:
                     self.neighbours = feature_neighbours(rows, n, self.labels, doubt[worst.argsort()])
                 sums = torch.tensor([first_error, lost, missed], dtype=torch.float64)
                 first_error, lost, missed = processes.total(sums).tolist()
-                edf = missed + float((spectrum.s * torch.from_numpy(phi(spectrum.s.cpu().numpy())).to(device)).sum())
+                kept = float((spectrum.s * torch.from_numpy(phi(spectrum.s.cpu().numpy())).to(device)).sum())
             if self.candidates is not None:
                 with stages("candidates"):
                     new = Source(self.model, self.candidates, source.options, *processes.slice(self.candidates.n))
@@ -301,8 +302,11 @@ class Run:
                         begin = part.stop
                     self.new_values = processes.gather(self._join(columns))
             with stages("error estimate"):
-                error, exact_edf = kernel_error(source, fmap, n * reg, self.seed)
-                details["effective_dimension"] = edf = max(edf, exact_edf) if phi.converged else edf
+                error = kernel_error(source, fmap, self.seed)
+                edf = max(kept, probed_dimension(source, phi, float(spectrum.s[-1]), self.seed))
+                if method != "sketch":  # features that lie below the kernel: the truth is between these two
+                    edf = kept + missed if missed < 0.2 * kept else min(edf, kept + missed)
+                details["effective_dimension"] = edf
                 better = warn_of_rank(method, fmap.rank, edf, n * self.goal.rows)
         finally:
             for held in stores:

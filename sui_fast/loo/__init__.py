@@ -3,7 +3,7 @@
 from .addition import Addition, add_samples, add_to_kernel
 from .blocks import make_blocks, make_sets, shard_blocks
 from .downdate import Remaining
-from .filters import CONVENTIONS
+from .filters import CONVENTIONS, TrainingFilter
 from .regularisation import loo_error_curve, part_error_curve
 from .removal import Removal
 from .solve import check_stability, leave_one_out, make_filter, remove_from_spectrum
@@ -16,6 +16,7 @@ __all__ = [
     "Remaining",
     "Removal",
     "SpectralRemoval",
+    "TrainingFilter",
     "WeightedProblem",
     "WeightedRemoval",
     "add_samples",
