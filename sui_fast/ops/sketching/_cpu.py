@@ -52,8 +52,8 @@ def _tensor(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, route: st
         add_scatter(a, g, out, seed, stream, False)
     elif has_fourier(rank):
         sums = torch.zeros(n, k, 2, rank, dtype=out.dtype)
-        add_fourier(a, g, sums, seed, stream, False)
-        out += finish(sums)
+        add_fourier([(a, g, stream, False)], sums, seed)
+        finish(sums, out)
     else:
         tables = (hashed(size, rank, word, stream, seed, out.dtype) for size, word in ((i, 0), (o, 1)))
         _by_fft(a, g, out, *tables)
