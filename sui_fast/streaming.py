@@ -246,9 +246,7 @@ class LowRank:
         """What leaves with each sample (or group) of a shard."""
         features, residual = shard["features"].to(self.device), shard["residual"].to(self.device)
         n = self.spectrum.samples
-        blocks = (
-            shard_blocks(len(features), n, self.k) if self.groups is None else make_blocks(n, self.k, self.groups)
-        )
+        blocks = shard_blocks(len(features), n, self.k) if self.groups is None else make_blocks(n, self.k, self.groups)
         idle = torch.linalg.vector_norm(features, dim=2) == 0  # or too small to square
         idle[idle.clone()] = (features[idle] == 0).all(1)
         found = SpectralRemoval(

@@ -236,7 +236,7 @@ class Evaluator:
         found = None
         if not self.one_by_one:
             try:
-                with warnings.catch_warnings():
+                with warnings.catch_warnings(), _modules_as_they_are():
                     warnings.filterwarnings("ignore", message=".*performance drop.*")
                     found = vmap(jacrev(of_sample), in_dims=(None, 0))(chosen, batch)
             except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
@@ -354,6 +354,21 @@ def _plain_checkpoints() -> Iterator[None]:
     finally:
         if "apply" in CheckpointFunction.__dict__:  # another thread may have been first
             del CheckpointFunction.apply
+
+
+@contextmanager
+def _modules_as_they_are() -> Iterator[None]:
+    """A model that moves or casts its modules in its forward pass fails: under torch.func that ends the process."""
+    apply = nn.Module._apply
+
+    def refuse(self, *args, **kwargs):
+        raise NotImplementedError(f"{type(self).__name__} is moved or cast during the forward pass")
+
+    nn.Module._apply = refuse
+    try:
+        yield
+    finally:
+        nn.Module._apply = apply
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,10 +47,18 @@ def _tables(rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat([angle.cos(), angle.sin()]).to(dtype), frequency, place
 
 
-def _side(x: Tensor, length: int, ones: bool, table: tuple[Tensor, Tensor]) -> list[int]:
+@functools.lru_cache(maxsize=1024)
+def _hashed(*key) -> tuple[tuple[Tensor, Tensor], int, int]:
+    """Places and signs as ``hashed`` gives them, with their addresses."""
+    table = hashed(*key)
+    return table, table[0].data_ptr(), table[1].data_ptr()
+
+
+def _side(x: Tensor, length: int, ones: bool, table: tuple[Any, int, int]) -> list[int]:
     """A side as the kernel takes it; x [n, k or 1, s, length], positions or features adjacent."""
-    strides = (x.stride(0), x.stride(1) if x.shape[1] > 1 else 0, x.stride(2), x.stride(3))
-    return [x.data_ptr(), int(x.dtype == torch.bfloat16), *strides, length, int(ones), *(t.data_ptr() for t in table)]
+    n, c, s, f = x.stride()
+    half = x.dtype == torch.bfloat16
+    return [x.data_ptr(), half, n, c if x.shape[1] > 1 else 0, s, f, length, ones, table[1], table[2]]
 
 
 def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -68,7 +77,7 @@ def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], sums: Tensor, se
     for a, g, stream, ones in layers:
         i, o = a.shape[2], g.shape[3]
         a, g = _readable(a[:, None], dtype), _readable(g, dtype)
-        left, right = hashed(i + ones, rank, 0, stream, seed, dtype), hashed(o, rank, 1, stream, seed, dtype)
+        left, right = _hashed(i + ones, rank, 0, stream, seed, dtype), _hashed(o, rank, 1, stream, seed, dtype)
         kept.append((a, g, left, right))
         sides.append((_side(a, i, ones, left), _side(g, o, False, right)))
     roots = _tables(rank, dtype)[0]

@@ -45,7 +45,7 @@ class TensorSums:
             a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2) if ones else a
             self.out += sketch(a.contiguous(), g.to(a.dtype).contiguous(), self.rank, self.seed, stream)
             return
-        (n, k, s, o), i = g.shape, a.shape[2] + ones
+        (_, k, s, o), i = g.shape, a.shape[2] + ones
         if _tensor_cpu.has_fourier(self.rank) and _tensor_cpu.fft_is_cheaper(s, i, o, k, self.rank):
             self._waiting.append((a, g, stream, ones))
             if s > 1 or k > 1:
