@@ -256,7 +256,7 @@ Goal = Squared | Curved
 
 def check_loss(loss: Any) -> None:
     """Raises ArgumentError where ``loss`` is neither a name nor a function."""
-    if not callable(loss) and loss not in LOSSES:
+    if not callable(loss) and not (isinstance(loss, str) and loss in LOSSES):
         known = ", ".join(map(repr, LOSSES))
         raise ArgumentError(complaint("loss", f"{known} or a function", repr(loss), "Choose one."))
 

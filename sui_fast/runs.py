@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._errors import ArgumentError, complaint
+from ._errors import ArgumentError, complaint, one_of, whole
 from .jacobians import jacobian
 from .loo import (
+    CONVENTIONS,
     Removal,
     WeightedProblem,
     WeightedRemoval,
@@ -31,6 +32,7 @@ from .loo import (
 from .losses import ROOTS, Goal
 from .measures import feature_neighbours, information, kernel_neighbours, sgd_information
 from .parts import Merged, Part, check_map, open_parts
+from .planning import METHODS
 from .spectra import (
     PROJECTIONS,
     dense_spectrum,
@@ -43,7 +45,6 @@ from .streaming import (
     LowRank,
     Processes,
     Source,
-    check_rank,
     collect,
     features_of,
     fit_map,
@@ -340,15 +341,16 @@ def authors_definitions(compat: str | None, convention: str, method: str, rank: 
     """(convention, method, rank, projection) that ``compat`` stands for."""
     if compat is None:
         return convention, method, rank, None
-    if compat != "iclr2021":
-        raise ArgumentError(complaint("compat", "'iclr2021' or None", repr(compat), "Choose one."))
+    one_of("compat", compat, ("iclr2021",))
+    one_of("convention", convention, CONVENTIONS)
+    one_of("method", method, (*METHODS, *PROJECTIONS))
     if convention not in ("sum", "iclr2021"):
         got, todo = repr(convention), "Drop one of the two."
         raise ArgumentError(complaint("convention", "the one that compat='iclr2021' brings", got, todo))
     if method not in PROJECTIONS:
         return "iclr2021", method, rank, None
     if rank is not None:
-        check_rank(rank)
+        whole("rank", rank, 1)
     return "iclr2021", "dense", None, (method, rank)
 
 

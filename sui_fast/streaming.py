@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._errors import ArgumentError, StabilityError, complaint
+from ._errors import StabilityError
 from .jacobians import Jacobian, jacobian, sketches
 from .jacobians.data import Samples
 from .loo import Addition, SpectralRemoval, add_samples, check_stability, make_blocks, make_filter, shard_blocks
@@ -373,9 +373,3 @@ def run_fingerprint(model: torch.nn.Module, samples: Samples, settings: dict[str
         version=version,
         **settings,
     )
-
-
-def check_rank(rank: Any) -> int:
-    if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or rank < 1:
-        raise ArgumentError(complaint("rank", "a whole number >= 1", repr(rank), "Pass the number of features."))
-    return int(rank)
