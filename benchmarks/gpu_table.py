@@ -105,6 +105,18 @@ def gram_and_products(dtype) -> None:
     )  # fmt: skip
     few = [t[:64] for t in (a, g, a, g)]
     check("ntk_gram", run(ops.ntk_gram, *few), ops.ntk_gram.op.body(*few), ops.ntk_gram.op.body(*map(_double, few)))
+    widths, m = [size(w) for w in (1024, 2048, 1024, 784)], size(8192)
+    layers = [(draw(m, 1, w, dtype=dtype), draw(m, 1, 1, w, dtype=dtype)) for w in widths]
+    left, right = ([layer[j] for layer in layers] for j in (0, 1))
+    args = left, right, left, right, [True] * len(widths)
+    row(
+        "ntk_gram_sum", f"{kind}, n = {m}, i = o = {widths}", lambda: run(ops.ntk_gram_sum, *args),
+        lambda: [(a[:, 0] @ a[:, 0].T, g[:, 0, 0] @ g[:, 0, 0].T) for a, g in layers], "its products in the dtype",
+        lambda: sum(run(ops.ntk_gram, a, g, a, g) for a, g in layers), target=1 / 0.6,
+    )  # fmt: skip
+    few = ([x[:64] for x in left], [x[:64] for x in right]) * 2
+    exact = ops.ntk_gram_sum.op.body(*([x.double() for x in part] for part in few), args[4])
+    check("ntk_gram_sum", run(ops.ntk_gram_sum, *few, args[4]), ops.ntk_gram_sum.op.body(*few, args[4]), exact)
     r = 16
     tangents, cotangents = draw(r, width, width, dtype=dtype), draw(n, 1, r, dtype=dtype)
     flat = tangents.reshape(r * width, width).T.contiguous()

@@ -3,7 +3,7 @@
 from ._backends import BACKENDS
 from ._explain import backends, explain, self_test
 from ._op import OPS, use_backend
-from .gram import ntk_gram
+from .gram import ntk_gram, ntk_gram_sum
 from .products import jvp, vjp
 from .removal import converged_removal, rational_removal
 from .sketching import sketch
@@ -16,6 +16,7 @@ __all__ = [
     "explain",
     "jvp",
     "ntk_gram",
+    "ntk_gram_sum",
     "rational_removal",
     "self_test",
     "sketch",

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 import sui_fast
 from sui_fast import ops
@@ -13,7 +14,7 @@ from sui_fast.ops.sketching._random import philox
 
 CPU = torch.device("cpu")
 EXAMPLES = [(name, number) for name, op in ops.OPS.items() for number in range(len(list(op.examples(CPU))))]
-SMOOTH = ["jvp", "vjp", "ntk_gram", "sketch", "converged_removal", "rational_removal"]
+SMOOTH = ["jvp", "vjp", "ntk_gram", "ntk_gram_sum", "sketch", "converged_removal", "rational_removal"]
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -23,8 +24,22 @@ def draw(*shape, seed=0, dtype=torch.float64):
 
 
 def example(name, number=0, dtype=torch.float64):
-    real = lambda x: isinstance(x, torch.Tensor) and x.is_floating_point()  # noqa: E731
-    return [x.to(dtype) if real(x) else x for x in list(ops.OPS[name].examples(CPU))[number]]
+    convert = lambda x: x.to(dtype) if x.is_floating_point() else x  # noqa: E731
+    return tree_map_only(torch.Tensor, convert, list(list(ops.OPS[name].examples(CPU))[number]))
+
+
+def flattened(name):
+    """An op as a function of its real tensors alone, and those."""
+    values, spec = tree_flatten(example(name))
+    real = [j for j, x in enumerate(values) if torch.is_tensor(x) and x.is_floating_point()]
+
+    def function(*tensors):
+        given = list(values)
+        for j, tensor in zip(real, tensors, strict=True):
+            given[j] = tensor
+        return getattr(ops, name)(*tree_unflatten(given, spec))
+
+    return function, [values[j] for j in real]
 
 
 @pytest.mark.parametrize(
@@ -48,6 +63,26 @@ def test_gram(s, t, i, o):
     assert wide.dtype == torch.float32
     exact = ops.ntk_gram(*(x.bfloat16().double() for x in (a1, g1, a2, g2)))
     assert float((wide - exact).abs().max()) <= 1e-5 * float(exact.abs().max())
+
+
+def test_gram_of_several_layers():
+    sizes, n, m = [(3, 2, 40, 30), (1, 1, 5, 3), (5, 7, 3, 2), (0, 0, 4, 2)], 4, 3
+    a1, g1 = [draw(n, s, i) for s, _, i, _ in sizes], [draw(n, 2, s, o) for s, _, _, o in sizes]
+    a2, g2 = [draw(m, t, i) for _, t, i, _ in sizes], [draw(m, 5, t, o) for _, t, _, o in sizes]
+    bias = [True, False, True, True]
+    want = sum(map(ops.ntk_gram, a1, g1, a2, g2))
+    for left, right in ((g1[j].sum(2), g2[j].sum(2)) for j, one in enumerate(bias) if one):
+        want = want + left.flatten(0, 1) @ right.flatten(0, 1).T
+    torch.testing.assert_close(ops.ntk_gram_sum(a1, g1, a2, g2, bias), want)
+    for change, word in [
+        (lambda: (a1[:2], g1, a2, g2, bias), "g1 of ntk_gram_sum"),
+        (lambda: (a1, g1, a2, g2, bias[:2]), "bias of ntk_gram_sum"),
+        (lambda: ([], [], [], [], []), "one or more"),
+        (lambda: (a1[0], g1, a2, g2, bias), "a list of tensors"),
+        (lambda: (a1, g1, [a2[0][:2], *a2[1:]], g2, bias), r"a2\[1\] of ntk_gram_sum"),
+    ]:
+        with pytest.raises(ArgumentError, match=word):
+            ops.ntk_gram_sum(*change())
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -103,9 +138,8 @@ def test_opcheck_on_a_gpu(name, number):
 
 @pytest.mark.parametrize("name", SMOOTH)
 def test_gradcheck(name):
-    arguments = example(name)
-    inputs = [x.clone().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in arguments]
-    assert torch.autograd.gradcheck(getattr(ops, name), inputs, atol=1e-5)
+    function, tensors = flattened(name)
+    assert torch.autograd.gradcheck(function, [x.clone().requires_grad_() for x in tensors], atol=1e-5)
 
 
 @pytest.mark.parametrize("name,number", EXAMPLES)
@@ -117,7 +151,7 @@ def test_whole_graph_compiles(name, number):
 
 @pytest.mark.parametrize("name", SMOOTH)
 def test_forward_mode_is_not_silently_zero(name):
-    arguments, op = example(name), getattr(ops, name)
+    op, arguments = flattened(name)
     step = draw(*arguments[0].shape, seed=9)
     h = 1e-6
     first = lambda x: x[0] if isinstance(x, tuple) else x  # noqa: E731

@@ -20,12 +20,14 @@ import torch
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
+from torch.utils._pytree import tree_map_only  # noqa: E402
 
+import sui_fast  # noqa: E402
 from sui_fast import ops  # noqa: E402
 from sui_fast.ops.sketching import _random  # noqa: E402
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-FAMILIES = {"ntk_gram": "gram", "jvp": "products", "vjp": "products", "sketch": "sketching"}
+FAMILIES = {"ntk_gram": "gram", "ntk_gram_sum": "gram", "jvp": "products", "vjp": "products", "sketch": "sketching"}
 DEVICE = "cpu"
 
 
@@ -65,16 +67,16 @@ def compare(name, *args):
     with poisoned():
         got = getattr(kernels, name)(*args)
     plain = body(*args)
-    exact = body(*(x.double() if torch.is_tensor(x) else x for x in args))
+    exact = body(*tree_map_only(torch.Tensor, torch.Tensor.double, args))
     assert got.shape == exact.shape and got.dtype == plain.dtype, (name, got.shape, exact.shape)
     if got.numel():
         size = float(exact.abs().max()) + 1e-300
         mine, theirs = float((got - exact).abs().max()) / size, float((plain - exact).abs().max()) / size
         if got.dtype == torch.float64:  # the body errs as much as in float32, in units of the last place
-            single = body(*(x.float() if torch.is_tensor(x) else x for x in args))
+            single = body(*tree_map_only(torch.Tensor, torch.Tensor.float, args))
             theirs = float((single - exact).abs().max()) / size * 2.0**-29
-        shapes = [list(x.shape) if torch.is_tensor(x) else x for x in args]
-        assert mine <= 2 * theirs + 4 * torch.finfo(got.dtype).eps, (name, args[0].dtype, shapes, mine, theirs)
+        shapes = tree_map_only(torch.Tensor, lambda x: (list(x.shape), x.dtype), args)
+        assert mine <= 2 * theirs + 4 * torch.finfo(got.dtype).eps, (name, shapes, mine, theirs)
 
 
 def compare_gram():
@@ -90,9 +92,47 @@ def compare_gram():
     kernels = module("gram")
     none = draw(torch.float32, 3, 1, 4)[:, :0], draw(torch.float32, 3, 2, 1, 4)[:, :, :0]
     assert torch.equal(kernels.ntk_gram(*none, *none), torch.zeros(6, 6, device=DEVICE))
-    assert kernels.pairs(1, 1, 9, 9) == (1, 1) and kernels.pairs(4, 4, 9, 9) == (4, 4)
+    assert kernels.pairs(1, 1, [(1, 9, 9)])[0] == (1, 1) and kernels.pairs(4, 4, [(1, 9, 9)])[0] == (4, 4)
     many = draw(torch.float32, 2, 64, 3), draw(torch.float32, 2, 1, 64, 3)
     assert "rows" in kernels.refuse_ntk_gram(*many, *many)
+    compare_gram_sum(kernels)
+
+
+def compare_gram_sum(kernels):
+    """Layers of different sizes, some in the launch, some with one of their own, some as rows."""
+    cases = [  # n1 k1 n2 k2, then s1 s2 i o of every layer
+        ((5, 1, 3, 1), [(1, 1, 17, 9), (3, 2, 7, 13), (1, 1, 1, 1), (2, 5, 33, 31)]),
+        ((7, 3, 6, 2), [(1, 1, 15, 4), (2, 2, 16, 8), (64, 64, 3, 3)]),
+        ((3, 5, 4, 4), [(1, 1, 40, 5), (1, 1, 3000, 2), (3, 1, 9, 63)]),
+        ((67, 1, 65, 1), [(1, 1, 65, 31), (1, 1, 0, 3), (1, 1, 3, 5)]),
+        ((2, 4, 3, 3), [(1, 1, 4000, 2)]),
+        ((2, 2, 2, 2), [(64, 64, 3, 3), (64, 64, 3, 4)]),
+        ((0, 2, 3, 2), [(1, 1, 4, 4), (2, 2, 3, 3)]),
+        ((3, 2, 4, 2), [(0, 0, 4, 4), (1, 1, 3, 0)]),
+    ]  # fmt: skip
+    seen, kernels._ONCE_MORE = set(), 10  # so that small layers show every way
+    for (n1, k1, n2, k2), layers in cases:
+        for dtype in DTYPES:
+            a1 = [draw(dtype, n1, i, s).transpose(1, 2) for s, _, i, _ in layers]
+            g1 = [draw(dtype, n1, s, k1, o).transpose(1, 2) for s, _, _, o in layers]
+            a2 = [draw(dtype, n2, t, i) for _, t, i, _ in layers]
+            g2 = [draw(dtype, n2, k2, t, o) for _, t, _, o in layers]
+            bias = [j % 2 == 0 for j in range(len(layers))]
+            compare("ntk_gram_sum", a1, g1, a2, g2, bias)
+            _, together, apart, rows = kernels._layers(a1, g1, a2, g2)
+            seen |= {name for name, part in (("one", together), ("own", apart), ("rows", rows)) if part}
+            refused = kernels.refuse_ntk_gram_sum(a1, g1, a2, g2, bias)
+            assert (refused is None) == bool(together or apart)
+    assert seen == {"one", "own", "rows"}
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(2, 3, 3), torch.nn.Flatten(), torch.nn.Linear(27, 7, bias=False), torch.nn.LayerNorm(7),
+        torch.nn.Linear(7, 2),
+    ).to(DEVICE, torch.float64)  # fmt: skip
+    found = sui_fast.jacobian(model, torch.randn(9, 2, 5, 5, dtype=torch.float64, device=DEVICE))
+    rows = found.rows()
+    with sui_fast.use_backend("ntk_gram_sum=triton"):
+        torch.testing.assert_close(found.gram(), rows @ rows.T)
+        torch.testing.assert_close(found.gram(found.select(range(2, 5)), memory=1), rows @ rows[4:10].T)
 
 
 def compare_products():
@@ -222,6 +262,12 @@ def launches():
                 if dtype == torch.bfloat16 or p == q and dtype != torch.float16:
                     constants = common | {"PAIR1": p, "PAIR2": q, "SINGLE": single} | sizes
                     yield gram.gram_kernel, dtype, constants, warps, stages, even, alone
+    for (dtype, kind), (m, n, c, warps, stages) in gram.SUM_BLOCKS.items():
+        for p, q in [(1, 1), (4, 4)]:
+            common = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_C": c, "PRECISION": kind, "PAIR1": p, "PAIR2": q}
+            if dtype != torch.float16 and (p == 1 or dtype == torch.bfloat16):
+                constants = common | {"ALIGNED": 16 // dtype.itemsize}
+                yield gram.gram_sum_kernel, dtype, constants, warps, stages, (), p == 1
     for (dtype, kind), (p, o, c, warps, stages) in products.JVP_BLOCKS.items():
         for s, k in [(1, 1), (p, 16)]:
             constants = {"BLOCK_P": p, "BLOCK_S": s, "BLOCK_O": o, "BLOCK_C": c, "OUTPUTS": k, "PRECISION": kind}
@@ -277,7 +323,8 @@ def compile_all(arch, ones=False):
             sizes = [x for x in parameters if not x.startswith("p_") and not x.isupper() and x not in words]
             constants = constants | dict.fromkeys(sizes, 1)
         types = {x: "*" + (wide if removal and x != "p_u" else names[dtype]) for x in parameters if x.startswith("p_")}
-        types |= {"p_out": "*" + wide} | dict.fromkeys(constants, "constexpr")
+        types |= {"p_out": "*" + wide} | {x: "*i64" for x in types if x == "p_table"}
+        types |= dict.fromkeys(constants, "constexpr")
         signature = {x: types.get(x, "i32") for x in parameters}
         places = [
             (j,) for j, x in enumerate(parameters) if signature[x][0] == "*" or (x in even and x not in constants)
