@@ -173,11 +173,13 @@ def compare_sketch():
     shapes = [  # n k s i o rank
         (1, 1, 1, 1, 1, 1), (3, 2, 1, 17, 9, 127), (2, 3, 5, 7, 13, 64), (5, 1, 1, 33, 7, 257), (1, 2, 2, 65, 5, 36),
         (0, 2, 3, 4, 5, 8), (3, 2, 0, 4, 5, 8), (3, 2, 1, 4, 0, 8),
+        (2, 3, 17, 9, 33, 64), (1, 1, 131, 5, 7, 4224), (3, 2, 64, 3, 17, 31),
     ]  # fmt: skip
+    assert kernels._is_fused(torch.float32, 131, 4224) and kernels._outer_plan(torch.float32, 1, 131, 66, 64)[3] > 1
     for n, k, s, i, o, rank in shapes:
         for dtype in DTYPES:
             a, g = draw(dtype, n, i, s).transpose(1, 2), draw(dtype, n, s, k, o).transpose(1, 2)
-            for kind in ("two_sided", "rademacher"):
+            for kind in ("two_sided", "rademacher") if s < 16 else ("two_sided",):
                 compare("sketch", a, g, rank, 1 << 40 | 3, 11, kind, "auto")
     assert kernels.refuse_sketch(a, g, 8, 0, 0, "sjlt") and kernels.refuse_sketch(a, g, 8, 0, 0)
 
@@ -294,6 +296,12 @@ def launches():
             constants = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_C": c, "PARTS": parts, "TIMES_G": times_g}
             divisible = (*even, "x_row", "x_step", "columns")
             yield sketching.project_kernel, dtype, constants, warps, stages, divisible, True
+    for dtype, (most, x, y, c, parts, warps, stages) in sketching.OUTER.items():
+        for s in (16, most):
+            constants = {"BLOCK_S": s, "BLOCK_X": x, "BLOCK_Y": y, "BLOCK_C": c, "PARTS": parts}
+            if s == most or dtype == torch.bfloat16:
+                divisible = ("o_size", "side", "width", "s_span")
+                yield sketching.two_sided_kernel, dtype, constants, warps if s > 16 else 4, stages, divisible, True
     for dtype in (torch.float64, torch.float32):
         for matrix in (True, False):
             m, n, c, warps, stages = removal.MOMENTS[matrix]
@@ -323,7 +331,9 @@ def compile_all(arch, ones=False):
             sizes = [x for x in parameters if not x.startswith("p_") and not x.isupper() and x not in words]
             constants = constants | dict.fromkeys(sizes, 1)
         types = {x: "*" + (wide if removal and x != "p_u" else names[dtype]) for x in parameters if x.startswith("p_")}
-        types |= {"p_out": "*" + wide} | {x: "*i64" for x in types if x == "p_table"}
+        special = {"p_out": wide, "p_right": wide, "p_table": "i64"}
+        special["p_signs"] = "bf16" if dtype == torch.float32 else names[dtype]
+        types |= {x: "*" + special[x] for x in special if x in types}
         types |= dict.fromkeys(constants, "constexpr")
         signature = {x: types.get(x, "i32") for x in parameters}
         places = [
