@@ -18,6 +18,7 @@ from torch import nn
 
 import sui_fast
 from sui_fast import ops
+from sui_fast.ops.sketching.sums import TensorSums
 
 DRY, SMALL = "--dry" in sys.argv, "--small" in sys.argv
 DEVICE = "cpu" if DRY else "cuda"
@@ -207,6 +208,7 @@ def sketches(n: int, s: int, i: int, o: int, rank: int) -> None:
                 lambda args=args: run(ops.sketch, *args), lambda: g[:, 0].transpose(1, 2) @ a, "forming the rows",
             )  # fmt: skip
     few = (a[:2].float(), g[:2].float(), rank, 0, 0)
+    layers_add_up()
     got, want = run(ops.sketch, *few), run(ops.sketch, *few, backend="reference")
     check("sketch", got, want, run(ops.sketch, *map(_double, few), backend="reference"))
 
@@ -236,6 +238,18 @@ def removal(n: int, rank: int, k: int) -> None:
             )  # fmt: skip
 
 
+def layers_add_up() -> None:
+    """Two layers in the Fourier domain, brought back once."""
+    sums, want, n, k, rank = None, 0, 3, 2, 64
+    for stream, (s, i, o) in enumerate(((5, 300, 400), (1, 400, 300))):
+        a, g = draw(n, s, i), draw(n, k, s, o)
+        with sui_fast.use_backend("sketch=auto" if DRY else "sketch=cuda"):
+            sums = sums or TensorSums(n, k, rank, 0, a)
+        sums.outer(a, g, stream)
+        want = want + ops.sketch.op.body(a.double(), g.double(), rank, 0, stream)
+    check("sums of tensor sketches", sums.total(), want.float(), want)
+
+
 def small() -> int:
     """Every CUDA kernel once, against its body."""
     for shape in ((3, 2, 5, 17, 9, 64), (5, 1, 1, 1, 4099, 128)):
@@ -246,6 +260,7 @@ def small() -> int:
                 args = (a, g, rank, 0, 0, kind, route)
                 got, want = run(ops.sketch, *args, backend="cuda"), ops.sketch.op.body(*args)
                 check(f"sketch {kind} {route}", got, want, ops.sketch.op.body(*map(_double, args)))
+    layers_add_up()
     for op in (ops.converged_removal, ops.rational_removal):
         for args in op.op.examples(torch.device("cuda")):
             if op.op.refusal("cuda", args):

@@ -63,9 +63,7 @@ def _count_sketch(x: Tensor, place: Tensor, sign: Tensor, rank: int) -> Tensor:
     """[rows, length] to [rows, rank]."""
     signed = (x * sign).contiguous()
     out = signed.new_empty(len(x), rank)
-    call("count_sketch", out.dtype)(
-        signed.data_ptr(), *x.shape, place.data_ptr(), rank, out.data_ptr(), _threads()
-    )
+    call("count_sketch", out.dtype)(signed.data_ptr(), *x.shape, place.data_ptr(), rank, out.data_ptr(), _threads())
     return out
 
 

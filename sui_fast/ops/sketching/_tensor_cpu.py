@@ -73,6 +73,15 @@ def add_fourier(a: Tensor, g: Tensor, sums: Tensor, seed: int, stream: int, ones
     call("fourier", dtype)(*sides, n, k, s, rank, roots.data_ptr(), sums.data_ptr(), threads)
 
 
+def prefers_fourier(a: Tensor, g: Tensor, ones: bool, out: Tensor) -> bool:
+    (_, k, s, o), rank = g.shape, out.shape[2]
+    return has_fourier(rank) and fft_is_cheaper(s, a.shape[2] + ones, o, k, rank)
+
+
+def new_sums(out: Tensor) -> Tensor:
+    return out.new_zeros(*out.shape[:2], 2, out.shape[2])
+
+
 def finish(sums: Tensor) -> Tensor:
     """Sketches [n, k, rank] from the sums of `add_fourier`."""
     _, here, there = _tables(sums.shape[3], sums.dtype)

@@ -6,8 +6,8 @@
                   several: rows are formed some samples at a time
 
 Signs that a tile needs again every few positions come from a table. They are exact in every dtype, so float32 goes
-through the tensor cores in three bfloat16 parts that hold all its bits. The sum over o is kept apart from the sums of the
-products: tensor cores cut their sums off instead of rounding them, which would show over millions of terms.
+through the tensor cores in three bfloat16 parts that hold all its bits. The sum over o is kept apart from the sums of
+the products: tensor cores cut their sums off instead of rounding them, which would show over millions of terms.
 """
 
 from __future__ import annotations
