@@ -16,6 +16,8 @@ from .gram import gram
 from .joining import by_map, join_factors
 from .layers import Factor, Index, Outer, Rows, Use, dense_index, make_factors
 
+_ELEMENTS = 1 << 21  # of one intermediate, at least
+
 
 def _unrounded(method: Callable) -> Callable:
     """The method without the autocast that a caller may have on for his model."""
@@ -137,8 +139,12 @@ class Jacobian:
             return factor.rows @ parts["rows"].T
         if isinstance(factor, Index):
             weight = parts["weight"].unflatten(1, (-1, factor.g.shape[3]))
-            held = torch.where((factor.token >= 0)[..., None], weight[:, factor.token.clamp(min=0)], 0)
-            return torch.einsum("nkso,rnso->nkr", factor.g, held)
+            found = factor.g.new_empty(*factor.g.shape[:2], len(flat))
+            for part in _portions(factor, len(flat)):
+                token = factor.token[part]
+                held = torch.where((token >= 0)[..., None], weight[:, token.clamp(min=0)], 0)
+                found[part] = torch.einsum("nkso,rnso->nkr", factor.g[part], held)
+            return found
         weight = parts["weight"].reshape(len(flat), factor.g.shape[3], -1)
         if "bias" in parts:
             weight = torch.cat([weight, parts["bias"][:, :, None]], 2)
@@ -185,10 +191,11 @@ class Jacobian:
         if isinstance(factor, Rows):
             self._put(flat, factor, "rows", torch.einsum("nkp,nkr->rp", factor.rows, c))
             return
-        keep = (factor.token >= 0).reshape(-1)
         target = self._part(flat, factor, "weight").unflatten(1, (-1, factor.g.shape[3]))
-        given = torch.einsum("nkso,nkr->rnso", factor.g, c).flatten(1, 2)
-        target.index_add_(1, factor.token.reshape(-1)[keep], given[:, keep])
+        for part in _portions(factor, c.shape[2]):
+            token = factor.token[part].reshape(-1)
+            given = torch.einsum("nkso,nkr->rnso", factor.g[part], c[part]).flatten(1, 2)
+            target.index_add_(1, token[token >= 0], given[:, token >= 0])
 
     def _part(self, flat: Tensor, factor: Factor, role: str) -> Tensor:
         """View of the entries [..., *] that a factor speaks of, in a tensor [..., d]."""
@@ -366,6 +373,13 @@ class Jacobian:
     def columns(self, name: str) -> slice:
         """Columns of a parameter in rows()."""
         return slice(self._begin[name], self._begin[name] + self._shapes[name].numel())
+
+
+def _portions(factor: Index, r: int) -> list[slice]:
+    """Samples at a time, so that r gradients of each are no more than the factor holds, or a few megabytes."""
+    n, _, s, o = factor.g.shape
+    step = max(1, max(_ELEMENTS, factor.g.numel()) // max(1, r * s * o))
+    return [slice(begin, begin + step) for begin in range(0, n, step)]
 
 
 def _own_block(factor: Factor) -> Tensor:

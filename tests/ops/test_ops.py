@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 import sui_fast
 from sui_fast import ops
@@ -52,6 +53,32 @@ def test_products(n, k, s, i, o, r):
     torch.testing.assert_close(ops.vjp(a, g, c), torch.einsum("nkoi,nkr->roi", rows, c))
     left, right = (ops.jvp(a, g, t) * c).sum(), (ops.vjp(a, g, c) * t).sum()
     torch.testing.assert_close(left, right)
+
+
+class Largest(TorchDispatchMode):
+    """Numbers of the largest tensor that any operation returned."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.size = max([self.size, *(x.numel() for x in tree_leaves(found) if torch.is_tensor(x))])
+        return found
+
+
+@pytest.mark.parametrize("n,k,s,i,o,r", [(40, 5, 3, 6, 7, 30), (60, 2, 9, 4, 5, 40), (90, 1, 1, 8, 9, 50)])
+def test_products_hold_no_more_than_their_arguments(n, k, s, i, o, r, monkeypatch):
+    monkeypatch.setattr(ops.products, "_ELEMENTS", 1)
+    a, g, t, c = draw(n, s, i), draw(n, k, s, o), draw(r, o, i), draw(n, k, r, seed=3)
+    most = max(x.numel() for x in (a, g, t, c))
+    assert most < n * s * r * o / 4
+    for op, last in ((ops.jvp, t), (ops.vjp, c)):
+        with Largest() as largest:
+            got = op.op.body(a, g, last)
+        assert largest.size <= most
+        rows = torch.einsum("nkso,nsi->nkoi", g, a)
+        want = torch.einsum("nkoi,roi->nkr" if op is ops.jvp else "nkoi,nkr->roi", rows, last)
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("s,t,i,o", [(0, 2, 3, 4), (3, 2, 40, 30), (1, 1, 5, 3), (3, 2, 2, 1), (5, 7, 3, 2)])
