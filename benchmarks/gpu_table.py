@@ -1,7 +1,8 @@
-"""Parity and timings of every kernel on this GPU: python benchmarks/gpu_table.py [--small | --dry]
+"""Parity and timings of every kernel on this GPU: python benchmarks/gpu_table.py [--small | --dry] [--seconds 200]
 
 --small: parity of the CUDA kernels on small shapes only, for compute-sanitizer. --dry: the whole script on the CPU with
-tiny shapes, so that it is known to run before a GPU is at hand; writes nothing.
+tiny shapes, so that it is known to run before a GPU is at hand; writes nothing. --seconds: when to stop measuring and
+write what there is.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ DRY, SMALL = "--dry" in sys.argv, "--small" in sys.argv
 DEVICE = "cpu" if DRY else "cuda"
 SKETCHES = ((64, 64, 4096, 2560, 4096), (64, 512, 1024, 1024, 4096), (4096, 1, 512, 512, 4096))  # n, s, i, o, r
 REMOVALS = ((1_000_000, 4096, 1), (20_000, 1024, 3), (20_000, 1024, 10))  # n, r, k
+SECONDS, START = float(sys.argv[sys.argv.index("--seconds") + 1]) if "--seconds" in sys.argv else 1e9, time.monotonic()
 ROWS: list[dict] = []
 FAILED: list[str] = []
 
@@ -190,6 +192,9 @@ def formed_gradients(dtype) -> None:
     a, g = torch.ones(n, 1, 1, device=DEVICE, dtype=dtype), draw(n, 1, 1, d, dtype=dtype)
     place = torch.randint(0, rank, (d,), device=DEVICE)
     rows = g.view(n, d)
+    few = a[:2], g[:2, ..., : d // 100], rank, 0, 0, "sjlt"
+    got, want = run(ops.sketch, *few), ops.sketch.op.body(*few)
+    check("SJLT of formed gradients", got, want, ops.sketch.op.body(*map(_double, few)))
     row(
         "SJLT of formed gradients", f"{dtype}, {n} x {d} to {rank}", lambda: run(ops.sketch, a, g, rank, 0, 0, "sjlt"),
         lambda: rows.clone(), "a copy (read and write)",
@@ -221,6 +226,10 @@ def removal(n: int, rank: int, k: int) -> None:
     rest, null = torch.randn(n, k, **wide), torch.eye(k, **wide).expand(n, k, k).contiguous()
     shape = f"u float32, n = {n}, r = {rank}, k = {k}"
     table = torch.randn(rank, 2, dtype=torch.float64, device=DEVICE)
+    few = u[:50], s, g, rest[:50], null[:50]
+    for got, want in zip(run(ops.converged_removal, *few, 0.1), ops.converged_removal.op.body(*few, 0.1), strict=True):
+        if not float((got - want).abs().max()) <= 1e-9 * float(want.abs().max()):
+            FAILED.append(f"converged removal, {shape}")
     row(
         "converged removal", shape, lambda: run(ops.converged_removal, u, s, g, rest, null, 0.1),
         lambda: [part.double() @ table for part in u.reshape(-1, rank).split(65536)],
@@ -230,7 +239,11 @@ def removal(n: int, rank: int, k: int) -> None:
     if n <= 100_000:
         poles = torch.complex(-torch.rand(13, **wide) - 0.1, torch.randn(13, **wide))
         args = (u, s, g, rest, null, rest, poles, poles.conj().resolve_conj(), 0.3)
+        few = (u[:50], s, g, rest[:50], null[:50], rest[:50], *args[6:])
         for backend in ("auto",) if DRY else ("auto", "cuda"):
+            got, want = run(ops.rational_removal, *few, backend=backend), ops.rational_removal.op.body(*few)
+            if not float((got - want).abs().max()) <= 1e-9 * float(want.abs().max()):
+                FAILED.append(f"rational removal ({backend}), {shape}")
             row(
                 f"rational removal ({backend})", shape + ", 13 poles",
                 lambda args=args, backend=backend: run(ops.rational_removal, *args, backend=backend),
@@ -288,6 +301,9 @@ def main() -> int:
     parts += [(sketches, *sizes) for sizes in SKETCHES] + [(transformer,)]
     parts += [(removal, *sizes) for sizes in REMOVALS]
     for part, *arguments in parts:
+        if time.monotonic() - START > SECONDS:
+            FAILED.append(f"{part.__name__} {arguments}: no time left")
+            continue
         try:
             part(*arguments)
         except Exception as error:  # what is left can still be measured

@@ -346,6 +346,12 @@ def test_on_a_gpu():
             check_sketch(300_001, 1, 1, 1, 8, 16, "sjlt", "auto", dtype, "cuda", ops.sketch)
         for sizes in ((1e15, 1e-25), (0.0, 1.0), (1.0, 1e-9)):
             check_sizes(*sizes, "cuda", ops.sketch)
+        g = torch.zeros(215, 1, 1, 10_000_000, dtype=torch.float16, device="cuda")  # more than 2^31 numbers
+        g[-1, 0, 0] = draw(10_000_000).half()
+        args = (128, 0, 0, "sjlt", "auto")
+        want = ops.sketch.op.body(g.new_ones(1, 1, 1), g[-1:], *args)
+        torch.testing.assert_close(ops.sketch(g.new_ones(215, 1, 1), g, *args)[-1:], want, rtol=1e-4, atol=1e-2)
+        del g
         for single in (False, True):
             for shape in ((300, 1, 1000, 13), (50, 3, 257, 7), (20, 10, 300, 13), (4, 32, 400, 5), (0, 2, 9, 3)):
                 check_removal(*shape, single, "cuda", ops.converged_removal, ops.rational_removal)

@@ -1,6 +1,7 @@
 """Bodies against plain formulas, and everything a custom op has to survive."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -278,6 +279,40 @@ def test_sketch_arguments():
     for bad in ((0, 0, 0, "tensor", "auto"), (4, 0, 0, "x", "auto"), (4, 0, 0, "tensor", "x")):
         with pytest.raises(ArgumentError):
             ops.sketch(a, g, *bad)
+
+
+@pytest.mark.parametrize("fault", ["wrong", "fails", "dtype"])
+def test_a_kernel_that_disagrees_is_put_aside(fault, monkeypatch):
+    pytest.importorskip("sui_fast._cpu")
+    op, arguments = ops.sketch.op, example("sketch")
+    kernel = op.kernel("cpu")
+    good = kernel.sketch
+
+    def bad(*args):
+        if fault == "fails":
+            raise RuntimeError("no such instruction")
+        found = good(*args)
+        return found * 1.001 if fault == "wrong" else found.double()
+
+    monkeypatch.setattr(op, "_trusted", {})
+    monkeypatch.setattr(kernel, "sketch", bad)
+    with pytest.warns(RuntimeWarning, match="the cpu kernel of sketch is put aside"):
+        got = ops.sketch(*arguments)
+    assert torch.equal(got, op.body(*arguments)) and ops.explain("sketch", *arguments).backend == "reference"
+    with sui_fast.use_backend("cpu"), pytest.raises(BackendError):
+        ops.sketch(*arguments)
+
+
+def test_self_tests_are_short():
+    for op in ops.OPS.values():
+        for backend in op.kernels:
+            if ops.backends()[backend] is None and not isinstance(op.kernel(backend), str):
+                times = []
+                for _ in range(3):
+                    start = time.process_time()
+                    assert op._compare(backend, CPU if backend == "cpu" else torch.device("cuda", 0)) is None
+                    times.append(time.process_time() - start)
+                assert min(times) <= 0.02, (op.name, backend, times)
 
 
 def test_self_test_and_backends():

@@ -96,6 +96,8 @@ def compare_gram():
     many = draw(torch.float32, 2, 64, 3), draw(torch.float32, 2, 1, 64, 3)
     assert "rows" in kernels.refuse_ntk_gram(*many, *many)
     compare_gram_sum(kernels)
+    if DEVICE == "cpu":
+        compare_large(70, 33, 40)  # that what runs on a GPU alone does run
 
 
 def compare_gram_sum(kernels):
@@ -181,13 +183,37 @@ def compare_sketch():
         (0, 2, 3, 4, 5, 8), (3, 2, 0, 4, 5, 8), (3, 2, 1, 4, 0, 8),
         (2, 3, 17, 9, 33, 64), (1, 1, 131, 5, 7, 4224), (3, 2, 64, 3, 17, 31),
     ]  # fmt: skip
-    assert kernels._is_fused(torch.float32, 131, 4224) and kernels._outer_plan(torch.float32, 1, 131, 66, 64)[3] > 1
+    assert kernels._is_fused(torch.float32, 131, 7, 4224) and kernels._outer_plan(torch.float32, 1, 131, 66, 64)[3] > 1
     for n, k, s, i, o, rank in shapes:
         for dtype in DTYPES:
             a, g = draw(dtype, n, i, s).transpose(1, 2), draw(dtype, n, s, k, o).transpose(1, 2)
             for kind in ("two_sided", "rademacher") if s < 16 else ("two_sided",):
                 compare("sketch", a, g, rank, 1 << 40 | 3, 11, kind, "auto")
     assert kernels.refuse_sketch(a, g, 8, 0, 0, "sjlt") and kernels.refuse_sketch(a, g, 8, 0, 0)
+
+
+def compare_large(n=1 << 16, m=32_769, i=16_400):
+    """Results and arguments of more than 2^31 numbers, compared where the last of them lie."""
+    left = draw(torch.bfloat16, n, 1, 16), draw(torch.bfloat16, n, 1, 1, 16)
+    right = draw(torch.bfloat16, m, 1, 16), draw(torch.bfloat16, m, 1, 1, 16)
+    last = slice(n - 3, n)
+    want = ops.ntk_gram.op.body(*(x[last] for x in left), *right)
+    torch.testing.assert_close(module("gram").ntk_gram(*left, *right)[last], want, rtol=1e-4, atol=1e-4)
+    sums = module("gram").ntk_gram_sum(*([x] for x in (*left, *right)), [False])
+    torch.testing.assert_close(sums[last], want, rtol=1e-4, atol=1e-4)
+    del sums
+    count = (n * m) // i + 5
+    a = torch.zeros(count, 1, i, dtype=torch.bfloat16, device=DEVICE)
+    g, t = draw(torch.bfloat16, count, 1, 1, 2), draw(torch.bfloat16, 1, 2, i)
+    a[-3:] = draw(torch.bfloat16, 3, 1, i)
+    got = module("products").jvp(a, g, t)
+    torch.testing.assert_close(got[-3:], ops.jvp.op.body(a[-3:], g[-3:], t), rtol=1e-4, atol=1e-2)
+    got, c = module("products").vjp(a, g, g[:, :, 0]), g[-3:, :, 0]
+    torch.testing.assert_close(got, ops.vjp.op.body(a[-3:], g[-3:], c), rtol=1e-4, atol=1e-2)
+    for kind in ("two_sided", "rademacher"):
+        got = module("sketching").sketch(a, g, 4, 0, 0, kind)
+        want = ops.sketch.op.body(a[-3:], g[-3:], 4, 0, 0, kind)
+        torch.testing.assert_close(got[-3:], want, rtol=1e-4, atol=1e-1)
 
 
 def exact_solve(kernel, right):
@@ -356,6 +382,7 @@ def compile_all(arch, ones=False):
         assert len(built.asm["ptx"]) > 1000 and shared <= {80: 160, 90: 220}[arch] * 1024, (constants, shared)
         print(kernel.fn.__name__, names[dtype], arch, constants, "shared", shared, "stack", stack)
         allowed = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 160  # older: a few registers
+        assert "tf32" in constants.get("PRECISION", "") or "tf32" not in built.asm["ptx"]  # only when asked for
         assert not clean or ones or stack is None or stack <= allowed, (kernel.fn.__name__, dtype, constants, stack)
     print("launches", count)
 
@@ -397,10 +424,30 @@ def test_every_launch_compiles_ahead_of_time(arguments, tmp_path):
     assert "launches" in run("compile", *arguments, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
 
 
+def test_tf32_is_used_only_where_it_was_allowed():
+    precision = importlib.import_module("sui_fast.ops._launch").precision
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        for allowed in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            assert precision(torch.float32) == ("tf32" if allowed else "ieee")
+            assert precision(torch.float64) == precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu():
     assert "compared" in run("cuda", *COMPARISONS, TRITON_INTERPRET="0")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_more_than_two_to_the_31_numbers_on_a_gpu():
+    if torch.cuda.get_device_properties(0).total_memory < 60e9:
+        pytest.skip("needs 60 GB")
+    assert "compared" in run("cuda", "large", TRITON_INTERPRET="0")
 
 
 if __name__ == "__main__":
@@ -410,5 +457,5 @@ if __name__ == "__main__":
     else:
         DEVICE = sys.argv[1]
         for chosen in sys.argv[2:]:
-            COMPARISONS[chosen]()
+            (compare_large if chosen == "large" else COMPARISONS[chosen])()
         print("compared")

@@ -25,6 +25,7 @@ from .._register import wide_dtype
 from ._random import signs
 
 _ELEMENTS = 1 << 28  # of the rows formed at one time
+_TABLE = 1 << 24  # signs of a table
 
 
 @triton.jit
@@ -242,9 +243,10 @@ def _sides(rank: int) -> tuple[int, int]:
     return rank // side, side
 
 
-def _is_fused(dtype: torch.dtype, s: int, rank: int) -> bool:
-    """Whether positions are enough to fill a product, and columns so few that g is not projected time and again."""
-    return s >= LEAST_POSITIONS and _sides(rank)[1] <= 2 * OUTER[dtype][2]
+def _is_fused(dtype: torch.dtype, s: int, o: int, rank: int) -> bool:
+    """Whether positions fill a product, the columns are so few that g is projected once or twice, the table is small."""
+    width, side = _sides(rank)
+    return s >= LEAST_POSITIONS and side <= 2 * OUTER[dtype][2] and o * width <= _TABLE
 
 
 def sketch(
@@ -259,7 +261,7 @@ def sketch(
     if kind == "two_sided":
         width, side = _sides(rank)
         right = project(a, None, (n * s, 1, 1, i), side, 0, key)
-        if _is_fused(a.dtype, s, rank):
+        if _is_fused(a.dtype, s, o, rank):
             return outer(g, right.view(n, s, side), width, 1, key).reshape(n, k, rank).div_(math.sqrt(rank))
         left = project(g, None, (n * k * s, 1, 1, o), width, 1, key)
         left, right = left.reshape(n, k, s, -1).transpose(2, 3), right.reshape(n, 1, s, side)
@@ -287,7 +289,7 @@ def refuse_sketch(
     (n, k, s, o), dtype = g.shape, a.dtype
     if kind == "two_sided":
         m_tiles, n_tiles, _ = _plan(dtype, n * k * s, rank, 1)
-        fused = _outer_plan(dtype, n * k, s, *_sides(rank))[0] if _is_fused(dtype, s, rank) else 0
+        fused = _outer_plan(dtype, n * k, s, *_sides(rank))[0] if _is_fused(dtype, s, o, rank) else 0
         return refuse_programs(max(m_tiles * n_tiles, fused))
     m_tiles, n_tiles, _ = _plan(dtype, n * k, rank, o)
     return refuse_programs(m_tiles * n_tiles * 32)
