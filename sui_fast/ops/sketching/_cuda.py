@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _nvrtc
 from .._register import wide_dtype
+from ._fold import fold, transform_length
 from ._random import bucket_and_sign
 
 _THREADS = 256
@@ -33,8 +34,11 @@ def sketch(
     out = torch.zeros(*g.shape[:2], rank, dtype=wide_dtype(a.dtype), device=a.device)
     if out.numel() and a.numel() and g.numel():
         tables = _tables(a.shape[2], g.shape[3], out, seed, stream) if kind == "tensor" else (None,) * 4
-        if kind == "tensor" and has_fourier(out) and (route == "fft" or route == "auto" and _cheap_fft(a, g)):
-            _fft(a, g, False, tables, None, out)
+        length = _fourier_length(out) if kind == "tensor" else None
+        if length is not None and (route == "fft" or route == "auto" and _cheap_fft(a, g)):
+            long = torch.empty(*out.shape[:2], length, dtype=out.dtype, device=out.device)
+            _fft(a, g, False, tables, None, long)
+            return fold(long, rank)
         else:
             _by_scatter(a, g, out, tables, seed & 0xFFFFFFFFFFFFFFFF, stream & 0xFFFFFFFF)
     return out
@@ -51,8 +55,8 @@ def refuse_sketch(
     if torch.are_deterministic_algorithms_enabled():
         return "torch.use_deterministic_algorithms is on; it adds in any order"
     out = torch.empty(0, 0, rank, dtype=wide_dtype(a.dtype), device=a.device)
-    if kind == "tensor" and route == "fft" and not has_fourier(out):
-        return f"the fft route with rank {rank}; it takes powers of two from 2 to 4096"
+    if kind == "tensor" and route == "fft" and _fourier_length(out) is None:
+        return f"the fft route with rank {rank}; its transforms serve powers of two to 4096 and other ranks to 2048"
     most = _nvrtc.limits(a.device).shared // out.element_size()
     if rank > most:
         return f"rank {rank}; it takes at most {most}, whose sums fit shared memory"
@@ -61,16 +65,16 @@ def refuse_sketch(
     return None
 
 
-def has_fourier(out: Tensor) -> bool:
-    """Whether the fft route gives ranks like that of out."""
-    rank = out.shape[2]
-    if rank & (rank - 1) or not 2 <= rank <= 4096:
-        return False
-    return _fft_bytes(rank, out.dtype) <= _nvrtc.limits(out.device).shared
+def _fourier_length(out: Tensor) -> int | None:
+    """Length of the transform that serves ranks like that of out, or None."""
+    length = transform_length(out.shape[2], 2, 4096)
+    if length is None or _fft_bytes(length, out.dtype) > _nvrtc.limits(out.device).shared:
+        return None
+    return length
 
 
-def _fft_bytes(rank: int, dtype: torch.dtype) -> int:
-    return 2 * (rank + rank // 8) * dtype.itemsize
+def _fft_bytes(length: int, dtype: torch.dtype) -> int:
+    return 2 * (length + length // 8) * dtype.itemsize
 
 
 def _cheap_fft(a: Tensor, g: Tensor) -> bool:
@@ -101,39 +105,46 @@ def _roots(rank: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor,
 
 
 def _balance(a: Tensor, g: Tensor, ones: bool, dtype: torch.dtype) -> Tensor:
-    """Powers of two u [n, k, s] that make u a and g / u about equal in size; 0 where a or g is 0."""
-    (n, s, i), most = a.shape, math.inf
-    size_a = torch.linalg.vector_norm(a, most, 2).to(dtype) if i else torch.zeros(n, s, dtype=dtype, device=a.device)
-    size_a = (size_a.clamp_min(1) if ones else size_a)[:, None]
-    size_g = torch.linalg.vector_norm(g, most, 3).to(dtype)
-    half = (torch.frexp(size_g).exponent - torch.frexp(size_a).exponent).div(2, rounding_mode="floor")
-    return torch.exp2(half.clamp(-100, 100).to(dtype)).masked_fill_((size_a == 0) | (size_g == 0), 0).contiguous()
+    """Powers of two u [n, k, s] that make u a and g / u about equal in norm; 0 where either is 0."""
+
+    def size(x: Tensor) -> tuple[Tensor, Tensor]:
+        """Twice the exponent of the geometric mean of sum and largest of |x|, which is near the norm; where x is 0."""
+        if x.shape[-1] == 0:
+            return torch.zeros(x.shape[:-1], dtype=torch.int32, device=x.device), x.new_ones(x.shape[:-1]).bool()
+        most, total = (torch.linalg.vector_norm(x, order, -1, dtype=dtype) for order in (math.inf, 1))
+        return most.frexp().exponent + total.frexp().exponent, most == 0
+
+    (size_a, no_a), (size_g, no_g) = size(a), size(g)
+    if ones:
+        size_a, no_a = size_a.where(~no_a, 0).clamp_min(2), torch.zeros_like(no_a)
+    half = (size_g - size_a[:, None]).div(4, rounding_mode="floor")
+    return torch.exp2(half.clamp(-100, 100).to(dtype)).masked_fill_(no_a[:, None] | no_g, 0).contiguous()
 
 
 def _fft(a: Tensor, g: Tensor, ones: bool, tables: tuple, sums: Tensor | None, out: Tensor | None) -> None:
     """One launch: what it adds up starts from sums where there are some, and ends in out, or else in sums."""
     like = sums if out is None else out
     (n, k, s, o), i, dtype = g.shape, a.shape[2], wide_dtype(a.dtype)
-    rank = out.shape[2] if sums is None else 2 * (sums.shape[2] - 1)
-    roots, slots = _roots(rank, dtype, like.device)
+    length = out.shape[2] if sums is None else 2 * (sums.shape[2] - 1)
+    roots, slots = _roots(length, dtype, like.device)
     place_a, sign_a, place_g, sign_g = tables
     place_a, place_g = slots[place_a.long()], slots[place_g.long()]
-    threads = max(32, min(_THREADS, rank // 8))  # 2049 frequencies of rank 4096 are 9 of a thread, which it keeps
-    args = (a, g, k, s, i, o, ones, rank.bit_length() - 1, place_a, sign_a, place_g, sign_g)
+    threads = max(32, min(_THREADS, length // 8))  # 2049 frequencies of length 4096 are 9 of a thread, which it keeps
+    args = (a, g, k, s, i, o, ones, length.bit_length() - 1, place_a, sign_a, place_g, sign_g)
     args = (*args, _balance(a, g, ones, dtype), roots, sums, out)
-    shared = _fft_bytes(rank, dtype)
+    shared = _fft_bytes(length, dtype)
     _nvrtc.launch("sketch.cu", f"tensor_fft_{_NAMES[a.dtype]}", (n * k,), threads, shared, like, *args)
 
 
 # Sums over layers (sums.py), as in _tensor_cpu.py ---------------------------------------------------------------------
 def prefers_fourier(a: Tensor, g: Tensor, ones: bool, out: Tensor) -> bool:
-    return has_fourier(out) and _cheap_fft(a, g)
+    return _fourier_length(out) is not None and _cheap_fft(a, g)
 
 
 def new_sums(out: Tensor) -> Tensor:
-    """Of frequencies 0 .. rank / 2."""
+    """Of frequencies 0 .. length / 2."""
     kind = torch.complex64 if out.dtype == torch.float32 else torch.complex128
-    return torch.zeros(*out.shape[:2], out.shape[2] // 2 + 1, dtype=kind, device=out.device)
+    return torch.zeros(*out.shape[:2], _fourier_length(out) // 2 + 1, dtype=kind, device=out.device)
 
 
 def _readable(a: Tensor, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -141,20 +152,20 @@ def _readable(a: Tensor, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     return _nvrtc.dense(a.to(kind)), _nvrtc.dense(g.to(kind))
 
 
-def add_fourier(a: Tensor, g: Tensor, sums: Tensor, seed: int, stream: int, ones: bool) -> None:
-    """sums [n, k, rank / 2 + 1] of the products of the transforms."""
-    like = torch.empty(0, 0, 2 * (sums.shape[2] - 1), dtype=sums.real.dtype, device=sums.device)
+def add_fourier(a: Tensor, g: Tensor, rank: int, sums: Tensor, seed: int, stream: int, ones: bool) -> None:
+    """sums [n, k, length / 2 + 1] of the products of the transforms."""
+    like = torch.empty(0, 0, rank, dtype=sums.real.dtype, device=sums.device)
     a, g = _readable(a, g, like.dtype)
     _fft(a, g, ones, _tables(a.shape[2] + ones, g.shape[3], like, seed, stream), sums, None)
 
 
-def finish(sums: Tensor) -> Tensor:
+def finish(sums: Tensor, rank: int) -> Tensor:
     """Sketches [n, k, rank] from the sums of `add_fourier`: a layer without positions, and the way back."""
     (n, k, width), dtype = sums.shape, sums.real.dtype
     out = torch.empty(n, k, 2 * (width - 1), dtype=dtype, device=sums.device)
     a, g = out.new_empty(n, 0, 1), out.new_empty(n, k, 0, 1)
     _fft(a, g, False, _tables(1, 1, out, 0, 0), sums, out)
-    return out
+    return fold(out, rank)
 
 
 def add_scatter(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, ones: bool) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import _cpu
+from ._fold import fold, transform_length
 
 NAMES = {torch.float32: "float32", torch.float64: "float64"}
 _ROWS = 1 << 19  # numbers of formed rows at a time: they stay in the second cache
@@ -30,21 +31,20 @@ def hashed(size: int, buckets: int, word: int, stream: int, seed: int, dtype: to
     return place, sign
 
 
-def has_fourier(rank: int) -> bool:
-    """Whether the transform of this length is in C++: powers of two."""
-    least, most = _cpu.FOURIER_RANKS
-    return least <= rank <= most and rank & (rank - 1) == 0
+def fourier_length(rank: int) -> int | None:
+    """Length of the transform in C++ that serves a rank, or None."""
+    return transform_length(rank, *_cpu.FOURIER_RANKS)
 
 
 @functools.lru_cache(maxsize=16)
-def _tables(rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines and sines of -2 pi j / rank; where frequencies 0 .. rank / 2 and their negatives end."""
-    angle = torch.arange(rank, dtype=torch.float64) * (-2 * math.pi / rank)
-    frequency, place = torch.empty(rank, dtype=torch.int32), torch.empty(rank, dtype=torch.int64)
-    call("fourier_order", dtype)(rank, frequency.data_ptr())
-    place[frequency.long()] = torch.arange(rank)
-    half = torch.arange(rank // 2 + 1)
-    return torch.cat([angle.cos(), angle.sin()]).to(dtype), place[half], place[-half % rank]
+def _tables(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosines and sines of -2 pi j / length; where frequencies 0 .. length / 2 and their negatives end."""
+    angle = torch.arange(length, dtype=torch.float64) * (-2 * math.pi / length)
+    frequency, place = torch.empty(length, dtype=torch.int32), torch.empty(length, dtype=torch.int64)
+    call("fourier_order", dtype)(length, frequency.data_ptr())
+    place[frequency.long()] = torch.arange(length)
+    half = torch.arange(length // 2 + 1)
+    return torch.cat([angle.cos(), angle.sin()]).to(dtype), place[half], place[-half % length]
 
 
 def _side(x: Tensor, length: int, ones: bool, table: tuple[Tensor, Tensor]) -> list[int]:
@@ -62,33 +62,33 @@ def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.stride(2) == 1 and x.shape[2] >= 16 else x.contiguous()
 
 
-def add_fourier(a: Tensor, g: Tensor, sums: Tensor, seed: int, stream: int, ones: bool) -> None:
-    """sums [n, k, 2, rank] of the squares of the transforms."""
-    (n, k, s, o), i, rank, dtype = g.shape, a.shape[2], sums.shape[3], sums.dtype
+def add_fourier(a: Tensor, g: Tensor, rank: int, sums: Tensor, seed: int, stream: int, ones: bool) -> None:
+    """sums [n, k, 2, length] of the squares of the transforms."""
+    (n, k, s, o), i, length, dtype = g.shape, a.shape[2], sums.shape[3], sums.dtype
     a, g = _readable(a[:, None], dtype), _readable(g, dtype)
     left, right = hashed(i + ones, rank, 0, stream, seed, dtype), hashed(o, rank, 1, stream, seed, dtype)
-    roots = _tables(rank, dtype)[0]
+    roots = _tables(length, dtype)[0]
     sides = _side(a, i, ones, left), _side(g, o, False, right)
     threads = torch.get_num_threads()
-    call("fourier", dtype)(*sides, n, k, s, rank, roots.data_ptr(), sums.data_ptr(), threads)
+    call("fourier", dtype)(*sides, n, k, s, length, roots.data_ptr(), sums.data_ptr(), threads)
 
 
 def prefers_fourier(a: Tensor, g: Tensor, ones: bool, out: Tensor) -> bool:
-    (_, k, s, o), rank = g.shape, out.shape[2]
-    return has_fourier(rank) and fft_is_cheaper(s, a.shape[2] + ones, o, k, rank)
+    (n, k, s, o), rank = g.shape, out.shape[2]
+    return fourier_length(rank) is not None and fft_is_cheaper(n, s, a.shape[2] + ones, o, k, rank)
 
 
 def new_sums(out: Tensor) -> Tensor:
-    return out.new_zeros(*out.shape[:2], 2, out.shape[2])
+    return out.new_zeros(*out.shape[:2], 2, fourier_length(out.shape[2]))
 
 
-def finish(sums: Tensor) -> Tensor:
+def finish(sums: Tensor, rank: int) -> Tensor:
     """Sketches [n, k, rank] from the sums of `add_fourier`."""
     _, here, there = _tables(sums.shape[3], sums.dtype)
     re, im = sums.unbind(2)
     # (S_f - conj S_-f) / 4 i
     spectrum = torch.complex((im[..., here] + im[..., there]) / 4, (re[..., there] - re[..., here]) / 4)
-    return torch.fft.irfft(spectrum, n=sums.shape[3])
+    return fold(torch.fft.irfft(spectrum, n=sums.shape[3]), rank)
 
 
 def add_scatter(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, ones: bool) -> None:
@@ -128,15 +128,22 @@ def add_index(token: Tensor, g: Tensor, vocabulary: int, out: Tensor, seed: int,
     call("scatter_index", dtype)(*args)
 
 
-def fft_is_cheaper(s: int, i: int, o: int, k: int, rank: int) -> bool:
-    """Whether the fft route takes less time, in nanoseconds per sample (fitted to measurements, AVX-512)."""
-    transform = rank * max(math.log2(rank), 1.0)
-    if has_fourier(rank):
-        fft = s * k * (0.1 * transform + 0.25 * (i + o)) + 1.5 * k * rank
+def fft_is_cheaper(n: int, s: int, i: int, o: int, k: int, rank: int) -> bool:
+    """Whether the fft route takes less time, in nanoseconds per sample (fitted to 980 random shapes, AVX-512)."""
+    length = fourier_length(rank)
+    transform = (length or rank) * math.log2(max(length or rank, 2))
+    lanes = -(-n * k // 16) * 16 / n  # rows or positions of all samples, as full vectors, for each sample
+    if length is not None:
+        positions = -(-s // 16) * 16 if s >= 16 else -(-n * s // 16) * 16 / n
+        each = (0.062 if length > 2048 else 0.043) * transform + 0.46 * length + 0.066 * (i + o)
+        fft = 71_000 / n + k * (positions * each + 0.12 * s * (i + o) + 8.7 * length)
     else:
-        transform *= 1 if _smooth(rank) else 4
-        fft = 2200 + s * (0.78 * (i + k * o) + 0.096 * (1 + k) * transform) + 0.2 * k * transform
-    return fft < k * (o * i * (0.22 + 0.025 * s) + 0.7 * rank) + 300
+        library = 0.114 if _smooth(rank) else 0.49
+        fft = 75_000 / n + s * (0.94 * (i + k * o) + (1 + k) * (library * transform + 0.34 * rank) + 0.36 * k * rank)
+        fft += 1.2 * library * k * transform
+    entry = 0.39 if rank <= 2048 else 0.42 if rank <= 5500 else 1.0  # beyond, the sums leave the second cache
+    scatter = 31_000 / n + lanes * (0.047 * o * i + 0.43 * rank) + entry * k * o * i
+    return fft < scatter + s * (0.027 * k * o * i + 0.14 * (i + k * o))
 
 
 def _smooth(rank: int) -> bool:

@@ -244,7 +244,7 @@ def _sides(rank: int) -> tuple[int, int]:
 
 
 def _is_fused(dtype: torch.dtype, s: int, o: int, rank: int) -> bool:
-    """Whether positions fill a product, the columns are so few that g is projected once or twice, the table is small."""
+    """Whether positions fill a product, g is projected at most twice for all columns, and the table is small."""
     width, side = _sides(rank)
     return s >= LEAST_POSITIONS and side <= 2 * OUTER[dtype][2] and o * width <= _TABLE
 

@@ -47,7 +47,7 @@ class TensorSums:
         elif kernels.prefers_fourier(a, g, ones, self.out):
             if self._fourier is None:
                 self._fourier = kernels.new_sums(self.out)
-            kernels.add_fourier(a, g, self._fourier, self._key, stream, ones)
+            kernels.add_fourier(a, g, self.rank, self._fourier, self._key, stream, ones)
         else:
             kernels.add_scatter(a, g, self.out, self._key, stream, ones)
 
@@ -74,6 +74,6 @@ class TensorSums:
     def total(self) -> Tensor:
         """The sum so far, [n, k, rank], float32 for half precision."""
         if self._fourier is not None:
-            self.out += self.kernels.finish(self._fourier)
+            self.out += self.kernels.finish(self._fourier, self.rank)
             self._fourier = None
         return self.out
