@@ -1,7 +1,7 @@
 """C++ kernels of the sketches (csrc/cpu/rows_kernels.cpp); products and transforms stay with PyTorch's libraries.
 
-The tensor sketch is in `_tensor_cpu.py`, but for ranks too long for its transforms: count sketches, PyTorch's
-transforms, the product summed over positions, one transform back.
+The tensor sketch is in `_tensor_cpu.py`, but where PyTorch's transforms are faster (few positions, ranks that are no
+powers of two, or above 8192): count sketches, transforms, the product summed over positions, one transform back.
 """
 
 from __future__ import annotations
@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 from .._register import wide_dtype
-from ._tensor_cpu import NAMES, add_fourier, add_scatter, call, fft_is_cheaper, finish, fourier_length, hashed, new_sums
+from ._tensor_cpu import (
+    NAMES,
+    add_fourier,
+    add_scatter,
+    call,
+    fft_is_cheaper,
+    finish,
+    hashed,
+    library_fft_time,
+    new_sums,
+    own_fft_time,
+)
 
 _BUFFER = 1 << 18  # numbers of one intermediate: they stay in the second cache
 
@@ -50,7 +61,7 @@ def _tensor(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, route: st
     (n, k, s, o), i, rank = g.shape, a.shape[2], out.shape[2]
     if route == "scatter" or route == "auto" and not fft_is_cheaper(n, s, i, o, k, rank):
         add_scatter(a, g, out, seed, stream, False)
-    elif fourier_length(rank) is not None:
+    elif own_fft_time(n, s, i, o, k, rank) < library_fft_time(n, s, i, o, k, rank):
         sums = new_sums(out)
         add_fourier(a, g, rank, sums, seed, stream, False)
         out += finish(sums, rank)

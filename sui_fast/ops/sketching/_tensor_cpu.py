@@ -74,8 +74,9 @@ def add_fourier(a: Tensor, g: Tensor, rank: int, sums: Tensor, seed: int, stream
 
 
 def prefers_fourier(a: Tensor, g: Tensor, ones: bool, out: Tensor) -> bool:
-    (n, k, s, o), rank = g.shape, out.shape[2]
-    return fourier_length(rank) is not None and fft_is_cheaper(n, s, a.shape[2] + ones, o, k, rank)
+    (n, k, s, o), i = g.shape, a.shape[2] + ones
+    sizes = n, s, i, o, k, out.shape[2]
+    return own_fft_time(*sizes) < scatter_time(*sizes)
 
 
 def new_sums(out: Tensor) -> Tensor:
@@ -128,22 +129,35 @@ def add_index(token: Tensor, g: Tensor, vocabulary: int, out: Tensor, seed: int,
     call("scatter_index", dtype)(*args)
 
 
-def fft_is_cheaper(n: int, s: int, i: int, o: int, k: int, rank: int) -> bool:
-    """Whether the fft route takes less time, in nanoseconds per sample (fitted to 980 random shapes, AVX-512)."""
+# Nanoseconds per sample, fitted to 980 random shapes (AVX-512)
+def own_fft_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
+    """Of `add_fourier` and `finish`; infinite where they do not serve the rank."""
     length = fourier_length(rank)
-    transform = (length or rank) * math.log2(max(length or rank, 2))
-    lanes = -(-n * k // 16) * 16 / n  # rows or positions of all samples, as full vectors, for each sample
-    if length is not None:
-        positions = -(-s // 16) * 16 if s >= 16 else -(-n * s // 16) * 16 / n
-        each = (0.062 if length > 2048 else 0.043) * transform + 0.46 * length + 0.066 * (i + o)
-        fft = 71_000 / n + k * (positions * each + 0.12 * s * (i + o) + 8.7 * length)
-    else:
-        library = 0.114 if _smooth(rank) else 0.49
-        fft = 75_000 / n + s * (0.94 * (i + k * o) + (1 + k) * (library * transform + 0.34 * rank) + 0.36 * k * rank)
-        fft += 1.2 * library * k * transform
+    if length is None:
+        return math.inf
+    positions = -(-s // 16) * 16 if s >= 16 else -(-n * s // 16) * 16 / n  # vectors are full or paid in full
+    each = (0.062 if length > 2048 else 0.043) * length * math.log2(length) + 0.46 * length + 0.066 * (i + o)
+    return 71_000 / n + k * (positions * each + 0.12 * s * (i + o) + 8.7 * length)
+
+
+def library_fft_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
+    """Of PyTorch's transforms."""
+    each = (0.114 if _smooth(rank) else 0.9) * rank * math.log2(max(rank, 2))
+    positions = s * (0.94 * (i + k * o) + (1 + k) * (each + 0.34 * rank) + 0.36 * k * rank)
+    return 75_000 / n + positions + 1.2 * k * each
+
+
+def scatter_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
+    rows = -(-n * k // 16) * 16 / n
     entry = 0.39 if rank <= 2048 else 0.42 if rank <= 5500 else 1.0  # beyond, the sums leave the second cache
-    scatter = 31_000 / n + lanes * (0.047 * o * i + 0.43 * rank) + entry * k * o * i
-    return fft < scatter + s * (0.027 * k * o * i + 0.14 * (i + k * o))
+    products = s * (0.027 * k * o * i + 0.14 * (i + k * o))
+    return 31_000 / n + rows * (0.047 * o * i + 0.43 * rank) + entry * k * o * i + products
+
+
+def fft_is_cheaper(n: int, s: int, i: int, o: int, k: int, rank: int) -> bool:
+    """Whether either way through the Fourier domain takes less time than the scatter route."""
+    sizes = n, s, i, o, k, rank
+    return min(own_fft_time(*sizes), library_fft_time(*sizes)) < scatter_time(*sizes)
 
 
 def _smooth(rank: int) -> bool:
