@@ -24,10 +24,20 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._errors import ArgumentError, StabilityError, complaint
+from ._errors import StabilityError
 from .jacobians import Jacobian, jacobian, sketches
 from .jacobians.data import Samples
-from .loo import Addition, SpectralRemoval, add_samples, check_stability, make_blocks, make_filter, shard_blocks
+from .jacobians.layers import Outer
+from .loo import (
+    Addition,
+    SpectralRemoval,
+    TrainingFilter,
+    add_samples,
+    check_stability,
+    make_blocks,
+    make_filter,
+    shard_blocks,
+)
 from .losses import Goal
 from .planning import PORTION, SHARD
 from .spectra import (
@@ -45,6 +55,8 @@ from .spectra import (
 
 _SHARD, _PORTION = SHARD, PORTION
 _PROBES = 64  # samples whose exact kernel the error estimate looks at
+_MOST_PROBES = 1024  # rows of the exact kernel that the effective dimension is estimated from
+_MARGIN = 1.25  # of the rank that a warning names
 _HELD = 1 << 30  # bytes of factors that may stay in memory between passes
 
 
@@ -246,9 +258,7 @@ class LowRank:
         """What leaves with each sample (or group) of a shard."""
         features, residual = shard["features"].to(self.device), shard["residual"].to(self.device)
         n = self.spectrum.samples
-        blocks = (
-            shard_blocks(len(features), n, self.k) if self.groups is None else make_blocks(n, self.k, self.groups)
-        )
+        blocks = shard_blocks(len(features), n, self.k) if self.groups is None else make_blocks(n, self.k, self.groups)
         idle = torch.linalg.vector_norm(features, dim=2) == 0  # or too small to square
         idle[idle.clone()] = (features[idle] == 0).all(1)
         found = SpectralRemoval(
@@ -303,16 +313,21 @@ class LowRank:
         return np.array(regs), total(errors).numpy() / n
 
 
-def kernel_error(source: Source, fmap: FeatureMap, shift: float, seed: int) -> tuple[float, float]:
-    """(relative error of the kernel, effective dimension) from the exact kernel of a few random samples.
+def _drawn(source: Source, count: int, seed: int) -> Jacobian:
+    """Jacobian of random samples, the same for the same seed."""
+    return source.some(np.sort(np.random.default_rng(seed + 1).choice(source.samples.n, count, replace=False)))
 
-    The error is ||Theta - Z Z^T|| / ||Theta|| (Frobenius) of the whole kernel, estimated from diagonal and off-diagonal
-    blocks of the probes; what is returned lies above it in 95% of draws (jackknife).
+
+def kernel_error(source: Source, fmap: FeatureMap, seed: int) -> float:
+    """Relative error of the kernel, from the exact kernel of a few random samples.
+
+    ||Theta - Z Z^T|| / ||Theta|| (Frobenius) of the whole kernel, estimated from diagonal and off-diagonal blocks of
+    the probes, plus two standard deviations of that estimate (jackknife over the probes): the error lies below what is
+    returned in at least 95% of draws of probes and features.
     """
     n = source.samples.n
     m = min(n, _PROBES)
-    probes = np.sort(np.random.default_rng(seed + 1).choice(n, m, replace=False))
-    jac = source.some(probes)
+    jac = _drawn(source, m, seed)
     exact = jac.gram().to(torch.float64)
     z = fmap.features(jac).flatten(0, 1).to(torch.float64)
     size = lambda x: x.square().reshape(m, jac.k, m, jac.k).sum((1, 3))  # noqa: E731
@@ -337,16 +352,50 @@ def kernel_error(source: Source, fmap: FeatureMap, shift: float, seed: int) -> t
             everything[i] = True
         spread = math.sqrt((m - 1) / m * sum((x - sum(without) / m) ** 2 for x in without))
         estimate += 2.0 * spread
-    s = torch.linalg.eigvalsh(exact).clamp_min(0) * (n / m)
-    edf = float((s / (s + shift)).sum()) if shift > 0 else float((s > 0).sum())
-    return estimate, edf
+    return estimate
+
+
+def probed_dimension(source: Source, phi: TrainingFilter, top: float, seed: int) -> float:
+    """Effective dimension sum_l s_l phi(s_l) of the whole kernel from that of random samples, and of half of them.
+
+    The eigenvalues of a part, times n over its size, stand for those of all; what grows from the half to the whole part
+    is taken to go on growing, by the same factor less with every doubling.
+
+    Args:
+        phi: the training. top: largest eigenvalue of the features, beyond which a step size may not be stable.
+    """
+    n, one = source.samples.n, source.part(0, 1)
+    layers = [factor for factor in one.factors() if isinstance(factor, Outer)]
+    positions = max((layer.a.shape[1] for layer in layers), default=1)
+    # with positions every entry of the kernel costs about as much as a sample's gradient: few against the run
+    most = _MOST_PROBES if positions == 1 else math.isqrt(int(0.15 * n * positions))
+    m = min(n, max(_PROBES, min(most, _MOST_PROBES // one.k)))
+    exact, found = _drawn(source, m, seed).gram().to(torch.float64), []
+    pick = torch.from_numpy(np.random.default_rng(seed + 2).permutation(m)).to(exact.device)
+    for part in (m // 2, m):
+        rows = (pick[:part, None] * one.k + torch.arange(one.k, device=exact.device)).reshape(-1)
+        s = torch.linalg.eigvalsh(exact[rows][:, rows]).cpu().numpy() * (n / max(part, 1))
+        s = s[s > 1e-12 * max(s.max(initial=0.0), 0.0)].clip(max=top)
+        found.append(float((s * phi(s)).sum()))
+    half, whole = found
+    if m == n or not whole > half:
+        return whole
+    grown, total, size = whole / max(half, 1e-300), whole, m
+    while size < n and grown > 1.005:
+        share = min(1.0, math.log2(n / size))
+        total, size, grown = total * grown**share, 2 * size, grown**0.5
+    return min(total, float(n * one.k), float(one.shape[1]))
 
 
 def warn_of_rank(kind: str, rank: int, edf: float, most: int) -> int | None:
-    """Rank that would do where this one is too small for the effective dimension, with a warning."""
-    needed = min(math.ceil(RANK_FOR[kind] * edf), most if kind != "sketch" else 1 << 20)
-    if rank >= 0.95 * needed or rank >= most:
+    """Rank that would do where this one is too small for the effective dimension, with a warning.
+
+    It is named with a margin, so that a run with it does not warn again where its estimate of the dimension is larger.
+    """
+    least, most = RANK_FOR[kind] * edf, most if kind != "sketch" else 1 << 20
+    if rank >= 0.95 * least or rank >= most:
         return None
+    needed = min(math.ceil(_MARGIN * least), most)
     warnings.warn(
         f"sui_fast: rank {rank} is small for an effective dimension of {edf:.0f}; {kind} wants about {needed}. "
         "Raise rank=, or reg=, or use another method.",
@@ -375,9 +424,3 @@ def run_fingerprint(model: torch.nn.Module, samples: Samples, settings: dict[str
         version=version,
         **settings,
     )
-
-
-def check_rank(rank: Any) -> int:
-    if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or rank < 1:
-        raise ArgumentError(complaint("rank", "a whole number >= 1", repr(rank), "Pass the number of features."))
-    return int(rank)

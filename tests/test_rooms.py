@@ -20,6 +20,7 @@ ROOMS = [
     ["projections"],
     ["aims"],
     ["planning"],
+    ["checks"],
     ["streaming"],
     ["parts"],
     ["runs"],

@@ -63,8 +63,8 @@ def _tensor(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, route: st
         add_scatter(a, g, out, seed, stream, False)
     elif own_fft_time(n, s, i, o, k, rank) < library_fft_time(n, s, i, o, k, rank):
         sums = new_sums(out)
-        add_fourier(a, g, rank, sums, seed, stream, False)
-        out += finish(sums, rank)
+        add_fourier([(a, g, stream, False)], rank, sums, seed)
+        finish(sums, out)
     else:
         tables = (hashed(size, rank, word, stream, seed, out.dtype) for size, word in ((i, 0), (o, 1)))
         _by_fft(a, g, out, *tables)

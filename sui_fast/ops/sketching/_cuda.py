@@ -152,20 +152,21 @@ def _readable(a: Tensor, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     return _nvrtc.dense(a.to(kind)), _nvrtc.dense(g.to(kind))
 
 
-def add_fourier(a: Tensor, g: Tensor, rank: int, sums: Tensor, seed: int, stream: int, ones: bool) -> None:
-    """sums [n, k, length / 2 + 1] of the products of the transforms."""
+def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums: Tensor, seed: int) -> None:
+    """sums [n, k, length / 2 + 1] of the products of the transforms of layers (a, g, stream, ones)."""
     like = torch.empty(0, 0, rank, dtype=sums.real.dtype, device=sums.device)
-    a, g = _readable(a, g, like.dtype)
-    _fft(a, g, ones, _tables(a.shape[2] + ones, g.shape[3], like, seed, stream), sums, None)
+    for a, g, stream, ones in layers:
+        a, g = _readable(a, g, like.dtype)
+        _fft(a, g, ones, _tables(a.shape[2] + ones, g.shape[3], like, seed, stream), sums, None)
 
 
-def finish(sums: Tensor, rank: int) -> Tensor:
-    """Sketches [n, k, rank] from the sums of `add_fourier`: a layer without positions, and the way back."""
-    (n, k, width), dtype = sums.shape, sums.real.dtype
-    out = torch.empty(n, k, 2 * (width - 1), dtype=dtype, device=sums.device)
+def finish(sums: Tensor, out: Tensor) -> None:
+    """out [n, k, rank] += what the sums of `add_fourier` belong to: a layer without positions, and the way back."""
+    (n, k, width), rank = sums.shape, out.shape[2]
+    found = torch.empty(n, k, 2 * (width - 1), dtype=out.dtype, device=out.device)
     a, g = out.new_empty(n, 0, 1), out.new_empty(n, k, 0, 1)
-    _fft(a, g, False, _tables(1, 1, out, 0, 0), sums, out)
-    return fold(out, rank)
+    _fft(a, g, False, _tables(1, 1, found, 0, 0), sums, found)
+    out += fold(found, rank)
 
 
 def add_scatter(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, ones: bool) -> None:

@@ -31,6 +31,7 @@ class TensorSums:
         self.out = torch.zeros(n, k, rank, dtype=wide_dtype(like.dtype), device=like.device)
         self._key = seed & 0xFFFFFFFFFFFFFFFF
         self._fourier: Tensor | None = None
+        self._waiting: list[tuple[Tensor, Tensor, int, bool]] = []  # layers of one position, which go in one call
         one = self.out.new_zeros(1, 1, 1)
         backend, _ = sketch.op.choose((one, one[None], rank, seed, 0, "tensor", "auto"))
         # what adds in place; None: the op gives what is added
@@ -45,11 +46,21 @@ class TensorSums:
             a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2) if ones else a
             self.out += sketch(a.contiguous(), g.to(a.dtype).contiguous(), self.rank, self.seed, stream)
         elif kernels.prefers_fourier(a, g, ones, self.out):
-            if self._fourier is None:
-                self._fourier = kernels.new_sums(self.out)
-            kernels.add_fourier(a, g, self.rank, self._fourier, self._key, stream, ones)
+            self._waiting.append((a, g, stream, ones))
+            if g.shape[1] > 1 or g.shape[2] > 1:
+                self._transform()
         else:
             kernels.add_scatter(a, g, self.out, self._key, stream, ones)
+
+    def _transform(self) -> None:
+        if self._fourier is None:
+            self._fourier = self.kernels.new_sums(self.out)
+        groups: dict[int, list] = {}
+        for layer in self._waiting:
+            groups.setdefault(layer[1].shape[2], []).append(layer)
+        for layers in groups.values():
+            self.kernels.add_fourier(layers, self.rank, self._fourier, self._key)
+        self._waiting = []
 
     def index(self, token: Tensor, g: Tensor, vocabulary: int, stream: int) -> None:
         """Rows of an embedding [vocabulary, o]: g [n, k, s, o] at tokens [n, s], -1 for none."""
@@ -73,7 +84,9 @@ class TensorSums:
 
     def total(self) -> Tensor:
         """The sum so far, [n, k, rank], float32 for half precision."""
+        if self._waiting:
+            self._transform()
         if self._fourier is not None:
-            self.out += self.kernels.finish(self._fourier, self.rank)
+            self.kernels.finish(self._fourier, self.out)
             self._fourier = None
         return self.out
