@@ -12,6 +12,20 @@ from .._errors import SpectrumError, complaint
 from .dense import Spectrum
 
 _ROWS = 256  # of features made float64 at a time
+_STRIPS = 4  # of a symmetric product, of which the lower triangle is enough
+
+
+def add_lower(total: Tensor, x: Tensor) -> None:
+    """total += x^T x [r, r], its lower triangle at least."""
+    step = max(64, -(-x.shape[1] // _STRIPS))
+    for begin in range(0, x.shape[1], step):
+        end = begin + step
+        total[begin:end, :end].addmm_(x[:, begin:end].T, x[:, :end])
+
+
+def mirrored(lower: Tensor) -> Tensor:
+    """The symmetric matrix with this lower triangle."""
+    return lower.tril() + lower.tril(-1).T
 
 
 class Moments:
@@ -24,15 +38,19 @@ class Moments:
 
     def __init__(self, rank: int, device: torch.device | str = "cpu", keep_rows: bool = False):
         self.rows: list[Tensor] | None = [] if keep_rows else None
-        self.gram = torch.zeros(rank, rank, dtype=torch.float64, device=device)
+        self._lower = torch.zeros(rank, rank, dtype=torch.float64, device=device)
         self.pull = torch.zeros(rank, dtype=torch.float64, device=device)
         self.samples, self.energy = 0, 0.0
+
+    @property
+    def gram(self) -> Tensor:
+        return mirrored(self._lower)
 
     def add(self, features: Tensor, residual: Tensor | None = None) -> None:
         """features [n, k, r], residual [n, k] (None for validation samples)."""
         flat = features.flatten(0, 1).to(torch.float64)
         if self.rows is None:
-            self.gram.addmm_(flat.T, flat)
+            add_lower(self._lower, flat)
         else:
             self.rows.append(flat)
         self.samples += len(features)
@@ -42,8 +60,8 @@ class Moments:
 
     def reduce(self, total: Callable[[Tensor], Tensor]) -> None:
         """Replace every sum by its total over processes."""
-        counts = torch.tensor([self.samples, self.energy], dtype=torch.float64, device=self.gram.device)
-        self.gram, self.pull, counts = total(self.gram), total(self.pull), total(counts)
+        counts = torch.tensor([self.samples, self.energy], dtype=torch.float64, device=self.pull.device)
+        self._lower, self.pull, counts = total(self._lower), total(self.pull), total(counts)
         self.samples, self.energy = int(counts[0]), float(counts[1])
 
 
@@ -104,7 +122,7 @@ def feature_spectrum(moments: Moments, precision: float = 2.0**-24) -> FeatureSp
     gram = moments.gram if rows is None else rows @ rows.T
     if not torch.isfinite(gram).all():
         raise SpectrumError(complaint("features", "finite numbers", "NaN or infinity", "Check the model's outputs."))
-    s, v = torch.linalg.eigh((gram + gram.T) / 2)
+    s, v = torch.linalg.eigh(gram)
     top = float(s[-1]) if len(s) else 0.0
     if not top > 0:
         raise SpectrumError(complaint("features", "some that are not zero", "zeros", "Check params=."))
