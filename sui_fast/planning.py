@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time as clock
 from dataclasses import dataclass
@@ -12,9 +13,14 @@ from .jacobians import Jacobian
 
 DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs up to which an eigendecomposition is worth its time
 DEFAULT_RANK = 1024
-SHARD = 1 << 22  # features of a shard: 16 MB
+SHARD = 1 << 21  # features of a shard: 8 MB
 PORTION = 1 << 19  # float64 features at a time in pass 2: larger intermediates are fresh memory each time
 METHODS = ("auto", "dense", "nystrom", "subspace", "sketch")
+
+try:
+    _trim = ctypes.CDLL(None).malloc_trim
+except (OSError, AttributeError, TypeError):  # another C library
+    _trim = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,12 @@ def make_plan(
     disk = (4 * rank + 8 + (8 * k if method != "sketch" else 0)) * n * k + 4 * rank * m * k
     work = 2.0 * rows * rank * rank * 4 + 2.0 * rows * rank * (first.shape[1] if method == "subspace" else 0) * 6
     return Plan(method, rank, reason, passes, disk, peak, capture * passes + work * _product_seconds())
+
+
+def return_memory() -> None:
+    """Pages that the C library keeps for later go back to the system, so that stages do not pile up (glibc only)."""
+    if _trim is not None:
+        _trim(0)
 
 
 def free_memory(device: torch.device) -> int:

@@ -31,6 +31,7 @@ from .loo import (
 )
 from .losses import ROOTS, Goal
 from .measures import feature_neighbours, information, kernel_neighbours, sgd_information
+from .planning import return_memory
 from .parts import Merged, Part, check_map, open_parts
 from .planning import METHODS
 from .spectra import (
@@ -67,6 +68,7 @@ class Stages:
     @contextmanager
     def __call__(self, name: str):
         self._bar.set_description(f"score: {name}", refresh=False)
+        return_memory()
         start = clock.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + clock.perf_counter() - start

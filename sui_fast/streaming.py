@@ -55,7 +55,7 @@ from .spectra import (
 
 _SHARD, _PORTION = SHARD, PORTION
 _PROBES = 64  # samples whose exact kernel the error estimate looks at
-_MOST_PROBES = 1024  # rows of the exact kernel that the effective dimension is estimated from
+_MOST_PROBES = 512  # rows of the exact kernel that the effective dimension is estimated from
 _MARGIN = 1.25  # of the rank that a warning names
 _HELD = 1 << 30  # bytes of factors that may stay in memory between passes
 

@@ -12,6 +12,7 @@ from .._errors import SpectrumError, complaint
 from .dense import Spectrum
 
 _ROWS = 256  # of features made float64 at a time
+_PORTION = 1 << 20  # numbers made float64 at a time for a sum
 _STRIPS = 4  # of a symmetric product, of which the lower triangle is enough
 
 
@@ -48,14 +49,18 @@ class Moments:
 
     def add(self, features: Tensor, residual: Tensor | None = None) -> None:
         """features [n, k, r], residual [n, k] (None for validation samples)."""
-        flat = features.flatten(0, 1).to(torch.float64)
-        if self.rows is None:
-            add_lower(self._lower, flat)
-        else:
-            self.rows.append(flat)
+        step = max(1, _PORTION // max(1, features[0].numel())) if len(features) else 1
+        for begin in range(0, len(features), step):
+            part = slice(begin, begin + step)
+            flat = features[part].flatten(0, 1).to(torch.float64)
+            if self.rows is None:
+                add_lower(self._lower, flat)
+            else:
+                self.rows.append(flat)
+            if residual is not None:
+                self.pull.addmv_(flat.T, residual[part].reshape(-1).to(torch.float64))
         self.samples += len(features)
         if residual is not None:
-            self.pull.addmv_(flat.T, residual.reshape(-1).to(torch.float64))
             self.energy += float(residual.to(torch.float64).square().sum())
 
     def reduce(self, total: Callable[[Tensor], Tensor]) -> None:
