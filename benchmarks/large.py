@@ -90,7 +90,7 @@ def bookkeeping(store: Store, samples: int) -> None:
         "fingerprint of ids": lambda: run_fingerprint(nn.Linear(1, 1), held, {}, "1"),
         "manifest read and checked": lambda: Store(store.path, store.fingerprint, write=False),
         "blocks of portions": lambda: [shard_blocks(samples // portions, samples, 1) for _ in range(portions)],
-        "table and file": lambda: Scores(ids=ids, values=values, settings={}, diagnostics={}, units=units).save(results),
+        "table and file": lambda: Scores(ids, values, settings={}, diagnostics={}, units=units).save(results),
     }
     total = 0.0
     for name, job in jobs.items():

@@ -47,9 +47,7 @@ class Softmax:
     """
 
     def __init__(self, f: Tensor):
-        log, self.order = torch.sort(
-            F.log_softmax(f.to(torch.float64), 1).clamp_min(_FLOOR), dim=1, stable=True
-        )
+        log, self.order = torch.sort(F.log_softmax(f.to(torch.float64), 1).clamp_min(_FLOOR), dim=1, stable=True)
         self.p = log.exp()
         tail = _later(self.p)  # sum over i >= j
         self.q, self.conditional = tail[:, 1:], (self.p / tail)[:, :-1]

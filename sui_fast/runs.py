@@ -406,8 +406,16 @@ def _version() -> str:
 
 
 def _measure(
-    removal: Removal, wanted, sigma: float, goal: Goal, part: slice, *,
-    shift: float, lr: float, batch_size: int, jitter: float,
+    removal: Removal,
+    wanted,
+    sigma: float,
+    goal: Goal,
+    part: slice,
+    *,
+    shift: float,
+    lr: float,
+    batch_size: int,
+    jitter: float,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The columns asked for, in the order asked for, and what is to be said about them."""
     extra: dict[str, Any] = {}

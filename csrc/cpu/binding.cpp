@@ -5,6 +5,8 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "removal.h"
 #include "rows.h"
@@ -62,9 +64,16 @@ void define_rows(py::module_& module, const char* type) {
   define("fourier_order", [](Index rank, Address frequency) {
     sui::tensor_kernels<T>().order(rank, at<int>(frequency));
   }, release);
-  define("fourier", [side](const Numbers& a, const Numbers& g, Index samples, Index k, Index s, Index rank, Address roots,
-                           Address out, int threads) {
-    sui::fourier(side(a), side(g), samples, k, s, rank, at<const T>(roots), at<T>(out), threads);
+  define("fourier", [side](const std::vector<std::pair<Numbers, Numbers>>& sides, Index samples, Index k, Index s,
+                           Index rank, Address roots, Address out, int threads) {
+    std::vector<sui::Layer<T>> layers;
+    for (const auto& [a, g] : sides) layers.push_back({side(a), side(g)});
+    sui::fourier(layers.data(), Index(layers.size()), samples, k, s, rank, at<const T>(roots), at<T>(out), threads);
+  }, release);
+  define("fourier_finish", [](Address sums, Index rows, Index rank, Address roots, Address frequency, Address place,
+                              Address out, int threads) {
+    sui::finish(at<const T>(sums), rows, rank, at<const T>(roots), at<const int>(frequency), at<const int>(place),
+                at<T>(out), threads);
   }, release);
   define("scatter_rows", [](Address x, Index rows, Index o, Index i, Address place_o, Address sign_o, Address place_i,
                             Address sign_i, Index rank, Address out, int threads) {

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from .._errors import ArgumentError, CoverageError, DataError, ModelError, complaint
 from .data import batch_length
 from .layers import Use
-from .quiet import quiet
+from .quiet import modules_as_they_are, quiet
 from .recorder import Recorder, Replay
 from .recurrent import own_body
 from .survey import Call, Survey
@@ -212,7 +212,7 @@ class Evaluator:
         found = None
         if not self.one_by_one:
             try:
-                with warnings.catch_warnings():
+                with warnings.catch_warnings(), modules_as_they_are():
                     warnings.filterwarnings("ignore", message=".*performance drop.*")
                     found = vmap(jacrev(of_sample), in_dims=(None, 0))(chosen, batch)
             except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:

@@ -77,3 +77,18 @@ def _plain_checkpoints() -> Iterator[None]:
     finally:
         if "apply" in CheckpointFunction.__dict__:  # another thread may have been first
             del CheckpointFunction.apply
+
+
+@contextmanager
+def modules_as_they_are() -> Iterator[None]:
+    """A model that moves or casts its modules in its forward pass fails: under torch.func that ends the process."""
+    apply = nn.Module._apply
+
+    def refuse(self, *args, **kwargs):
+        raise NotImplementedError(f"{type(self).__name__} is moved or cast during the forward pass")
+
+    nn.Module._apply = refuse
+    try:
+        yield
+    finally:
+        nn.Module._apply = apply

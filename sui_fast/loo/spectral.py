@@ -245,7 +245,7 @@ class SpectralRemoval(Removal):
     def _residual_after(self, numbers: np.ndarray, rows: Tensor) -> Tensor:
         """r0 - Theta (alpha + D_b), removed rows."""
         s, after = self.spectrum.s, []
-        fitted = (self.spectrum.u @ (s * self._scale * self._gain))
+        fitted = self.spectrum.u @ (s * self._scale * self._gain)
         for part, index, block in self._chunks(numbers, rows):
             change = self._held[part]
             if block.shape[1] == 1:
