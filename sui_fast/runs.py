@@ -88,6 +88,7 @@ class Run:
         self.neighbours: dict[str, np.ndarray] | None = None
         self.sgd: dict[str, Any] = {}
         self.projection: tuple[str, int | None] | None = None
+        self.sketch = "tensor"  # kind of random map
         self.apart: Part | Merged | None = None  # one of several runs that never meet, or what joins them
 
     def dense(self, stages: Stages, common: dict[str, Any]):
@@ -210,9 +211,11 @@ class Run:
                 complaint("groups", "None in a run of several processes", "groups or 'si_sgd'", "Use one process.")
             )
         with stages(f"{method} map"):
-            fmap = fit_map(source, self.goal, method, rank, self.seed, processes)
+            fmap = fit_map(source, self.goal, method, rank, self.seed, processes, self.sketch)
         options = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(sorted(common.items(), key=str)))  # the same tomorrow
         about = dict(method=method, rank=fmap.rank, rank_asked=int(rank), seed=self.seed, options=options)
+        if method == "sketch":
+            about["sketch"] = self.sketch
         about["targets"] = fingerprint_of({"targets": self.goal.y})
         if self.goal.kind != "mse":
             about["loss"] = f"{self.goal.kind} {fingerprint_of({'outputs': self.goal.f0})}"

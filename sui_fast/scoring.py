@@ -30,7 +30,7 @@ from .projections import Signed
 from .runs import Run, Stages, authors_definitions
 from .scores import Scores
 from .spectra import fingerprint_of
-from .streaming import check_rank
+from .streaming import check_rank, check_sketch
 from .targets import loss_targets
 
 try:
@@ -56,6 +56,7 @@ def score(
     sigma: float = 1.0,
     method: str = "auto",
     rank: int | None = None,
+    sketch: str = "tensor",
     params="trainable",
     outputs=None,
     batch_size: int = 64,
@@ -102,6 +103,8 @@ def score(
         sigma: standard deviation of the noise, in units of the weights (SI) or outputs (F-SI).
         method: "dense" (exact), "nystrom", "subspace", "sketch" (low rank, docs/math.md), or "auto".
         rank: features of a method of low rank (default 1024); a warning names a better one where it is too small.
+        sketch: the random map of method "sketch": "tensor" (default), "sjlt", "rademacher" (dense signs: the most
+            faithful, and the slowest by far) or "two_sided" (the cheapest, and by far the least faithful).
         store: folder for the features of a method of low rank, so that memory does not grow with the samples and a run
             that was interrupted goes on (resume=True) with the same scores; resume=False begins anew. Under torchrun a
             run of low rank shares the samples among the processes, and every process returns all scores.
@@ -139,6 +142,7 @@ def score(
     apart = check_part(part, method, store)
     convention, method, rank, projection = authors_definitions(compat, convention, method, rank)
     wanted = _check_arguments(measures, loss, sigma, method, rank, val, sgd_batch_size, sgd_jitter)
+    check_sketch(sketch, method)
     sgd_lr = sgd_lr if sgd_lr is not None else (lr if lr is not None else 1.0)
     if not (isinstance(sgd_lr, int | float) and math.isfinite(sgd_lr) and sgd_lr > 0):
         raise ArgumentError(complaint("sgd_lr", "a finite number > 0", repr(sgd_lr), "Pass the step size of SGD."))
@@ -153,7 +157,7 @@ def score(
 
     stages = Stages(6 + ("fsi" in wanted) * 2, progress)
     run = Run(model, wanted, reg, dict(time=time, lr=lr, dynamics=dynamics), convention, groups, sigma, seed, progress)
-    run.projection, run.apart = projection, apart
+    run.projection, run.apart, run.sketch = projection, apart, sketch
     run.sgd = dict(lr=sgd_lr, batch_size=sgd_batch_size, jitter=sgd_jitter)
     try:
         with stages("data"):
@@ -230,6 +234,7 @@ def score(
         dynamics=dynamics,
         sigma=sigma,
         method=chosen,
+        sketch=sketch if chosen == "sketch" else None,
         compat=compat,
         projection=projection,
         params=params if isinstance(params, str) else repr(params),
@@ -292,6 +297,7 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     samples = as_samples(train, with_targets=None, argument="train")
     m = 0 if val is None else as_samples(val, with_targets=None, argument="val").n
     check_batch_size(options.get("batch_size", 64))
+    sketch = check_sketch(arguments.get("sketch", "tensor"), arguments.get("method", "auto"))
     few = samples.slice(0, min(samples.n, options.get("batch_size", 64)))
     jacobian(model, few, **options)  # the first pass also proves the capture
     start = clock.perf_counter()
@@ -303,7 +309,7 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     )  # fmt: skip
     stored, small = arguments.get("store") is not None, _small_inputs(few)
     given = 0 if small is None or samples.n * small[0].nbytes >= MOST_INPUTS else small[0].nbytes
-    return make_plan(first, seconds, samples.n, m, method, rank, reason, stored, given)
+    return make_plan(first, seconds, samples.n, m, method, rank, reason, stored, given, sketch)
 
 
 def _check_arguments(measures, loss, sigma, method, rank, val, sgd_batch_size, sgd_jitter):

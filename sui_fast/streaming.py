@@ -29,6 +29,7 @@ from .jacobians import Jacobian, jacobian, sketches
 from .jacobians.data import Samples
 from .loo import Addition, SpectralRemoval, add_samples, check_stability, make_blocks, make_filter, shard_blocks
 from .losses import Goal
+from .ops.sketching import KINDS
 from .planning import PORTION, SHARD
 from .spectra import (
     POOL,
@@ -129,15 +130,15 @@ class _Memory(list):
 
 
 def fit_map(
-    source: Source, goal: Goal, kind: str, rank: int, seed: int, processes: Processes, sketch_kind: str = "tensor"
+    source: Source, goal: Goal, kind: str, rank: int, seed: int, processes: Processes, sketch: str = "tensor"
 ) -> FeatureMap:
-    """The feature map of a method; the same on every process."""
+    """The feature map of a method; the same on every process. sketch: kind of random map of a "sketch"."""
     n = source.samples.n
     if kind == "sketch":
         numbers = np.sort(np.random.default_rng(seed).choice(n, min(n, POOL), replace=False))
         pool = source.some(numbers)
         residual = goal.residual(torch.from_numpy(numbers), pool.outputs)
-        return anchored_sketch_map(pool, residual, rank, seed, sketch_kind)
+        return anchored_sketch_map(pool, residual, rank, seed, sketch)
     if kind == "nystrom":
         first = source.part(0, 1)
         pool = np.arange(n)
@@ -381,3 +382,14 @@ def check_rank(rank: Any) -> int:
     if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or rank < 1:
         raise ArgumentError(complaint("rank", "a whole number >= 1", repr(rank), "Pass the number of features."))
     return int(rank)
+
+
+def check_sketch(sketch: Any, method: str) -> str:
+    """A kind of random map, where the method has one."""
+    if sketch not in KINDS:
+        known = ", ".join(map(repr, KINDS))
+        raise ArgumentError(complaint("sketch", f"one of {known}", repr(sketch), "Choose one."))
+    if sketch != "tensor" and method != "sketch":
+        todo = "Pass method='sketch' as well, or drop it."
+        raise ArgumentError(complaint("sketch", f"'tensor' with method={method!r}", repr(sketch), todo))
+    return sketch

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..jacobians import Jacobian
 from ..jacobians.layers import Outer
-from .maps import FeatureMap, sketch_map, smooth_rank
+from .maps import FeatureMap, sketch_map, sketch_rank
 
 POOL = 256  # samples that the directions are taken from
 _ANCHORS = 32
@@ -37,11 +37,11 @@ def anchored_sketch_map(pool: Jacobian, residual: Tensor, rank: int, seed: int =
     layers = [factor for factor in pool.select(range(1)).factors() if isinstance(factor, Outer)]
     flat = all(layer.a.shape[1] == 1 for layer in layers)
     if count <= len(_SOLUTIONS) or not _worth_it(layers, pool, rank, count, flat):
-        return sketch_map(smooth_rank(rank), seed, kind)
+        return sketch_map(sketch_rank(rank, kind), seed, kind)
     theta = pool.gram().to(torch.float64)
     s, u = torch.linalg.eigh((theta + theta.T) / 2)
     if not float(s[-1]) > 0:
-        return sketch_map(smooth_rank(rank), seed, kind)
+        return sketch_map(sketch_rank(rank, kind), seed, kind)
     pull = u.T @ residual.reshape(-1).to(s)
     solved = torch.stack([u @ (pull / (s.clamp_min(0) + share * s[-1])) for share in _SOLUTIONS], 1)
     lead = u[:, len(_SOLUTIONS) - count :]
@@ -50,7 +50,7 @@ def anchored_sketch_map(pool: Jacobian, residual: Tensor, rank: int, seed: int =
     size, turn = torch.linalg.eigh(chosen.T @ theta @ chosen)
     keep = size > 1e-6 * size[-1]
     chosen = chosen @ (turn[:, keep] / size[keep].sqrt())  # B = chosen^T J
-    columns = smooth_rank(rank - chosen.shape[1])
+    columns = sketch_rank(rank - chosen.shape[1], kind)
     sketched = chosen.T @ pool.sketch(columns, seed, kind).flatten(0, 1).to(torch.float64)
     basis = None if flat else pool.vjp(chosen.to(pool.dtype))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import isqrt
 
 import torch
 from torch import Tensor
@@ -42,11 +43,18 @@ class FeatureMap:
         return self.both(jac, False)[0]
 
 
-def smooth_rank(rank: int) -> int:
-    """The next power of two where it is near, else the next number without prime factors above 7.
+def sketch_rank(rank: int, kind: str) -> int:
+    """Columns, ``rank`` at least, of a kind of sketch.
 
-    A transform of another length takes several times as long.
+    tensor: the next power of two where it is near, else the next number without prime factors above 7; a transform of
+    another length takes several times as long. two_sided: a product of two numbers that are nearly equal, as the
+    smaller side makes the variance.
     """
+    if kind == "two_sided":
+        side = isqrt(rank)
+        return side * -(-rank // side)
+    if kind != "tensor":
+        return rank
     power = 1 << (rank - 1).bit_length()
     if power <= 1.1 * rank:
         return power
