@@ -244,9 +244,10 @@ class Run:
                 moments.reduce(processes.total)
                 spectrum = feature_spectrum(moments)
                 if self.probes is not None:
-                    seen = moments_of(stores[1], fmap.rank, device)
+                    few = self.probes.n * self.goal.rows < fmap.rank and processes.count == 1
+                    seen = moments_of(stores[1], fmap.rank, device, few)
                     seen.reduce(processes.total)
-                    moment = spectrum.moment(seen.gram, seen.samples)
+                    moment = spectrum.moment(seen)
             with stages("leave one out"):
                 groups = self.groups if self.groups is not None or not whole else np.arange(n)
                 solver = LowRank(

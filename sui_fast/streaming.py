@@ -25,14 +25,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ._errors import ArgumentError, StabilityError, complaint
-from .jacobians import Jacobian, jacobian, sketches
+from .jacobians import Jacobian, jacobian, portions
 from .jacobians.data import Samples
 from .loo import Addition, SpectralRemoval, add_samples, check_stability, make_blocks, make_filter, shard_blocks
 from .losses import Goal
 from .ops.sketching import KINDS
 from .planning import PORTION, SHARD
 from .spectra import (
-    POOL,
     RANK_FOR,
     FeatureMap,
     FeatureSpectrum,
@@ -41,6 +40,9 @@ from .spectra import (
     anchored_sketch_map,
     fingerprint_of,
     nystrom_map,
+    pool_size,
+    sketch_map,
+    sketch_rank,
     subspace_map,
 )
 
@@ -135,7 +137,10 @@ def fit_map(
     """The feature map of a method; the same on every process. sketch: kind of random map of a "sketch"."""
     n = source.samples.n
     if kind == "sketch":
-        numbers = np.sort(np.random.default_rng(seed).choice(n, min(n, POOL), replace=False))
+        size = pool_size(source.part(0, 1), n, rank)
+        if not size:
+            return sketch_map(sketch_rank(rank, sketch), seed, sketch)
+        numbers = np.sort(np.random.default_rng(seed).choice(n, size, replace=False))
         pool = source.some(numbers)
         residual = goal.residual(torch.from_numpy(numbers), pool.outputs)
         return anchored_sketch_map(pool, residual, rank, seed, sketch)
@@ -189,9 +194,14 @@ def features_of(
 
 
 def _features(source: Source, fmap: FeatureMap, goal: Goal | None, begin: int, end: int) -> dict[str, Tensor]:
-    if fmap.sketch is not None:
-        own = None
-        outputs, features = sketches(source.model, source.samples.slice(begin, end), *fmap.sketch, **source.options)
+    if fmap.portion is not None:
+
+        def take(jac: Jacobian) -> tuple:
+            features, own, layers = fmap.portion(jac, goal is not None)
+            return (features, layers) if own is None else (features, own, layers)
+
+        outputs, features, *own = portions(source.model, source.samples.slice(begin, end), take, **source.options)
+        own = own[0] if own else None
     else:
         part = source.part(begin, end)
         outputs, (features, own) = part.outputs, fmap.both(part, goal is not None)

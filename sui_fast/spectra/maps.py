@@ -29,14 +29,15 @@ class FeatureMap:
 
     own: whether the blocks are wanted. state: what it was fitted to, by name.
 
-    sketch: (rank, seed, kind) where that function is a sketch, which needs no Jacobian of more than a batch.
+    portion: for sketches the same, batch by batch, with the layers as ``Jacobian.sketch_of_uses`` returns them: whoever
+        reads them needs no Jacobian of more than a batch.
     """
 
     kind: str
     rank: int
     both: Callable[[Jacobian, bool], tuple[Tensor, Tensor | None]]
     state: dict[str, Tensor] = field(default_factory=dict)
-    sketch: tuple[int, int, str] | None = None
+    portion: Callable[[Jacobian, bool], tuple[Tensor, Tensor | None, list]] | None = None
 
     def features(self, jac: Jacobian) -> Tensor:
         """Features [n, k, r] alone."""
@@ -75,7 +76,12 @@ def sketch_map(rank: int, seed: int = 0, kind: str = "tensor") -> FeatureMap:
         rank: columns. seed: of the random numbers. kind: "tensor", "sjlt", "rademacher" or "two_sided".
     Source: Pham and Pagh 2013; docs/math.md, section 10.
     """
-    return FeatureMap("sketch", rank, lambda jac, own: (jac.sketch(rank, seed, kind), None), sketch=(rank, seed, kind))
+
+    def portion(jac: Jacobian, own: bool) -> tuple[Tensor, None, list]:
+        found, layers = jac.sketch_of_uses(rank, seed, kind)
+        return found, None, layers
+
+    return FeatureMap("sketch", rank, lambda jac, own: portion(jac, own)[:2], portion=portion)
 
 
 def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
