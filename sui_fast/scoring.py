@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 import platform
 import sys
@@ -17,8 +18,7 @@ import torch
 from ._errors import ArgumentError, complaint
 from .aims import aim, aim_at_few, check_mode
 from .aims import targets as targets_of
-from .jacobians import jacobian
-from .jacobians.data import as_samples
+from .jacobians import Read, Samples, as_samples, jacobian, read_samples
 from .jacobians.engine import check_batch_size, predict
 from .loo import make_filter
 from .losses import check_loss
@@ -39,6 +39,7 @@ except ImportError:  # not on Windows
     resource = None
 
 MOST_INPUTS = 1 << 28  # bytes of inputs that scores keep
+MOST_READ = 10_000  # samples of a data set read on demand whose inputs scores keep
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "question", "prompt")  # what a report shows of a sample
 
 
@@ -89,8 +90,8 @@ def score(
 
     Args:
         model: any module with k outputs per sample.
-        train: Dataset, unshuffled DataLoader, (inputs, targets), Hugging Face Dataset or list of batches. Targets:
-            float [n, k] or [n], or integer classes (one-hot for k > 1, {0, 1} for k = 1).
+        train: Dataset, IterableDataset, unshuffled DataLoader, (inputs, targets), Hugging Face Dataset or list of
+            batches. Targets: float [n, k] or [n], or integer classes (one-hot for k > 1, {0, 1} for k = 1).
         val: the same, targets not needed; required by "fsi".
         measures: of "si", "fsi", "si_langevin", "si_sgd", "leverage", "loo_residual", "loo_margin".
         loss: "mse"; "cross_entropy" (logits, k > 1) and "binary_cross_entropy" (logits, each output for itself), or a
@@ -105,9 +106,10 @@ def score(
         rank: features of a method of low rank (default 1024); a warning names a better one where it is too small.
         sketch: the random map of method "sketch": "tensor" (default), "sjlt", "rademacher" (dense signs: the most
             faithful, and the slowest by far) or "two_sided" (the cheapest, and by far the least faithful).
-        store: folder for the features of a method of low rank, so that memory does not grow with the samples and a run
-            that was interrupted goes on (resume=True) with the same scores; resume=False begins anew. Under torchrun a
-            run of low rank shares the samples among the processes, and every process returns all scores.
+        store: folder for the features of a method of low rank, so that memory does not grow with the samples
+            (Datasets and DataLoaders are read again for every pass) and a run that was interrupted goes on
+            (resume=True) with the same scores; resume=False begins anew. Under torchrun a run of low rank shares the
+            samples among the processes, and every process returns all scores.
         part: (i, count), i from 1: only the features of the i-th of ``count`` slices of the samples, into ``store``,
             without the other processes; returns None. ``merge`` scores from all parts ("sketch" and "nystrom").
         params: "trainable", "all", names, or a predicate: the parameters that count.
@@ -163,11 +165,13 @@ def score(
         with stages("data"):
             own = getattr(outputs, "target", None)  # language models predict their inputs
             need = True if own is None else None
-            run.samples = as_samples(train, with_targets=need, argument="train")
+            # with a store memory must not grow with the samples: what can be read again is not kept
+            read = as_samples if store is None else functools.partial(read_samples, progress=progress)
+            run.samples = read(train, with_targets=need, argument="train")
             if "fsi" in wanted:
-                run.probes = as_samples(val, with_targets=None, argument="val")
+                run.probes = read(val, with_targets=None, argument="val", **({} if store is None else {"named": False}))
             if candidates is not None:
-                run.candidates = as_samples(candidates, with_targets=need, argument="candidates")
+                run.candidates = read(candidates, with_targets=need, argument="candidates")
         common = dict(outputs=outputs, params=params, batch_size=batch_size)
         with stages("look"):
             k = predict(model, run.samples.slice(0, 1), dtype=dtype, **common).shape[1]
@@ -265,7 +269,7 @@ def score(
         values=values,
         labels=labels.cpu().numpy() if labels is not None and groups is None else None,
         inputs=_small_inputs(inputs) if groups is None else None,
-        texts=_texts(train, inputs.n) if groups is None else None,
+        texts=_texts(train, inputs.n) if groups is None and _shown(inputs) else None,
         left_out=run.left_out,
         suggested=run.suggested,
         neighbours=run.neighbours,
@@ -294,8 +298,10 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     """
     known = ("outputs", "params", "batch_size", "dtype")
     options = {name: arguments[name] for name in known if name in arguments}
-    samples = as_samples(train, with_targets=None, argument="train")
-    m = 0 if val is None else as_samples(val, with_targets=None, argument="val").n
+    stored = arguments.get("store") is not None
+    read = functools.partial(read_samples, named=False) if stored else as_samples
+    samples = read(train, with_targets=None, argument="train")
+    m = 0 if val is None else read(val, with_targets=None, argument="val").n
     check_batch_size(options.get("batch_size", 64))
     sketch = check_sketch(arguments.get("sketch", "tensor"), arguments.get("method", "auto"))
     few = samples.slice(0, min(samples.n, options.get("batch_size", 64)))
@@ -307,7 +313,7 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
         samples.n, first.k, first.shape[1], method=arguments.get("method", "auto"), rank=arguments.get("rank"),
         device=first.device, groups=arguments.get("groups") is not None,
     )  # fmt: skip
-    stored, small = arguments.get("store") is not None, _small_inputs(few)
+    small = _small_inputs(few) if _shown(samples) else None
     given = 0 if small is None or samples.n * small[0].nbytes >= MOST_INPUTS else small[0].nbytes
     return make_plan(first, seconds, samples.n, m, method, rank, reason, stored, given, sketch)
 
@@ -395,9 +401,16 @@ def _peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _small_inputs(samples, most: int = 16_384) -> np.ndarray | None:
+def _shown(samples: Samples) -> bool:
+    """Whether inputs are kept for the report: not where that takes another pass over many samples on a disk."""
+    return not isinstance(samples, Read) or samples.n <= MOST_READ
+
+
+def _small_inputs(samples: Samples, most: int = 16_384) -> np.ndarray | None:
     """The inputs for the report, where they are one array: pictures made small, others of at most ``most`` numbers."""
-    parts = []
+    if not _shown(samples):
+        return None
+    parts: list[np.ndarray] = []
     for batch in samples.batches(256):
         if not isinstance(batch, torch.Tensor):  # several inputs: side by side where all are real numbers
             several = list(batch.values()) if isinstance(batch, dict) else list(batch)
@@ -413,10 +426,9 @@ def _small_inputs(samples, most: int = 16_384) -> np.ndarray | None:
             parts.append(shrink(pixels.numpy(), LARGEST))
         else:
             parts.append(batch.detach().cpu().to(torch.float32).numpy())
-    if len({part.shape[1:] for part in parts}) != 1:
-        return None
-    stacked = np.concatenate(parts)
-    return stacked if stacked.nbytes < MOST_INPUTS else None
+        if sum(part.nbytes for part in parts) >= MOST_INPUTS:
+            return None
+    return np.concatenate(parts) if len({part.shape[1:] for part in parts}) == 1 else None
 
 
 def _texts(train, n: int) -> list[str] | None:

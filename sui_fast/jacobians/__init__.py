@@ -5,11 +5,13 @@ from .capture import Evaluator
 from .data import Samples, as_samples, to_device
 from .engine import jacobian, ntk, portions, sketches
 from .jacobian import Jacobian
+from .reading import Read, read_samples
 
 __all__ = [
     "Anchors",
     "Evaluator",
     "Jacobian",
+    "Read",
     "Samples",
     "as_samples",
     "goes_by_kernel",
@@ -18,6 +20,7 @@ __all__ = [
     "ntk",
     "portions",
     "project",
+    "read_samples",
     "sketched_anchors",
     "sketches",
     "to_device",
