@@ -31,6 +31,9 @@ NAMES = {
     "test_two_sided": "two-sided sketch, C++",
     "test_rademacher": "dense Rademacher sketch, C++",
     "test_dispatch": "dispatch of a call",
+    "test_one_output": "pass 1 of a run of low rank, tensor sketch of all parameters",
+    "test_minilm": "pass 1, loss gradients of an encoder",
+    "test_training_step": "scores from training's own backward passes",
 }
 FLOORS = {
     "test_capture": "forward + k backward passes",

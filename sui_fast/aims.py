@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ._errors import ArgumentError, complaint
+from ._errors import ArgumentError, complaint, one_of
 from .jacobians.data import Samples
 from .jacobians.engine import predict
 from .losses import Curved, Goal, Rooted, Squared
@@ -54,9 +54,7 @@ def aim_at_few(model, loss, samples, targets, device, options, progress, mode, r
 
 
 def check_mode(mode, loss, labels, wanted, candidates) -> None:
-    if mode not in MODES:
-        known = ", ".join(map(repr, MODES))
-        raise ArgumentError(complaint("output_mode", f"one of {known}", repr(mode), "Choose one."))
+    one_of("output_mode", mode, MODES)
     classes = loss == "cross_entropy" and labels is not None
     fits = classes if mode == "top" else classes or loss in ("mse", "binary_cross_entropy")
     if mode == "random" and {"loo_residual", "loo_margin"} & set(wanted):

@@ -25,11 +25,11 @@ from .merging import merge
 from .ops.sketching import KINDS
 from .parts import as_part
 from .planning import METHODS
+from .processes import Processes
 from .projections import MODES
 from .report import compare
 from .scores import Scores
 from .scoring import plan, score
-from .streaming import Processes
 
 _DTYPES = {str(x).removeprefix("torch."): x for x in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 

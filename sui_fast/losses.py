@@ -47,9 +47,7 @@ class Softmax:
     """
 
     def __init__(self, f: Tensor):
-        log, self.order = torch.sort(
-            F.log_softmax(f.to(torch.float64), 1).clamp_min(_FLOOR), dim=1, stable=True
-        )
+        log, self.order = torch.sort(F.log_softmax(f.to(torch.float64), 1).clamp_min(_FLOOR), dim=1, stable=True)
         self.p = log.exp()
         tail = _later(self.p)  # sum over i >= j
         self.q, self.conditional = tail[:, 1:], (self.p / tail)[:, :-1]
@@ -258,7 +256,7 @@ Goal = Squared | Curved
 
 def check_loss(loss: Any) -> None:
     """Raises ArgumentError where ``loss`` is neither a name nor a function."""
-    if not callable(loss) and loss not in LOSSES:
+    if not callable(loss) and not (isinstance(loss, str) and loss in LOSSES):
         known = ", ".join(map(repr, LOSSES))
         raise ArgumentError(complaint("loss", f"{known} or a function", repr(loss), "Choose one."))
 

@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from ._errors import ArgumentError, StoreError, complaint
+from .processes import Processes, Source
 from .spectra import FeatureMap, Store
 from .spectra.store import read_fingerprint
-from .streaming import Processes, Source, features_of
+from .streaming import features_of
 
 ALONE = ("sketch", "nystrom")  # methods whose map every part fits by itself, the same one
 _FOLDER = re.compile(r"train-(\d{4,})-of-(\d{4,})")

@@ -1,11 +1,11 @@
 """Many outputs: a few rows per sample in place of k, so that the backward passes do not grow with k.
 
-    random   row 1 is the loss's own direction, e = r / ||r||, so the gradient J^T R^T r is exact; q - 1 rows are random
-             signs in its complement, scaled so that their curvature is that of all outputs in the mean
-    top      the given class, the q - 1 most probable others, and the log of the summed exponentials of the rest: the
-             cross-entropy itself is unchanged, and only differences among the rest are left out of its curvature
-    shared   (random, squared loss) one random projection of all samples' outputs
-    F-SI     on random signs of the validation outputs, E||P^T df||^2 = ||df||^2
+random   row 1 is the loss's own direction, e = r / ||r||, so the gradient J^T R^T r is exact; q - 1 rows are random
+         signs in its complement, scaled so that their curvature is that of all outputs in the mean
+top      the given class, the q - 1 most probable others, and the log of the summed exponentials of the rest: the
+         cross-entropy itself is unchanged, and only differences among the rest are left out of its curvature
+shared   (random, squared loss) one random projection of all samples' outputs
+F-SI     on random signs of the validation outputs, E||P^T df||^2 = ||df||^2
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ._errors import ArgumentError, DataError, complaint
+from ._errors import ArgumentError, DataError, complaint, path_of
 from .jacobians.data import Samples, as_samples
 
 COLUMNS = ("id", "decision", "label", "new_label")
@@ -131,8 +131,13 @@ def read_review(path: str | os.PathLike) -> Review:
     Raises:
         DataError: another header, an unknown decision, a short line, or an id decided twice (with the line).
     """
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        lines = list(csv.reader(file))
+    try:
+        with open(path_of("path", path), newline="", encoding="utf-8-sig") as file:
+            lines = list(csv.reader(file))
+    except FileNotFoundError:
+        raise
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(complaint("path", "a readable CSV file", f"{path} ({error})", "Export it again.")) from None
     if not lines or tuple(lines[0]) != COLUMNS:
         got = ",".join(lines[0]) if lines else "an empty file"
         raise DataError(complaint("path", f"a CSV file with the header {','.join(COLUMNS)}", got, "Export it again."))

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._errors import ArgumentError, complaint
+from ._errors import ArgumentError, complaint, one_of, whole
 from .jacobians import jacobian
 from .loo import (
+    CONVENTIONS,
     Removal,
     WeightedProblem,
     WeightedRemoval,
@@ -31,6 +32,8 @@ from .loo import (
 from .losses import ROOTS, Goal
 from .measures import feature_neighbours, information, kernel_neighbours, sgd_information
 from .parts import Merged, Part, check_map, open_parts
+from .planning import METHODS
+from .processes import Processes, Source
 from .spectra import (
     PROJECTIONS,
     dense_spectrum,
@@ -41,15 +44,14 @@ from .spectra import (
 )
 from .streaming import (
     LowRank,
-    Processes,
-    Source,
-    check_rank,
     collect,
+    drawn,
     features_of,
     fit_map,
     kernel_error,
     moments_of,
     open_store,
+    probed_dimension,
     run_fingerprint,
     warn_of_rank,
 )
@@ -292,7 +294,7 @@ class Run:
                     self.neighbours = feature_neighbours(rows, n, self.labels, doubt[worst.argsort()])
                 sums = torch.tensor([first_error, lost, missed], dtype=torch.float64)
                 first_error, lost, missed = processes.total(sums).tolist()
-                edf = missed + float((spectrum.s * torch.from_numpy(phi(spectrum.s.cpu().numpy())).to(device)).sum())
+                kept = float((spectrum.s * torch.from_numpy(phi(spectrum.s.cpu().numpy())).to(device)).sum())
             if self.candidates is not None:
                 with stages("candidates"):
                     new = Source(self.model, self.candidates, source.options, *processes.slice(self.candidates.n))
@@ -304,8 +306,12 @@ class Run:
                         begin = part.stop
                     self.new_values = processes.gather(self._join(columns))
             with stages("error estimate"):
-                error, exact_edf = kernel_error(source, fmap, n * reg, self.seed)
-                details["effective_dimension"] = edf = max(edf, exact_edf) if phi.converged else edf
+                probes = drawn(source, self.seed)
+                error = kernel_error(source, fmap, self.seed, probes)
+                edf = max(kept, probed_dimension(source, phi, float(spectrum.s[-1]), self.seed, probes))
+                if method != "sketch":  # features that lie below the kernel: the truth is between these two
+                    edf = kept + missed if missed < 0.2 * kept else min(edf, kept + missed)
+                details["effective_dimension"] = edf
                 better = warn_of_rank(method, fmap.rank, edf, n * self.goal.rows)
         finally:
             for held in stores:
@@ -344,15 +350,16 @@ def authors_definitions(compat: str | None, convention: str, method: str, rank: 
     """(convention, method, rank, projection) that ``compat`` stands for."""
     if compat is None:
         return convention, method, rank, None
-    if compat != "iclr2021":
-        raise ArgumentError(complaint("compat", "'iclr2021' or None", repr(compat), "Choose one."))
+    one_of("compat", compat, ("iclr2021",))
+    one_of("convention", convention, CONVENTIONS)
+    one_of("method", method, (*METHODS, *PROJECTIONS))
     if convention not in ("sum", "iclr2021"):
         got, todo = repr(convention), "Drop one of the two."
         raise ArgumentError(complaint("convention", "the one that compat='iclr2021' brings", got, todo))
     if method not in PROJECTIONS:
         return "iclr2021", method, rank, None
     if rank is not None:
-        check_rank(rank)
+        whole("rank", rank, 1)
     return "iclr2021", "dense", None, (method, rank)
 
 
@@ -404,7 +411,7 @@ def _version() -> str:
 def _measure(
     removal: Removal, wanted, sigma: float, goal: Goal, part: slice, *,
     shift: float, lr: float, batch_size: int, jitter: float,
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:  # fmt: skip
     """The columns asked for, in the order asked for, and what is to be said about them."""
     extra: dict[str, Any] = {}
 

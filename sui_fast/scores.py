@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ._errors import ArgumentError, DataError, complaint
+from ._errors import ArgumentError, DataError, complaint, path_of, whole
 from .previews import extra_columns, is_extra, read_extras
 
 _MAGIC = b"sui_fast.scores"
@@ -75,7 +75,7 @@ class Scores:
         return len(self.ids)
 
     def __getitem__(self, measure: str) -> np.ndarray:
-        if measure not in self.values:
+        if not isinstance(measure, str) or measure not in self.values:
             raise ArgumentError(
                 complaint(
                     "measure", f"one of {', '.join(self.values)}", repr(measure), "Ask score() for it with measures=."
@@ -138,7 +138,7 @@ class Scores:
         Returns:
             the path.
         """
-        path = Path(path)
+        path = path_of("path", path)
         table = self.table
         extras = {"suggested": self.suggested, **(self.neighbours or {})}
         if previews:
@@ -163,6 +163,7 @@ class Scores:
         Raises:
             DataError: not a Parquet file, not written by sui_fast, or damaged.
         """
+        path = path_of("path", path)
         try:
             table = pq.read_table(path, page_checksum_verification=True)
             about = json.loads((table.schema.metadata or {})[_MAGIC])
@@ -193,9 +194,8 @@ class Scores:
         return self._ranked(m, by, 1)
 
     def _ranked(self, m: int, by: str | None, direction: int) -> Scores:
-        if isinstance(m, bool) or not isinstance(m, int | np.integer) or m < 0:
-            raise ArgumentError(complaint("m", "a whole number >= 0", repr(m), "Pass the number of rows."))
-        column = self[by or self.default_measure]
+        m = whole("m", m)
+        column = self[self.default_measure if by is None else by]
         return self.select(np.argsort(direction * column, kind="stable")[:m])
 
     @property

@@ -5,32 +5,29 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import math
+import inspect
 import platform
 import sys
 import time as clock
 from importlib import metadata
 from typing import Any
 
-import numpy as np
 import torch
 
 from ._errors import ArgumentError, complaint
 from .aims import aim, aim_at_few, check_mode
 from .aims import targets as targets_of
-from .jacobians import Read, Samples, as_samples, jacobian, read_samples
-from .jacobians.engine import check_batch_size, predict
-from .loo import make_filter
-from .losses import check_loss
-from .measures import MEASURES, UNITS
+from .checks import check_arguments
+from .jacobians import as_samples, jacobian, read_samples
+from .jacobians.engine import predict
+from .measures import UNITS
 from .parts import check_part
-from .planning import METHODS, Plan, choose_method, make_plan
-from .previews import LARGEST, channels_first, image_shape, shrink
+from .planning import Plan, choose_method, make_plan
 from .projections import Signed
 from .runs import Run, Stages, authors_definitions
 from .scores import Scores
+from .showing import MOST_INPUTS, shown, small_inputs, texts_of
 from .spectra import fingerprint_of
-from .streaming import check_rank, check_sketch
 from .targets import loss_targets
 
 try:
@@ -38,9 +35,6 @@ try:
 except ImportError:  # not on Windows
     resource = None
 
-MOST_INPUTS = 1 << 28  # bytes of inputs that scores keep
-MOST_READ = 10_000  # samples of a data set read on demand whose inputs scores keep
-TEXT_COLUMNS = ("text", "sentence", "content", "document", "question", "prompt")  # what a report shows of a sample
 
 
 def score(
@@ -138,24 +132,25 @@ def score(
         ArgumentError, DataError, StabilityError, CoverageError, SpectrumError; each names the argument and the remedy.
     Source: Harutyunyan et al., ICLR 2021, Definitions 3.1 and 4.1, eqs. 5 and 16.
     """
-    if candidates is not None and "si_sgd" in measures:
-        got, todo = "'si_sgd', whose noise depends on the sample", "Score them in two calls."
-        raise ArgumentError(complaint("measures", "measures that candidates have", got, todo))
     apart = check_part(part, method, store)
     convention, method, rank, projection = authors_definitions(compat, convention, method, rank)
-    wanted = _check_arguments(measures, loss, sigma, method, rank, val, sgd_batch_size, sgd_jitter)
-    check_sketch(sketch, method)
-    sgd_lr = sgd_lr if sgd_lr is not None else (lr if lr is not None else 1.0)
-    if not (isinstance(sgd_lr, int | float) and math.isfinite(sgd_lr) and sgd_lr > 0):
-        raise ArgumentError(complaint("sgd_lr", "a finite number > 0", repr(sgd_lr), "Pass the step size of SGD."))
-    automatic = isinstance(reg, str)
-    if automatic and reg != "auto":
-        raise ArgumentError(complaint("reg", "a number >= 0 or 'auto'", repr(reg), "Choose one."))
-    make_filter(1, reg=0.0 if automatic else reg, time=time, lr=lr, dynamics=dynamics)  # fail before the long part
+    wanted = check_arguments(
+        measures=measures, loss=loss, sigma=sigma, method=method, rank=rank, reg=reg, time=time, lr=lr,
+        dynamics=dynamics, convention=convention, batch_size=batch_size, seed=seed, store=store, resume=resume,
+        progress=progress, output_mode=output_mode, output_rank=output_rank, sgd_batch_size=sgd_batch_size,
+        sgd_lr=sgd_lr, sgd_jitter=sgd_jitter, sketch=sketch,
+    )  # fmt: skip
+    if candidates is not None and "si_sgd" in wanted:
+        got, todo = "'si_sgd', whose noise depends on the sample", "Score them in two calls."
+        raise ArgumentError(complaint("measures", "measures that candidates have", got, todo))
+    if "fsi" in wanted and val is None:
+        todo = "Pass val=..., or measures=('si',)."
+        raise ArgumentError(complaint("val", "validation samples for the measure 'fsi'", None, todo))
+    reg = reg if isinstance(reg, str) else float(reg)
+    sgd_lr = sgd_lr if sgd_lr is not None else (lr or 1.0)
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         model = model.module
-    if device is not None and _device_of(model) != torch.device(device):
-        model = copy.deepcopy(model).to(device)
+    model = _placed(model, device)
 
     stages = Stages(6 + ("fsi" in wanted) * 2, progress)
     run = Run(model, wanted, reg, dict(time=time, lr=lr, dynamics=dynamics), convention, groups, sigma, seed, progress)
@@ -268,8 +263,8 @@ def score(
         ids=ids,
         values=values,
         labels=labels.cpu().numpy() if labels is not None and groups is None else None,
-        inputs=_small_inputs(inputs) if groups is None else None,
-        texts=_texts(train, inputs.n) if groups is None and _shown(inputs) else None,
+        inputs=small_inputs(inputs) if groups is None else None,
+        texts=texts_of(train, inputs) if groups is None else None,
         left_out=run.left_out,
         suggested=run.suggested,
         neighbours=run.neighbours,
@@ -280,7 +275,7 @@ def score(
             ids=run.candidates.ids,
             values=run.new_values,
             labels=None if new_targets[1] is None else new_targets[1].cpu().numpy(),
-            inputs=_small_inputs(new),
+            inputs=small_inputs(new),
             **about,
         )
     return scores
@@ -296,59 +291,29 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     Raises:
         As ``score`` does for data and models it cannot take.
     """
+    bound = inspect.signature(score).bind(model, train, val, **arguments)
+    bound.apply_defaults()
+    compat, convention, method, rank = (bound.arguments[name] for name in ("compat", "convention", "method", "rank"))
+    convention, method, rank, _ = authors_definitions(compat, convention, method, rank)
+    check_arguments(**{**bound.arguments, "convention": convention, "method": method, "rank": rank})
     known = ("outputs", "params", "batch_size", "dtype")
     options = {name: arguments[name] for name in known if name in arguments}
     stored = arguments.get("store") is not None
     read = functools.partial(read_samples, named=False) if stored else as_samples
     samples = read(train, with_targets=None, argument="train")
     m = 0 if val is None else read(val, with_targets=None, argument="val").n
-    check_batch_size(options.get("batch_size", 64))
-    sketch = check_sketch(arguments.get("sketch", "tensor"), arguments.get("method", "auto"))
-    few = samples.slice(0, min(samples.n, options.get("batch_size", 64)))
+    few = samples.slice(0, min(samples.n, bound.arguments["batch_size"]))
     jacobian(model, few, **options)  # the first pass also proves the capture
     start = clock.perf_counter()
     first = jacobian(model, few, **options)
     seconds = clock.perf_counter() - start
     method, rank, reason = choose_method(
-        samples.n, first.k, first.shape[1], method=arguments.get("method", "auto"), rank=arguments.get("rank"),
+        samples.n, first.k, first.shape[1], method=method, rank=rank,
         device=first.device, groups=arguments.get("groups") is not None,
     )  # fmt: skip
-    small = _small_inputs(few) if _shown(samples) else None
+    small = small_inputs(few) if shown(samples) else None
     given = 0 if small is None or samples.n * small[0].nbytes >= MOST_INPUTS else small[0].nbytes
-    return make_plan(first, seconds, samples.n, m, method, rank, reason, stored, given, sketch)
-
-
-def _check_arguments(measures, loss, sigma, method, rank, val, sgd_batch_size, sgd_jitter):
-    wanted = (measures,) if isinstance(measures, str) else tuple(measures)
-    unknown = [name for name in wanted if name not in MEASURES]
-    if unknown or not wanted:
-        raise ArgumentError(
-            complaint("measures", f"some of {', '.join(MEASURES)}", repr(unknown or wanted), "Choose from the list.")
-        )
-    check_loss(loss)
-    if method not in METHODS:
-        raise ArgumentError(
-            complaint(
-                "method",
-                f"one of {', '.join(map(repr, METHODS))}",
-                repr(method),
-                "Choose one.",
-            )
-        )
-    if rank is not None:
-        check_rank(rank)
-        if method == "dense":
-            raise ArgumentError(
-                complaint("rank", "None with an exact method", repr(rank), "It belongs to methods of low rank.")
-            )
-    if "fsi" in wanted and val is None:
-        raise ArgumentError(
-            complaint("val", "validation samples for the measure 'fsi'", None, "Pass val=..., or measures=('si',).")
-        )
-    for name, value in (("sigma", sigma), ("sgd_batch_size", sgd_batch_size), ("sgd_jitter", sgd_jitter)):
-        if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 < value < math.inf:
-            raise ArgumentError(complaint(name, "a finite number > 0", repr(value), "Pass a positive number."))
-    return tuple(dict.fromkeys(wanted))
+    return make_plan(first, seconds, samples.n, m, method, rank, reason, stored, given, bound.arguments["sketch"])
 
 
 def _check_labels(labels, groups) -> None:
@@ -368,6 +333,18 @@ def _dtypes(model: torch.dtype, method: str) -> dict[str, str]:
     name = str(model).removeprefix("torch.")
     features = name if method == "dense" else "float32"
     return dict(model=name, features=features, accumulation="float64", solve="float64")
+
+
+def _placed(model, device):
+    """The model, or a copy of it on the device asked for."""
+    if device is None or not isinstance(model, torch.nn.Module):
+        return model
+    try:
+        asked = torch.device(device)
+        return model if _device_of(model) == asked else copy.deepcopy(model).to(asked)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        got, todo = f"{device!r} ({error})", "Pass 'cpu' or 'cuda'; sui_fast.doctor() shows what is there."
+        raise ArgumentError(complaint("device", "a device of this machine", got, todo)) from None
 
 
 def _device_of(model: torch.nn.Module) -> torch.device:
@@ -399,47 +376,3 @@ def _peak_bytes(device: torch.device) -> int:
     if resource is None:
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _shown(samples: Samples) -> bool:
-    """Whether inputs are kept for the report: not where that takes another pass over many samples on a disk."""
-    return not isinstance(samples, Read) or samples.n <= MOST_READ
-
-
-def _small_inputs(samples: Samples, most: int = 16_384) -> np.ndarray | None:
-    """The inputs for the report, where they are one array: pictures made small, others of at most ``most`` numbers."""
-    if not _shown(samples):
-        return None
-    parts: list[np.ndarray] = []
-    for batch in samples.batches(256):
-        if not isinstance(batch, torch.Tensor):  # several inputs: side by side where all are real numbers
-            several = list(batch.values()) if isinstance(batch, dict) else list(batch)
-            if not all(isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim <= 2 for x in several):
-                return None
-            batch = torch.cat([x.reshape(len(x), -1).cpu().to(torch.float32) for x in several], 1)
-        if batch[0].numel() > most:
-            if image_shape(tuple(batch.shape[1:])) is None:
-                return None
-            pixels = batch.detach().cpu().to(torch.float32)
-            first = channels_first(tuple(batch.shape[1:]))
-            pixels = pixels.movedim(1, -1) if first else pixels.reshape(*batch.shape[:3], -1)
-            parts.append(shrink(pixels.numpy(), LARGEST))
-        else:
-            parts.append(batch.detach().cpu().to(torch.float32).numpy())
-        if sum(part.nbytes for part in parts) >= MOST_INPUTS:
-            return None
-    return np.concatenate(parts) if len({part.shape[1:] for part in parts}) == 1 else None
-
-
-def _texts(train, n: int) -> list[str] | None:
-    """The texts of a Hugging Face Dataset, alone or in a DataLoader, for the report."""
-    train = train.dataset if isinstance(train, torch.utils.data.DataLoader) else train
-    names = getattr(train, "column_names", None)
-    if not isinstance(names, list) or not hasattr(train, "with_format"):
-        return None
-    for name in TEXT_COLUMNS:
-        if name in names:
-            found = train.with_format(None)[name][:]
-            if len(found) == n and all(isinstance(text, str) for text in found):
-                return list(found)
-    return None

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import math
+import random
+import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._errors import ArgumentError, complaint
+from ._errors import ArgumentError, DataError, complaint
+from .jacobians.layers import Factor, Index, Outer, Rows
+from .jacobians.taps import READERS, factors_of, reader_of
 from .loo import make_filter
 from .measures import information
 from .ops.sketching.sums import TensorSums
 from .scores import Scores
 from .spectra import Moments, feature_spectrum
 from .streaming import LowRank
+
+_LARGE = 1 << 20  # numbers of a layer's input and gradient that are not kept until step()
+_MIXES = "the layer mixes the samples of a batch in train mode"
+_UNKNOWN = "no rule for the layer"
+_NEVER = "no gradient came through a call of its layer"
 
 
 class TrainingScores:
@@ -31,16 +44,23 @@ class TrainingScores:
         scores = live.scores(reg=0.1)
 
     The gradient of a summed (or averaged) loss at a layer's output holds each sample's own part, so nothing but the
-    sketch is added to a step. Linear layers and embeddings are seen, where they are called as modules on a whole batch;
-    ``coverage`` is the share of the parameters that was. The gradients are those of the weights at the time of each
+    sketch is added to a step. Seen are the trainable parameters of linear layers (those of ``transformers.Conv1D``
+    too), embeddings, convolutions, norms and scales, where these layers are called as modules on a whole batch;
+    ``coverage`` is the share of the trainable parameters that was, ``left_out`` says why for the others. BatchNorm in
+    train mode makes a sample's loss depend on the others: its own parameters are left out, and the parts of the layers
+    below it are those through the sample's own activations. The gradients are those of the weights at the time of each
     step; of a sample seen twice the later one counts.
 
     Args:
-        model: in training. Layers that mix samples (BatchNorm in train mode) make the parts depend on one another.
-        rank: features. seed: of the sketch. reduction: "mean" or "sum", of the loss over the batch.
-        layers: f(name, module) -> bool, the layers to watch; default: all Linear and Embedding modules.
+        model: in training. rank: features. seed: of the sketch. reduction: "mean" or "sum", of the loss over the batch.
+        layers: f(name, module) -> bool, the layers to watch; default: all.
+        share: of the steps that are watched, drawn at random; the overhead falls with it, and over several epochs most
+            samples are seen.
+        scaler: a torch.amp.GradScaler whose scale the loss is multiplied with; steps whose gradients overflow are left
+            out, as the training leaves them out.
     Raises:
-        ArgumentError: no such layer; a layer named by ``layers`` without a batch axis; ids of another length.
+        ArgumentError: no such layer; two backward passes before a step; ids of another length; a layer whose batch axis
+            changes. DataError: gradients that are not finite.
     """
 
     def __init__(
@@ -51,95 +71,230 @@ class TrainingScores:
         seed: int = 0,
         reduction: str = "mean",
         layers: Callable[[str, nn.Module], bool] | None = None,
+        share: float = 1.0,
+        scaler: Any = None,
     ):
         if reduction not in ("mean", "sum"):
             raise ArgumentError(complaint("reduction", "'mean' or 'sum'", repr(reduction), "Name that of the loss."))
-        self.model, self.rank, self.seed, self.reduction = model, rank, seed, reduction
-        named = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)]
-        self._layers = sorted((name, m) for name, m in named if layers is None or layers(name, m))
-        if not self._layers:
-            got, todo = f"none of {len(named)}", "Watch at least one Linear or Embedding layer."
-            raise ArgumentError(complaint("layers", "some layers to watch", got, todo))
-        self._named = layers is not None
-        self._met: set[int] = set()
-        self._left_out: set[int] = set()
-        # a weight keeps its map wherever it is used; a bias beside it is one more column
-        weights = {id(m.weight): None for _, m in self._layers}
-        self._streams = {key: stream for stream, key in enumerate(weights)}
-        self._shared = len(weights) < len(self._layers)
+        if not 0 < share <= 1:
+            raise ArgumentError(complaint("share", "a number in (0, 1]", repr(share), "1 watches every step."))
+        if isinstance(model, nn.DataParallel):
+            todo = "Use DistributedDataParallel, which runs the model itself."
+            raise ArgumentError(complaint("model", "one module that sees whole batches", "nn.DataParallel", todo))
+        self.model, self.rank, self.seed, self.reduction, self.scaler = model, rank, seed, reduction, scaler
+        self.share, self.skipped = share, 0
+        self._draw, self._watching = random.Random(seed), True
+        self._wanted = layers
+        self._left_out: dict[int, str] = {}
+        self._axes: dict[int, int] = {}  # the axis of the samples of each layer, where there was only one answer
+        self._guessed: dict[int, int] = {}
         self._handles: list[Any] = []
+        self._waiting: list[tuple[nn.Module, Tensor, Tensor]] = []
         self._sums: TensorSums | None = None
-        self._blocks: list[tuple[list, Tensor]] = []
+        self._numbers: dict[Any, int] = {}  # row of each sample in the table
+        self._table = torch.empty(0, rank)
+        self._survey()
+
+    def _survey(self) -> None:
+        """The layers to watch: those with trainable parameters of their own."""
+        # a parameter keeps its map wherever it is used: its number among all of them
+        numbers = {id(p): (number, name) for number, (name, p) in enumerate(self.model.named_parameters())}
+        self._streams = {name: number for number, name in numbers.values()}
+        self._layers: dict[int, tuple[str, nn.Module, dict[str, str]]] = {}
+        time_first: set[int] = set()
+        found = 0
+        for name, module in self.model.named_modules():
+            if getattr(module, "batch_first", True) is False:
+                time_first |= {id(m) for m in module.modules()}
+            own = {n: numbers[id(p)][1] for n, p in module.named_parameters(recurse=False) if p.requires_grad}
+            found += bool(own)
+            if own and (self._wanted is None or self._wanted(name, module)):
+                self._layers[id(module)] = (name, module, own)
+        if not self._layers:
+            got, todo = f"none of {found}", "Watch at least one layer with trainable parameters."
+            raise ArgumentError(complaint("layers", "some layers to watch", got, todo))
+        uses = Counter(name for _, _, own in self._layers.values() for name in own.values())
+        self._shared = {name for name, count in uses.items() if count > 1}
+        self._time_first = time_first
+        self._plain = {  # linear layers that are whole and alone: stream, bias
+            key: (self._streams[own["weight"]], module.bias is not None)
+            for key, (_, module, own) in self._layers.items()
+            if reader_of(module) is READERS[nn.Linear]
+            and len(own) == 1 + (module.bias is not None)
+            and self._shared.isdisjoint(own.values())
+        }
 
     @property
     def coverage(self) -> float:
-        """Share of the parameters whose gradients were seen."""
-        every = {id(p): p.numel() for p in self.model.parameters()}
-        met = [m for _, m in self._layers if id(m) in self._met - self._left_out]
-        seen = {id(p): p.numel() for m in met for p in m.parameters(recurse=False)}
-        return sum(seen.values()) / sum(every.values())
+        """Share of the trainable parameters whose gradients were seen."""
+        sizes = {name: p.numel() for name, p in self.model.named_parameters() if p.requires_grad}
+        left_out = self.left_out
+        return sum(size for name, size in sizes.items() if name not in left_out) / max(sum(sizes.values()), 1)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Trainable parameters that were not seen so far, and why."""
+        reasons = {name: _NEVER for name, p in self.model.named_parameters() if p.requires_grad}
+        for key, (_, _, own) in self._layers.items():
+            for name in own.values():
+                if key in self._left_out:
+                    reasons[name] = self._left_out[key]
+                elif key in self._axes or key in self._guessed:
+                    reasons.pop(name, None)
+        return reasons
 
     def __enter__(self) -> TrainingScores:
-        self._handles = [m.register_forward_hook(self._watch) for _, m in self._layers]
+        self._survey()  # parameters may have been frozen or freed meanwhile
+        self._handles = [m.register_forward_hook(self._watch) for _, m, _ in self._layers.values()]
         return self
 
     def __exit__(self, *_: Any) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._sums = [], None
+        self._handles, self._waiting, self._sums = [], [], None
 
-    def _watch(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        if module.training and torch.is_grad_enabled() and output.requires_grad and id(module) not in self._left_out:
+    # -- in the passes ------------------------------------------------------------------------------------------------
+
+    def _watch(self, module: nn.Module, inputs: tuple, output: Any) -> None:
+        if not (self._watching and module.training and torch.is_grad_enabled()) or id(module) in self._left_out:
+            return
+        if not isinstance(output, Tensor) or not inputs or not isinstance(inputs[0], Tensor):
+            self._left_out[id(module)] = _UNKNOWN
+        elif output.requires_grad:
+            if (self._waiting or self._sums is not None) and torch._C._current_graph_task_id() < 0:
+                todo = "Call step(ids) after every backward pass, before the next forward pass."
+                raise ArgumentError(complaint("step", "one backward pass for each step", "a second one", todo))
             x = inputs[0].detach()
-            output.register_hook(lambda g: self._add(module, x, g.detach()))
+            output.register_hook(partial(self._receive, module, x))
 
-    def _add(self, module: nn.Module, x: Tensor, g: Tensor) -> None:
-        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
-            n = len(g)
-            if self._sums is None:
-                self._sums = TensorSums(n, 1, self.rank, self.seed, g)
-            if len(self._sums.out) != n and not self._named:
-                self._left_out.add(id(module))  # one table of positions for all samples: its gradient is their sum
-                return
-            if len(self._sums.out) != n:
-                name = next(name for name, m in self._layers if m is module)
-                got = f"{n} rows in layer {name!r} and {len(self._sums.out)} in another"
-                todo = "Call step(ids) after every backward pass, or leave the layer out with layers=."
-                raise ArgumentError(complaint("layers", "layers that see one batch", got, todo))
-            self._met.add(id(module))
-            g = g.reshape(n, 1, -1, g.shape[-1])
-            stream = self._streams[id(module.weight)]
-            if isinstance(module, nn.Embedding):
-                token = x.reshape(n, -1)
-                if module.padding_idx is not None:
-                    token = token.where(token != module.padding_idx, -1)
-                self._sums.index(token, g, module.num_embeddings, stream)
-            else:
-                ones = module.bias is not None and not self._shared
-                self._sums.outer(x.reshape(n, -1, x.shape[-1]), g, stream, ones)
-                if module.bias is not None and self._shared:
-                    number = next(i for i, (_, m) in enumerate(self._layers) if m is module)
-                    self._sums.rows(g.sum(2), len(self._streams) + number)
+    def _receive(self, module: nn.Module, x: Tensor, g: Tensor) -> None:
+        if x.numel() + g.numel() <= _LARGE:
+            self._waiting.append((module, x, g))
+            return
+        self._add_all([(module, x, g)], len(g) if self._sums is None else len(self._sums.out))
 
-    def step(self, ids: Sequence[Any] | Tensor | np.ndarray) -> None:
-        """Keep the sketches of the backward pass just done as those of the samples with these ids, in batch order."""
+    def _add_all(self, layers: list[tuple[nn.Module, Tensor, Tensor]], n: int) -> None:
+        kind = layers[0][2].device.type if layers else "cpu"
+        with torch.no_grad(), torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+            for module, x, g in layers:
+                self._add(module, x, g, n)
+
+    def _add(self, module: nn.Module, x: Tensor, g: Tensor, n: int) -> None:
+        """Add the sketch of a layer's part to that of the batch of n samples."""
+        axis = self._axis(module, x, g, n)
+        if axis is None or id(module) in self._left_out:
+            return
         if self._sums is None:
-            todo = "Call step(ids) once after backward(), with the model in train mode."
-            raise ArgumentError(complaint("step", "a backward pass before it", "none", todo))
-        features, self._sums = self._sums.total()[:, 0].to(torch.float32).cpu(), None
+            self._sums = TensorSums(n, 1, self.rank, self.seed, g)
+        if axis:
+            x, g = x.movedim(axis, 0), g.movedim(axis, 0)
+        if id(module) in self._plain:
+            a, g = x.reshape(n, -1, x.shape[-1]), g.reshape(n, 1, -1, g.shape[-1])
+            self._sums.outer(a, g, *self._plain[id(module)])
+            return
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            self._leave_out(module, _MIXES)
+            return
+        factors = factors_of(module, self._layers[id(module)][2], x, g)
+        if factors is None:
+            self._leave_out(module, _UNKNOWN)
+            return
+        for factor in factors:
+            self._put(factor)
+
+    def _put(self, factor: Factor) -> None:
+        sums, streams, names = self._sums, self._streams, factor.names
+        if isinstance(factor, Rows):
+            sums.rows(factor.rows, streams[names["rows"]])
+        elif isinstance(factor, Index):
+            count = self.model.get_parameter(names["weight"]).shape[0]
+            sums.index(factor.token, factor.g, count, streams[names["weight"]])
+        else:
+            bias = "bias" in names
+            apart = bias and not self._shared.isdisjoint(names.values())
+            assert isinstance(factor, Outer)
+            sums.outer(factor.a, factor.g, streams[names["weight"]], bias and not apart)
+            if apart:
+                sums.rows(factor.g.sum(2), streams[names["bias"]])
+
+    def _axis(self, module: nn.Module, x: Tensor, g: Tensor, n: int) -> int | None:
+        """The axis of the samples; None where the layer is left out."""
+        key = id(module)
+        if self._axes.get(key) == 0 and len(x) == len(g) == n:
+            return 0
+        fits = [axis for axis in (0, 1) if x.ndim > axis and g.ndim > axis + 1 and x.shape[axis] == g.shape[axis] == n]
+        if g.ndim < 3:
+            fits = fits[:1] if fits and fits[0] == 0 else []
+        known = self._axes.get(key, self._guessed.get(key))
+        if not fits or known is not None and known not in fits:
+            if known is not None and n > 1:
+                name = self._layers[key][0]
+                got = f"{list(g.shape)} at layer {name!r} in a batch of {n}, another axis than before"
+                todo = f"Leave the layer out: layers=lambda name, module: name != {name!r}."
+                raise ArgumentError(complaint("layers", "layers that see whole batches", got, todo))
+            self._leave_out(module, f"its result has {len(g)} rows where the batch has {n} samples")
+            return None
+        first = 1 if key in self._time_first and 1 in fits else fits[0]
+        if len(fits) == 1 and n > 1:
+            self._axes[key] = first
+        elif known is None:
+            self._guessed[key] = first
+        return self._axes.get(key, self._guessed.get(key, first))
+
+    def _leave_out(self, module: nn.Module, reason: str) -> None:
+        self._left_out.setdefault(id(module), reason)
+
+    # -- after them ---------------------------------------------------------------------------------------------------
+
+    def step(self, ids: Sequence[Any] | Tensor | np.ndarray, *, factor: float | None = None) -> None:
+        """Keep the sketches of the backward pass just done as those of the samples with these ids, in batch order.
+
+        Args:
+            ids: of the batch. factor: what the sum of the samples' losses was divided by; default: their number where
+                ``reduction`` is "mean", else 1. With gradients accumulated over m batches by ``loss / m``: m times it.
+        """
         listed = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        if len(listed) != len(features):
-            got, todo = f"{len(listed)} ids for {len(features)} samples", "Pass the ids of the batch, in its order."
-            raise ArgumentError(complaint("ids", "one for each sample of the batch", got, todo))
-        features *= len(features) if self.reduction == "mean" else 1
-        self._blocks.append((listed, features))
+        n = len(listed)
+        waiting, self._waiting = self._waiting, []
+        watched, self._watching = self._watching, self._draw.random() < self.share
+        if not waiting and self._sums is None:
+            if not watched:
+                return
+            todo = "Call step(ids) once after backward(), with the model in train mode and not compiled."
+            raise ArgumentError(complaint("step", "a backward pass before it", "none", todo))
+        if self._sums is not None and len(self._sums.out) != n or all(n not in g.shape[:2] for _, _, g in waiting):
+            if self._sums is None or len(self._sums.out) != n:
+                rows = len(self._sums.out) if self._sums is not None else len(waiting[0][2])
+                self._sums = None
+                got, todo = f"{n} ids for {rows} samples", "Pass the ids of the batch, in its order."
+                raise ArgumentError(complaint("ids", "one for each sample of the batch", got, todo))
+        self._add_all(waiting, n)
+        if self._sums is None:
+            return
+        features, self._sums = self._sums.total()[:, 0], None
+        factor = (n if self.reduction == "mean" else 1) if factor is None else factor
+        if self.scaler is not None:
+            factor /= self.scaler.get_scale()
+        features = features.mul_(factor).to("cpu", torch.float32)
+        if not math.isfinite(features.sum()):
+            if self.scaler is not None:
+                self.skipped += n
+                return
+            bad = torch.nonzero(~torch.isfinite(features).all(1)).flatten()
+            got = f"NaN or infinity at sample {listed[int(bad[0])]!r}" if len(bad) else "values beyond float32"
+            todo = "Give scaler= the GradScaler of the training, or mend the loss."
+            raise DataError(complaint("step", "finite gradients", got, todo))
+        known = len(self._numbers)
+        rows = [self._numbers.setdefault(name, len(self._numbers)) for name in listed]
+        if len(self._numbers) > len(self._table):
+            grown = torch.empty(max(1024, 2 * len(self._numbers)), self.rank)
+            grown[:known] = self._table[:known]
+            self._table = grown
+        self._table[slice(known, known + n) if len(self._numbers) == known + n else torch.tensor(rows)] = features
 
     def features(self) -> tuple[np.ndarray, Tensor]:
         """(ids, sketches [n, rank]) of the samples seen so far."""
-        last = {name: number for number, name in enumerate(name for ids, _ in self._blocks for name in ids)}
-        rows = torch.cat([features for _, features in self._blocks])[list(last.values())]
-        self._blocks = [(list(last), rows)]
-        return np.asarray(list(last)), rows
+        return np.asarray(list(self._numbers)), self._table[: len(self._numbers)]
 
     def scores(self, *, reg: float = 0.1, sigma: float = 1.0) -> Scores:
         """Smooth unique information of every sample seen, from one Gauss-Newton step of the losses.
@@ -152,10 +307,14 @@ class TrainingScores:
         """
         if not reg > 0:
             raise ArgumentError(complaint("reg", "a number > 0", repr(reg), "Loss gradients alone bound no step."))
-        if not self._blocks:
+        if not self._numbers:
             todo = "Train inside the context and call step(ids)."
             raise ArgumentError(complaint("scores", "samples seen in training", "none", todo))
         ids, z = self.features()
+        left_out = self.left_out
+        if self.coverage < 0.5:
+            name, reason = next(iter(left_out.items()))
+            warnings.warn(f"only {self.coverage:.0%} of the parameters were seen: {name!r}: {reason}", stacklevel=2)
         shard = {"features": z[:, None], "residual": -torch.ones(len(z), 1, dtype=torch.float64)}
         moments = Moments(self.rank)
         moments.add(**shard)
@@ -167,5 +326,8 @@ class TrainingScores:
             "gradient_norm": torch.linalg.vector_norm(z.double(), dim=1).numpy(),
         }
         settings = dict(reg=reg, sigma=sigma, method="training", rank=self.rank, seed=self.seed)
-        diagnostics = dict(method="training", features=self.rank, coverage=self.coverage, samples=len(z))
+        diagnostics = dict(
+            method="training", features=self.rank, coverage=self.coverage, samples=len(z), left_out=left_out,
+            skipped=self.skipped,
+        )  # fmt: skip
         return Scores(ids=ids, values=values, settings=settings, diagnostics=diagnostics, units={"si": "nats"})

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.bad_inputs import fuzz
 from sui_fast import leave_one_out, ntk, score
 from sui_fast._errors import ArgumentError, StabilityError, SuiError
 
@@ -212,3 +213,10 @@ def test_no_shape_gets_through(rows, columns, n, k):
         return
     with pytest.raises(ArgumentError):
         leave_one_out(theta, residual, outputs=k, reg=0.1)
+
+
+def test_no_call_ends_in_another_way():
+    """Calls of every public function with one or two arguments spoilt at random: the harness of the benchmarks."""
+    ended, defects = fuzz(250, seed=1)
+    assert not defects
+    assert ended["named error"] > 150

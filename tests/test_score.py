@@ -1,6 +1,7 @@
 """``score`` as users call it: kinds of data, invariances, edge cases, no side effects."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -200,6 +201,17 @@ def test_single_sample_is_compared_with_the_initial_model(reg, time, convention)
     w = rows.T @ (u @ (phi * (u.T @ r0)))
     assert got["si"][0] == pytest.approx(float(w @ w / 2), rel=1e-9)
     assert np.isfinite(got["fsi"]).all()
+
+
+def test_threads_share_a_model():
+    """Several at once give the scores of one; the last to leave puts the mode back."""
+    model = torch.nn.Sequential(network(8), torch.nn.Dropout(0.5), torch.nn.Linear(8, K)).train()
+    calls = [dict(), dict(method="sketch", rank=16), dict(time=20, lr=0.1), dict(loss="cross_entropy")]
+    want = [run(model=model, **call)["fsi"] for call in calls]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda call: run(model=model, **call)["fsi"], 3 * calls))
+    assert all(np.array_equal(a, b) for a, b in zip(got, 3 * want, strict=True))
+    assert all(module.training for module in model.modules())
 
 
 def test_model_is_left_as_found():

@@ -5,10 +5,13 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "removal.h"
 #include "rows.h"
 #include "tensor.h"
+#include "triangular.h"
 #include "variant.h"
 
 namespace py = pybind11;
@@ -61,9 +64,16 @@ void define_rows(py::module_& module, const char* type) {
   define("fourier_order", [](Index rank, Address frequency) {
     sui::tensor_kernels<T>().order(rank, at<int>(frequency));
   }, release);
-  define("fourier", [side](const Numbers& a, const Numbers& g, Index samples, Index k, Index s, Index rank, Address roots,
-                           Address out, int threads) {
-    sui::fourier(side(a), side(g), samples, k, s, rank, at<const T>(roots), at<T>(out), threads);
+  define("fourier", [side](const std::vector<std::pair<Numbers, Numbers>>& sides, Index samples, Index k, Index s,
+                           Index rank, Address roots, Address out, int threads) {
+    std::vector<sui::Layer<T>> layers;
+    for (const auto& [a, g] : sides) layers.push_back({side(a), side(g)});
+    sui::fourier(layers.data(), Index(layers.size()), samples, k, s, rank, at<const T>(roots), at<T>(out), threads);
+  }, release);
+  define("fourier_finish", [](Address sums, Index rows, Index rank, Address roots, Address frequency, Address place,
+                              Address out, int threads) {
+    sui::finish(at<const T>(sums), rows, rank, at<const T>(roots), at<const int>(frequency), at<const int>(place),
+                at<T>(out), threads);
   }, release);
   define("scatter_rows", [](Address x, Index rows, Index o, Index i, Address place_o, Address sign_o, Address place_i,
                             Address sign_i, Index rank, Address out, int threads) {
@@ -102,6 +112,23 @@ PYBIND11_MODULE(_cpu, module) {
         return sui::rational_removal(at<void>(u), single, blocks, m, r, at<double>(s), at<double>(g), at<double>(rest),
                                      at<double>(null), at<double>(r0), count, at<sui::Complex>(poles),
                                      at<sui::Complex>(residues), constant, at<double>(coef), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "rational_sums",
+      [](Address u, sui::Index blocks, int m, sui::Index r, Address s, Address g, Address rest, Address null,
+         Address r0, int count, Address poles, Address residues, double constant, Address base, Address c,
+         sui::Index rows, Address reached, Address sqnorm, Address form, int threads) {
+        return sui::rational_sums(at<double>(u), blocks, m, r, at<double>(s), at<double>(g), at<double>(rest),
+                                  at<double>(null), at<double>(r0), count, at<sui::Complex>(poles),
+                                  at<sui::Complex>(residues), constant, at<double>(base), at<double>(c), rows,
+                                  at<double>(reached), at<double>(sqnorm), at<double>(form), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "triangular_sqnorm",
+      [](Address c, sui::Index p, sui::Index r, Address x, sui::Index count, Address out, int threads) {
+        sui::triangular_sqnorm(at<double>(c), p, r, at<double>(x), count, at<double>(out), threads);
       },
       py::call_guard<py::gil_scoped_release>());
   define_rows<float>(module, "float32");

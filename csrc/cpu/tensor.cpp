@@ -2,6 +2,7 @@
 #include "tensor.h"
 
 #include <cstdint>
+#include <memory>
 
 #include "variant.h"
 
@@ -32,27 +33,40 @@ const TensorKernels<double>& tensor_kernels() {
 template <class T>
 class Rooms {
  public:
-  Rooms(Index parts, Index count) : count_((count + kLine - 1) / kLine * kLine), held_((parts * count_ + kLine)) {
-    const auto address = reinterpret_cast<std::uintptr_t>(held_.data());
-    first_ = held_.data() + (64 - address % 64) % 64 / sizeof(T);
+  Rooms(Index parts, Index count)
+      : count_((count + kLine - 1) / kLine * kLine), held_(new T[static_cast<std::size_t>(parts * count_ + kLine)]) {
+    const auto address = reinterpret_cast<std::uintptr_t>(held_.get());
+    first_ = held_.get() + (64 - address % 64) % 64 / sizeof(T);
   }
   T* operator[](Index part) const { return first_ + part * count_; }
 
  private:
   static constexpr Index kLine = 64 / sizeof(T);
   Index count_;
-  std::vector<T> held_;
+  std::unique_ptr<T[]> held_;  // not zeroed
   T* first_;
 };
 
 template <class T>
-void fourier(const Side<T>& a, const Side<T>& g, Index samples, Index k, Index s, Index rank, const T* roots, T* out,
+void fourier(const Layer<T>* layers, Index count, Index samples, Index k, Index s, Index rank, const T* roots, T* out,
              int threads) {
   const auto& kernels = tensor_kernels<T>();
-  const Index parts = parts_for(samples, 20.0 * double(samples) * double(k) * double(s) * double(rank), threads);
+  const double work = 20.0 * double(count) * double(samples) * double(k) * double(s) * double(rank);
+  const Index parts = parts_for(samples, work, threads);
   const Rooms<T> rooms(parts, kernels.fourier_room(rank));
   in_parts(samples, parts, [&](Index part, Index begin, Index end) {
-    kernels.fourier(a, g, begin, end, k, s, rank, roots, rooms[part], out);
+    kernels.fourier(layers, count, begin, end, k, s, rank, roots, rooms[part], out);
+  });
+}
+
+template <class T>
+void finish(const T* sums, Index rows, Index rank, const T* roots, const int* frequency, const int* place, T* out,
+            int threads) {
+  const auto& kernels = tensor_kernels<T>();
+  const Index parts = parts_for(rows, 20.0 * double(rows) * double(rank), threads);
+  const Rooms<T> rooms(parts, kernels.finish_room(rank));
+  in_parts(rows, parts, [&](Index part, Index begin, Index end) {
+    kernels.finish(sums + begin * 2 * rank, end - begin, rank, roots, frequency, place, rooms[part], out + begin * rank);
   });
 }
 
@@ -80,7 +94,8 @@ void scatter_index(const T* g, Index samples, Index k, Index s, Index o, const I
 }
 
 #define SUI_FOR(T)                                                                                                   \
-  template void fourier(const Side<T>&, const Side<T>&, Index, Index, Index, Index, const T*, T*, int);              \
+  template void fourier(const Layer<T>*, Index, Index, Index, Index, Index, const T*, T*, int);                      \
+  template void finish(const T*, Index, Index, const T*, const int*, const int*, T*, int);                           \
   template void scatter_rows(const T*, Index, Index, Index, const int*, const T*, const int*, const T*, Index, T*,    \
                              int);                                                                                   \
   template void scatter_index(const T*, Index, Index, Index, Index, const Index*, const int*, const T*, const int*,  \

@@ -214,9 +214,9 @@ void quarter(T* re, T* im, Index n, Vector<T> u, Vector<T> inverse, const Plan<T
   }
 }
 
-// The stages on a block of n, depth first, so that small blocks stay in the first cache; squares of the last one's
-// results are added to `sums`, n complex numbers a lane.
-template <class T>
+// The stages on a block of n, depth first, so that small blocks stay in the first cache. The last one's results, or their
+// squares, are added to `sums`, n complex numbers a lane.
+template <class T, bool squared>
 void descend(T* re, T* im, Index n, const Plan<T>& plan, T* sums_re, T* sums_im) {
   constexpr int lanes = Simd<T>::lanes;
   const Index part = n / 4 * lanes;
@@ -225,16 +225,17 @@ void descend(T* re, T* im, Index n, const Plan<T>& plan, T* sums_re, T* sums_im)
     butterfly<T>(re, im, lanes, y);
 #pragma GCC unroll 4
     for (int m = 0; m < 4; ++m) {
-      at(sums_re + m * lanes) += y[m].re * y[m].re - y[m].im * y[m].im;
-      at(sums_im + m * lanes) += 2 * y[m].re * y[m].im;
+      at(sums_re + m * lanes) += squared ? y[m].re * y[m].re - y[m].im * y[m].im : y[m].re;
+      at(sums_im + m * lanes) += squared ? 2 * y[m].re * y[m].im : y[m].im;
     }
     return;
   }
   quarter<T, false>(re, im, n, Vector<T>{}, Vector<T>{}, plan);
-  for (Index m = 0; m < 4; ++m) descend(re + m * part, im + m * part, n / 4, plan, sums_re + m * part, sums_im + m * part);
+  for (Index m = 0; m < 4; ++m)
+    descend<T, squared>(re + m * part, im + m * part, n / 4, plan, sums_re + m * part, sums_im + m * part);
 }
 
-template <class T>
+template <class T, bool squared>
 void transform(T* re, T* im, Vector<T> u, Vector<T> inverse, const Plan<T>& plan, T* sums_re, T* sums_im) {
   constexpr int lanes = Simd<T>::lanes;
   const bool odd = __builtin_ctzll(static_cast<unsigned long long>(plan.rank)) & 1;
@@ -245,7 +246,7 @@ void transform(T* re, T* im, Vector<T> u, Vector<T> inverse, const Plan<T>& plan
     quarter<T, true>(re, im, plan.rank, u, inverse, plan);
   for (Index m = 0; m < parts; ++m) {
     const Index at = m * size * lanes;
-    descend(re + at, im + at, size, plan, sums_re + at, sums_im + at);
+    descend<T, squared>(re + at, im + at, size, plan, sums_re + at, sums_im + at);
   }
 }
 
@@ -301,7 +302,7 @@ Index fourier_room(Index rank) {
 }
 
 template <class T>
-void fourier_rows(const Side<T>& a, const Side<T>& g, Index first, Index last, Index k, Index s, Index rank,
+void fourier_rows(const Layer<T>* layers, Index count, Index first, Index last, Index k, Index s, Index rank,
                   const T* roots, T* room, T* out) {
   constexpr int lanes = Simd<T>::lanes;
   const Plan<T> plan{rank, roots, roots + rank};
@@ -316,23 +317,26 @@ void fourier_rows(const Side<T>& a, const Side<T>& g, Index first, Index last, I
   for (Index begin = first * s; begin < end;) {
     const Index stop = together ? begin + s : begin + lanes < end ? begin + lanes : end;
     for (Index c = 0; c < k; ++c) {
-      for (Index group = begin; group < stop; group += lanes) {
-        const int live = static_cast<int>(stop - group < lanes ? stop - group : lanes);
-        Vector<T> size_a, u, inverse;
-        // with several outputs the sketch of a is kept, group by group, only where there is one group
-        const bool keep = k > 1 && stop - begin <= lanes;
-        if (!keep || c == 0) {
-          zero(keep ? kept : re, size);
-          size_a = hash(a, group, live, s, 0, keep ? kept : re);
-          if (keep) at(size_kept) = size_a;
+      // with several outputs the sketch of a is kept, group by group, only where there is one group of one layer
+      const bool keep = k > 1 && count == 1 && stop - begin <= lanes;
+      for (Index layer = 0; layer < count; ++layer) {
+        const auto& [a, g] = layers[layer];
+        for (Index group = begin; group < stop; group += lanes) {
+          const int live = static_cast<int>(stop - group < lanes ? stop - group : lanes);
+          Vector<T> size_a, u, inverse;
+          if (!keep || c == 0) {
+            zero(keep ? kept : re, size);
+            size_a = hash(a, group, live, s, 0, keep ? kept : re);
+            if (keep) at(size_kept) = size_a;
+          }
+          if (keep) {
+            size_a = at(size_kept);
+            for (Index j = 0; j < size; j += lanes) at(re + j) = at(kept + j);
+          }
+          zero(im, size);
+          balance<T>(size_a, hash(g, group, live, s, c, im), u, inverse);
+          transform<T, true>(re, im, u, inverse, plan, sums_re, sums_im);
         }
-        if (keep) {
-          size_a = at(size_kept);
-          for (Index j = 0; j < size; j += lanes) at(re + j) = at(kept + j);
-        }
-        zero(im, size);
-        balance<T>(size_a, hash(g, group, live, s, c, im), u, inverse);
-        transform(re, im, u, inverse, plan, sums_re, sums_im);
       }
       T* row[lanes];
       const int live = together ? 1 : static_cast<int>(stop - begin);
@@ -342,6 +346,67 @@ void fourier_rows(const Side<T>& a, const Side<T>& g, Index first, Index last, I
       flush(sums_im, rank, row, live, together);
     }
     begin = stop;
+  }
+}
+
+// The sketch from its sums ----------------------------------------------------------------------------------------------
+
+template <class T>
+Index finish_room(Index rank) {
+  return 6 * pitch<T>(rank);
+}
+
+// Rows of sums [live, 2, rank] as re, im [rank, lanes] by frequency.
+template <class T>
+void gather(const T* sums, int live, Index rank, const int* frequency, T* re, T* im) {
+  constexpr int lanes = Simd<T>::lanes;
+  for (Index p = 0; p < 2 * rank; p += lanes) {
+    T* const to = p < rank ? re : im;
+    Vector<T> v[lanes];
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes; ++l) v[l] = l < live ? at(sums + l * 2 * rank + p) : Vector<T>{};
+    transpose<T>(v);
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes; ++l) at(to + Index(frequency[(p + l) % rank]) * lanes) = v[l];
+  }
+}
+
+// The transform X of a sketch is X_f = (S_f - conj S_-f) / 4 i, and the sketch is fft(conj X) / rank, which is real: the rows
+// of two groups of lanes are the real and the imaginary part of one transform.
+template <class T>
+void finish_rows(const T* sums, Index rows, Index rank, const T* roots, const int* frequency, const int* place, T* room,
+                 T* out) {
+  constexpr int lanes = Simd<T>::lanes;
+  const Plan<T> plan{rank, roots, roots + rank};
+  const Index size = rank * lanes, next = pitch<T>(rank);
+  T *re = room, *im = re + next, *first_re = im + next, *first_im = first_re + next, *second_re = first_im + next,
+    *second_im = second_re + next;
+  const Vector<T> scale = Vector<T>{} + T(0.25) / static_cast<T>(rank);
+  for (Index begin = 0; begin < rows; begin += 2 * lanes) {
+    const int live = static_cast<int>(rows - begin < 2 * lanes ? rows - begin : 2 * lanes);
+    const int one = live < lanes ? live : lanes, two = live - one;
+    gather(sums + begin * 2 * rank, one, rank, frequency, first_re, first_im);
+    gather(sums + (begin + one) * 2 * rank, two, rank, frequency, second_re, second_im);
+    for (Index f = 0; f < rank; ++f) {
+      const Index here = f * lanes, there = (rank - f) % rank * lanes;
+      at(re + here) = at(first_im + here) + at(first_im + there) - at(second_re + here) + at(second_re + there);
+      at(im + here) = at(first_re + here) - at(first_re + there) + at(second_im + here) + at(second_im + there);
+    }
+    zero(first_re, size);
+    zero(first_im, size);
+    transform<T, false>(re, im, scale, scale, plan, first_re, first_im);
+    const T* const found[2] = {first_re, first_im};
+    for (int group = 0; group < (two ? 2 : 1); ++group) {
+      const int count = group ? two : one;
+      T* const to = out + (begin + group * lanes) * rank;
+      for (Index b = 0; b < rank; b += lanes) {
+        Vector<T> v[lanes];
+#pragma GCC unroll 16
+        for (int l = 0; l < lanes; ++l) v[l] = at(found[group] + Index(place[b + l]) * lanes);
+        transpose<T>(v);
+        for (int l = 0; l < count; ++l) at(to + l * rank + b) += v[l];
+      }
+    }
   }
 }
 
@@ -414,7 +479,8 @@ void scatter_index(const T* g, Index samples, Index k, Index s, Index o, const I
 #define SUI_TABLE(T)                                                      \
   extern const TensorKernels<T> SUI_JOIN(tensor_##T##_, SUI_VARIANT);     \
   const TensorKernels<T> SUI_JOIN(tensor_##T##_, SUI_VARIANT) = {         \
-      Simd<T>::lanes, order, fourier_room<T>, fourier_rows<T>, scatter_lanes<T>, scatter_index<T>}
+      Simd<T>::lanes, order, fourier_room<T>, fourier_rows<T>, finish_room<T>, finish_rows<T>, scatter_lanes<T>, \
+      scatter_index<T>}
 SUI_TABLE(float);
 SUI_TABLE(double);
 

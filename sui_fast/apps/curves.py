@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from .._errors import ArgumentError, complaint
+from .._errors import ArgumentError, complaint, number, whole
 from ..measures import information
 from .kernel import linear_problem
 from .results import Result
@@ -76,18 +76,16 @@ def information_curves(
     Raises:
         As ``score``; ArgumentError for times that are none.
     """
+    sigma, points = number("sigma", sigma, positive=True), whole("points", points, 1)
+    if times is not None:
+        times = _times(times)
     problem = linear_problem(model, train, val, reg=reg, lr=1.0, time=1, dynamics=dynamics, **arguments)
     if lr is None:
         lr = problem.n / max(problem.spectrum.top + problem.n * problem.reg, 1e-300)
     if times is None:
-        if isinstance(points, bool) or not isinstance(points, int) or points < 1:
-            raise ArgumentError(complaint("points", "a whole number >= 1", repr(points), "Pass 30, say."))
         times = np.geomspace(1, 1e5, points)
-    times = np.atleast_1d(np.asarray(times, dtype=np.float64))
     if dynamics == "gd":
         times = np.unique(times.round())
-    if times.ndim != 1 or not len(times) or not np.isfinite(times).all() or times.min() < 0:
-        raise ArgumentError(complaint("times", "finite times >= 0", repr(times[:5]), "Pass np.geomspace(1, 1e4, 30)."))
     si, fsi = [], []
     for time in times:
         removal = problem.removal(time=float(time), lr=lr)
@@ -101,3 +99,13 @@ def information_curves(
         ids=problem.samples.ids,
         labels=None if problem.labels is None else problem.labels.cpu().numpy(),
     )
+
+
+def _times(times) -> np.ndarray:
+    try:
+        found = np.atleast_1d(np.asarray(times, dtype=np.float64))
+    except (TypeError, ValueError):
+        found = np.array([np.nan])
+    if found.ndim != 1 or not len(found) or not np.isfinite(found).all() or found.min() < 0:
+        raise ArgumentError(complaint("times", "finite times >= 0", repr(times), "Pass np.geomspace(1, 1e4, 30)."))
+    return found

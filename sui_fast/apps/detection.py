@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from .._errors import ArgumentError, complaint
+from .._errors import ArgumentError, complaint, number, whole
 from ..losses import Squared
 from ..measures import information
 from .kernel import LinearProblem, linear_problem
@@ -127,15 +127,15 @@ def find_undersampled(
         Undersampled.
     Source: Harutyunyan et al., ICLR 2021, section 6 (under-sampled sub-classes).
     """
-    for name, value, least in (("clusters", clusters, 1), ("neighbours", neighbours, 0)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-            raise ArgumentError(complaint(name, f"a whole number >= {least}", repr(value), "Pass 5, say."))
+    for name, value, least in (("clusters", clusters, 1), ("neighbours", neighbours, 0), ("seed", seed, 0)):
+        whole(name, value, least)
+    sigma = number("sigma", sigma, positive=True)
     problem = linear_problem(model, train, val, reg=reg, **arguments)
     measures = _measures(problem, sigma)
     by = "fsi" if "fsi" in measures else "si"
     kernel = sample_kernel(problem)
     labels = np.zeros(problem.n, dtype=np.int64) if problem.labels is None else problem.labels.cpu().numpy()
-    value, cluster, number = measures[by].copy(), np.zeros(problem.n, dtype=np.int64), 0
+    value, cluster, count = measures[by].copy(), np.zeros(problem.n, dtype=np.int64), 0
     rows: list[tuple[int, int, int, float]] = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -143,11 +143,11 @@ def find_undersampled(
         near = np.argsort(-block, axis=1, kind="stable")[:, : neighbours + 1]
         value[members] = measures[by][members][near].mean(1)
         own = _cluster(block, min(clusters, len(members)), seed)
-        cluster[members] = own + number
+        cluster[members] = own + count
         for c in np.unique(own):
             inside = members[own == c]
-            rows.append((int(c + number), int(label), len(inside), float(measures[by][inside].mean())))
-        number += int(own.max()) + 1
+            rows.append((int(c + count), int(label), len(inside), float(measures[by][inside].mean())))
+        count += int(own.max()) + 1
     rows.sort(key=lambda row: -row[3])
     name = f"{by.upper()}, mean over {neighbours} neighbours" if neighbours else by.upper()
     return Undersampled(**_ranking(problem, value, measures, name, truth), cluster=cluster, clusters=rows)
@@ -180,12 +180,13 @@ def detect_adversarial(
         Adversarial.
     Source: Harutyunyan et al., ICLR 2021, section 6 (adversarial examples).
     """
+    sigma = number("sigma", sigma, positive=True)
     problem = linear_problem(model, train, val, reg=reg, **arguments)
     measures = _measures(problem, sigma)
-    by = by or "surprise"
+    by = "surprise" if by is None else by
     both = [ranks(measures[name]) / problem.n for name in ("leverage", "loo_residual")]
     measures["surprise"] = (both[0] + both[1]) / 2
-    if by not in measures:
+    if not isinstance(by, str) or by not in measures:
         got, todo = repr(by), "Choose one; 'fsi' needs val, 'loo_margin' classes."
         raise ArgumentError(complaint("by", f"one of {', '.join(measures)}", got, todo))
     value = -measures[by] if by == "loo_margin" else measures[by]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time as clock
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 from tqdm.auto import tqdm
 
-from .._errors import ArgumentError, complaint
+from .._errors import ArgumentError, complaint, number, one_of, whole
 from ..jacobians import Evaluator, as_samples, to_device
 from ..targets import regression_targets
 from .results import Result
@@ -103,11 +104,11 @@ def influence_functions(
         ArgumentError, DataError, ModelError.
     Source: Koh & Liang 2017; LiSSA: Agarwal et al. 2017.
     """
-    if method not in METHODS:
-        raise ArgumentError(complaint("method", f"one of {', '.join(METHODS)}", repr(method), "Choose one."))
-    for name, value in (("reg", reg), ("damping", 0.0 if damping is None else damping)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise ArgumentError(complaint(name, "a finite number >= 0", repr(value), "Pass a non-negative number."))
+    one_of("method", method, METHODS)
+    reg, damping = number("reg", reg), None if damping is None else number("damping", damping)
+    number("tolerance", tolerance, positive=True)
+    iterations = None if iterations is None else whole("iterations", iterations, 1)
+    batch_size, seed = whole("batch_size", batch_size, 1), whole("seed", seed)
     begin = clock.perf_counter()
     data = as_samples(train, with_targets=True, argument="train")
     evaluator = Evaluator(model, outputs, params, dtype)
@@ -117,6 +118,9 @@ def influence_functions(
         loss = LossOfWeights(evaluator, data, y, reg, batch_size)
         w = loss.start.clone()
         if start is not None:
+            if not isinstance(start, Tensor) or start.shape != w.shape:
+                got = f"shape {list(start.shape)}" if isinstance(start, Tensor) else type(start).__name__
+                raise ArgumentError(complaint("start", f"a flat tensor of {w.numel()} weights", got, "Pass w0."))
             loss.start = start.to(w)
         chosen = pick_samples(samples, data.n)
         gradients = _sample_gradients(loss, w, chosen, data.n)
@@ -136,6 +140,9 @@ def influence_functions(
         rest = gradients - hessian(solved) - damping * solved
         sizes = gradients.norm(dim=1)
         residual = float((rest.norm(dim=1) / torch.where(sizes > 0, sizes, 1.0)).max())
+        if not math.isfinite(residual):
+            got, todo = f"a solve by {chosen_method!r} that ends in {residual}", "Raise damping=, or lower reg=."
+            raise ArgumentError(complaint("damping", "a Hessian that can be inverted", got, todo))
         change = solved / data.n
         predictions = None
         if val is not None:

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._errors import ArgumentError, complaint
+from .._errors import ArgumentError, complaint, one_of, whole
 from ..jacobians import Jacobian, Samples, as_samples, jacobian
 from ..loo import (
+    CONVENTIONS,
     Remaining,
     Removal,
     leave_one_out,
@@ -174,7 +175,9 @@ def linear_problem(
         ArgumentError: more rows than an exact kernel can have; as ``score`` otherwise.
     """
     convention, method, rank, projection = authors_definitions(compat, convention, method, rank)
-    if method not in ("dense", "auto") or rank is not None:
+    one_of("convention", convention, CONVENTIONS)
+    seed = whole("seed", seed)
+    if not isinstance(method, str) or method not in ("dense", "auto") or rank is not None:
         got, todo = repr(method), "score() has methods of low rank; these answers need the whole kernel."
         raise ArgumentError(complaint("method", "'dense', or with compat one of the authors' projections", got, todo))
     training = dict(time=time, lr=lr, dynamics=dynamics)

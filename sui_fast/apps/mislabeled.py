@@ -129,7 +129,7 @@ def find_mislabeled(
         As ``score``; ArgumentError where there are no classes.
     Source: docs/math.md, section 5 (leave-one-out residual); Northcutt et al. 2021 for the noise model.
     """
-    if not isinstance(error_rate, int | float) or not 0 <= error_rate < 1:
+    if isinstance(error_rate, bool) or not isinstance(error_rate, int | float) or not 0 <= error_rate < 1:
         raise ArgumentError(complaint("error_rate", "a share in [0, 1)", repr(error_rate), "Pass 0.1, say."))
     if isinstance(model, Scores):
         scores = model
@@ -139,7 +139,8 @@ def find_mislabeled(
         if train is None:
             raise ArgumentError(complaint("train", "the training data", None, "Pass (inputs, targets)."))
         measures = ("loo_margin", "si" if val is None else "fsi")
-        arguments["measures"] = tuple(dict.fromkeys((*measures, *arguments.get("measures", ()))))
+        more = arguments.get("measures", ())
+        arguments["measures"] = (*measures, *(more if isinstance(more, list | tuple | set) else [more]))
         scores = score(model, train, val, reg=reg, **arguments)
     margin, labels = scores["loo_margin"], scores.labels
     if labels is None:

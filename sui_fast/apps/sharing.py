@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from .._errors import ArgumentError, complaint
+from .._errors import ArgumentError, complaint, number, whole
 from .detection import sample_kernel
 from .influence import pick_samples
 from .kernel import LinearProblem, linear_problem
@@ -128,6 +128,7 @@ def overlap(
     Returns:
         Overlap.
     """
+    sigma = number("sigma", sigma, positive=True)
     problem = linear_problem(model, train, val, reg=reg, **arguments)
     if groups is None:
         numbers = np.asarray(pairs) if pairs is not None else np.zeros(0)
@@ -185,6 +186,8 @@ def redundancy(
     Returns:
         Redundancy.
     """
+    sigma = number("sigma", sigma, positive=True)
+    partners, candidates = whole("partners", partners, 1), whole("candidates", candidates, 1)
     problem = linear_problem(model, train, val, reg=reg, **arguments)
     by = which(by, problem)
     removal = problem.removal()
@@ -212,7 +215,7 @@ def redundancy(
 
 
 def which(by: str | None, problem: LinearProblem) -> str:
-    by = by or ("si" if problem.cross is None else "fsi")
-    if by not in ("si", "fsi") or by == "fsi" and problem.cross is None:
+    by = ("si" if problem.cross is None else "fsi") if by is None else by
+    if not isinstance(by, str) or by not in ("si", "fsi") or by == "fsi" and problem.cross is None:
         raise ArgumentError(complaint("by", "'si', or 'fsi' with val", repr(by), "Pass val=..., or by='si'."))
     return by

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from .._errors import ArgumentError, complaint
+from .._errors import ArgumentError, complaint, number
 from ..jacobians import Samples, as_samples
 from .kernel import linear_problem
 from .results import Result, plain
@@ -91,6 +91,7 @@ def compare_sources(
         ArgumentError; as ``score``.
     Source: Harutyunyan et al., ICLR 2021, section 6 (data sources).
     """
+    sigma = number("sigma", sigma, positive=True)
     for name, value, least in (("sources", sources, 2), ("val", val, 1)):
         if not isinstance(value, Mapping) or len(value) < least:
             got = type(value).__name__ if not isinstance(value, Mapping) else f"{len(value)} entries"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .._errors import ArgumentError, complaint
+from .._errors import ArgumentError, complaint, one_of
 from ..jacobians import as_samples
 from ..review import Review, read_review
 from ..scores import Scores
@@ -132,13 +132,12 @@ def summarize(
     Raises:
         As ``score``; ArgumentError for an m or a quota that cannot be; DataError for a review of other data.
     """
-    if method not in METHODS:
-        raise ArgumentError(complaint("method", f"one of {', '.join(METHODS)}", repr(method), "Choose one."))
+    one_of("method", method, METHODS)
     if isinstance(step, bool) or not isinstance(step, int | float) or not 0 < step < 1:
         raise ArgumentError(complaint("step", "a share between 0 and 1", repr(step), "Pass 0.05, say."))
-    by = by or ("fsi" if val is not None or isinstance(model, Scores) and "fsi" in model.values else "si")
-    if by not in ("si", "fsi"):
-        raise ArgumentError(complaint("by", "'si' or 'fsi'", repr(by), "Choose one."))
+    if by is None:
+        by = "fsi" if val is not None or isinstance(model, Scores) and "fsi" in model.values else "si"
+    one_of("by", by, ("si", "fsi"))
     problem = remaining = scores = None
     if review is not None and not isinstance(review, Review):
         if not isinstance(review, str | os.PathLike):
@@ -253,10 +252,10 @@ def _quota(quota, labels: np.ndarray | None, m: int) -> dict[int, int]:
         raise ArgumentError(complaint("quota", "None for targets that name no class", repr(quota), "Drop it."))
     classes, counts = (x.tolist() for x in np.unique(labels, return_counts=True))
     held = dict(zip(classes, counts, strict=True))
-    if quota == "equal":
+    if isinstance(quota, str) and quota == "equal":
         share = {c: m // len(classes) for c in classes}
         return {c: min(held[c], share[c]) for c in classes}
-    if quota == "proportional":
+    if isinstance(quota, str) and quota == "proportional":
         return {c: m * held[c] // len(labels) for c in classes}
     good = isinstance(quota, dict) and all(c in held and 0 <= count <= held[c] for c, count in quota.items())
     if not good or sum(quota.values()) > m:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._errors import ArgumentError, complaint
+from .._errors import ArgumentError, complaint, number, whole
 from ..jacobians import Evaluator, as_samples, to_device
 from ..targets import regression_targets
 from .influence import influence_functions, pick_samples
@@ -140,9 +140,11 @@ def validate_linearization(
     """
     if val is None:
         raise ArgumentError(complaint("val", "validation samples", None, "Pass the inputs to predict."))
-    if train_fn is None and (time is None or isinstance(time, bool) or time != int(time) or time < 1):
-        got, todo = repr(time), "Pass the steps of gradient descent; a real network is never trained to convergence."
-        raise ArgumentError(complaint("time", "a whole number of steps", got, todo))
+    if train_fn is None:
+        time = whole("time (the steps of real training)", time, 1)
+    elif not callable(train_fn):
+        raise ArgumentError(complaint("train_fn", "a function f(model, kept)", repr(train_fn), "Pass your training."))
+    batch_size, seed, reg = whole("batch_size", batch_size, 1), whole("seed", seed), number("reg", reg)
     data = as_samples(train, with_targets=True, argument="train")
     probes = as_samples(val, with_targets=None, argument="val")
     if isinstance(samples, int | np.integer) and not isinstance(samples, bool):

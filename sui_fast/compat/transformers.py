@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import TrainerCallback
 
 from ..scores import Scores
@@ -14,7 +16,8 @@ class ScoreCallback(TrainerCallback):
     """TrainerCallback that scores the training samples from the trainer's own backward passes.
 
     Give every sample its number in a column ``ids`` and keep it (``remove_unused_columns=False``); the column is taken
-    off before the model sees it. ``scores`` is set at the end of every epoch.
+    off before the model sees it. ``scores`` is set at the end of every epoch. Gradients accumulated over batches, and a
+    loss scaled for float16, are taken into account.
 
     Args:
         column: the name of that column. reg, sigma: as in ``TrainingScores.scores``. options: of ``TrainingScores``.
@@ -25,10 +28,12 @@ class ScoreCallback(TrainerCallback):
         self.live: TrainingScores | None = None
         self.scores: Scores | None = None
         self._ids: Any = None
+        self._divisor: Any = None
         self._handle: Any = None
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.live = TrainingScores(model, **self.options).__enter__()
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        scaler = getattr(optimizer, "scaler", None)
+        self.live = TrainingScores(model, scaler=scaler, **self.options).__enter__()
 
         def take_off(module, inputs, given):
             if self.column not in given:
@@ -36,18 +41,29 @@ class ScoreCallback(TrainerCallback):
             ids = given.pop(self.column)
             if module.training:
                 self._keep()
-                self._ids = ids
+                self._ids, items = ids, given.get("num_items_in_batch")
+                if items is None:  # the mean of the batch, then that of the accumulated ones
+                    self._divisor = len(ids) * args.gradient_accumulation_steps
+                else:
+                    if by_items[0] is None:
+                        by_items[0] = _divides_by_items(module, inputs, given)
+                    self._divisor = items if by_items[0] else len(ids)
             return inputs, given
+
+        by_items: list[bool | None] = [None]
 
         self._handle = model.register_forward_pre_hook(take_off, with_kwargs=True)
 
     def _keep(self) -> None:
         if self._ids is not None:
-            self.live.step(self._ids)
+            self.live.step(self._ids, factor=float(self._divisor))
             self._ids = None
 
     def on_substep_end(self, args, state, control, **kwargs):
         self._keep()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._keep()  # before the scale of the loss changes
 
     def on_step_end(self, args, state, control, **kwargs):
         self._keep()
@@ -59,3 +75,17 @@ class ScoreCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self._handle.remove()
         self.live.__exit__()
+
+
+def _divides_by_items(module: nn.Module, inputs: tuple, given: dict[str, Any]) -> bool:
+    """Whether the model divides its loss by ``num_items_in_batch``, or takes the argument and ignores it."""
+    modes = [(m, m.training) for m in module.modules()]
+    doubled = {**given, "num_items_in_batch": 2 * given["num_items_in_batch"]}
+    try:
+        module.eval()
+        with torch.no_grad():
+            once, twice = (module(*inputs, **arguments)["loss"] for arguments in (given, doubled))
+    finally:
+        for m, mode in modes:
+            m.training = mode
+    return bool(twice < 0.75 * once)

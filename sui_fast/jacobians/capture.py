@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.utils._pytree import tree_flatten, tree_map
-from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from .._errors import ArgumentError, CoverageError, DataError, ModelError, complaint
 from .data import batch_length
 from .layers import Use
+from .quiet import modules_as_they_are, quiet
 from .recorder import Recorder, Replay
 from .recurrent import own_body
 from .survey import Call, Survey
@@ -52,6 +51,8 @@ class Evaluator:
     def __init__(self, model: nn.Module, outputs: Callable | None, params: Any, dtype: torch.dtype | None):
         if not isinstance(model, nn.Module):
             raise ArgumentError(complaint("model", "a torch.nn.Module", type(model).__name__, "Wrap it in a module."))
+        if outputs is not None and not callable(outputs):
+            raise ArgumentError(complaint("outputs", "a function (model, batch) -> [b, k]", repr(outputs), "Pass one."))
         model = unwrapped(model)
         sharded = next((m for m in model.modules() if type(m).__name__ == "FullyShardedDataParallel"), None)
         if sharded is None:
@@ -148,34 +149,9 @@ class Evaluator:
         with torch.autocast(**self._autocast):
             return model_outputs(self.model, batch, self._outputs)
 
-    @contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Eval mode and gradients on, nothing compiled; mode, buffers and random state as they were afterwards.
-
-        The user's autocast is on in forward passes alone.
-        """
-        modes = [(module, module.training) for module in self.model.modules()]
-        buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
-        cuda = [self.device] if self.device.type == "cuda" else []
-        with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(cuda))
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autocast(self.device.type, enabled=False))
-            stack.enter_context(_plain_checkpoints())
-            if "torch._dynamo" in sys.modules:  # compiled functions hide what they call
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            try:
-                for module, _ in modes:
-                    module.training = False
-                yield
-            finally:
-                for module, mode in modes:
-                    module.training = mode
-                with torch.no_grad():
-                    for buffer, before in buffers:
-                        if not torch.equal(buffer, before):
-                            buffer.copy_(before)
+    def quiet(self) -> AbstractContextManager[None]:
+        """See ``quiet``; the user's autocast is on in forward passes alone."""
+        return quiet(self.model, self.device)
 
     def exact(self) -> Evaluator:
         """The same without rounding to half precision: no autocast, a float32 copy of a bfloat16 or float16 model."""
@@ -236,7 +212,7 @@ class Evaluator:
         found = None
         if not self.one_by_one:
             try:
-                with warnings.catch_warnings():
+                with warnings.catch_warnings(), modules_as_they_are():
                     warnings.filterwarnings("ignore", message=".*performance drop.*")
                     found = vmap(jacrev(of_sample), in_dims=(None, 0))(chosen, batch)
             except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
@@ -341,21 +317,6 @@ class _Functional(nn.Module):
         return out if finish is None else finish(out)
 
 
-@contextmanager
-def _plain_checkpoints() -> Iterator[None]:
-    """Reentrant checkpoints, which refuse torch.autograd.grad, run as the other kind meanwhile."""
-
-    def apply(function, preserve, *args):
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
-
-    CheckpointFunction.apply = staticmethod(apply)
-    try:
-        yield
-    finally:
-        if "apply" in CheckpointFunction.__dict__:  # another thread may have been first
-            del CheckpointFunction.apply
-
-
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside torch.compile and data-parallel wrappers."""
     while True:
@@ -378,9 +339,9 @@ def _transformed(x: Tensor) -> bool:
 def choose_parameters(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
     """Chosen parameters by name, each tensor once, in the order of named_parameters()."""
     named = dict(model.named_parameters())
-    if params == "trainable":
+    if isinstance(params, str) and params == "trainable":
         chosen = {name: p for name, p in named.items() if p.requires_grad}
-    elif params == "all":
+    elif isinstance(params, str) and params == "all":
         chosen = named
     elif callable(params):
         chosen = {name: p for name, p in named.items() if params(name, p)}

@@ -344,7 +344,7 @@ def split(batch: Any, with_targets: bool | None, argument: str) -> tuple[Any, Te
     else:
         inputs = batch
     if isinstance(inputs, list):
-        inputs = np.asarray(inputs)
+        inputs = _array(inputs, argument)
     inputs = map_batch(lambda x: _tensor(x, argument), inputs)
     batch_length(inputs)
     target = None if target is None else _tensor(target, argument)
@@ -359,9 +359,17 @@ def _is_text(x: Any) -> bool:
     return isinstance(x, list | tuple) and len(x) > 0 and isinstance(x[0], str)
 
 
+def _array(x: Any, argument: str) -> np.ndarray:
+    try:
+        return np.asarray(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        todo = "Pass inputs alone where no targets are wanted, and samples of one shape."
+        raise DataError(complaint(argument, "one array of inputs", str(error), todo)) from None
+
+
 def _tensor(x: Any, argument: str) -> Tensor:
     if not isinstance(x, Tensor):
-        array = np.asarray(x)
+        array = _array(x, argument)
         if array.dtype.kind not in "fiub":
             raise DataError(complaint(argument, "numbers", f"an array of {array.dtype}", "Encode it as numbers first."))
         x = torch.from_numpy(np.array(array))  # a copy: read-only and reversed arrays are fine

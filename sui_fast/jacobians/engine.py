@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from tqdm.auto import tqdm
 
-from .._errors import ArgumentError, CoverageError, complaint
+from .._errors import CoverageError, SpectrumError, complaint, whole
 from .capture import Captured, Evaluator
 from .data import Samples, as_samples, batch_length, to_device
 from .jacobian import Jacobian
@@ -105,14 +105,9 @@ def portions(
     return tuple(map(torch.cat, zip(*store.found, strict=True)))
 
 
-def check_batch_size(batch_size: Any) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ArgumentError(complaint("batch_size", "a whole number >= 1", repr(batch_size), "Pass 64, say."))
-
-
 def _pass(model, data, make, outputs, params, batch_size, dtype, progress):
     """All batches through the store that ``make(n)`` returns; with it the evaluator and the general parameters."""
-    check_batch_size(batch_size)
+    batch_size = whole("batch_size", batch_size, 1)
     with torch.inference_mode(False):
         samples = as_samples(data, with_targets=None, argument="data")
         evaluator = Evaluator(model, outputs, params, dtype)
@@ -151,7 +146,7 @@ def predict(
     progress: bool = False,
 ) -> Tensor:
     """Outputs [n, k] of all samples, as ``jacobian`` would find them, from forward passes alone."""
-    check_batch_size(batch_size)
+    batch_size = whole("batch_size", batch_size, 1)
     evaluator, found = Evaluator(model, outputs, params, dtype), []
     total = -(-samples.n // batch_size)
     with evaluator.quiet(), torch.no_grad():
@@ -347,10 +342,15 @@ def ntk(
         x1, x2: samples (a tensor or a dict of tensors is one batch of inputs); x2 None: x1.
     Returns:
         [n1 * k, n2 * k]; row i * k + c is output c of sample i.
+    Raises:
+        As ``jacobian``; SpectrumError where gradients are too large for the dtype.
     Source: Jacot et al. 2018; Harutyunyan et al., ICLR 2021.
     """
     common = dict(outputs=outputs, params=params, batch_size=batch_size, dtype=dtype)
     first = jacobian(model, as_samples(x1, with_targets=False, argument="x1"), **common)
-    if x2 is None:
-        return first.gram()
-    return first.gram(jacobian(model, as_samples(x2, with_targets=False, argument="x2"), **common))
+    other = None if x2 is None else jacobian(model, as_samples(x2, with_targets=False, argument="x2"), **common)
+    theta = first.gram(other)
+    if not torch.isfinite(theta).all():
+        got, todo = f"an overflow of {theta.dtype}", "Pass dtype=torch.float64, or scale the inputs."
+        raise SpectrumError(complaint("x1", "gradients whose products are finite", got, todo))
+    return theta

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .._errors import CoverageError, complaint
+from .._errors import CoverageError, ModelError, complaint
 from .capture import Captured, Evaluator
 from .data import batch_length, to_device
 from .jacobian import Jacobian
@@ -33,6 +33,17 @@ class Plan:
 
 
 def prove(evaluator: Evaluator, batch: Any, collect: Collect, general: dict[str, str] | None = None) -> Plan:
+    """``_proven``; what autograd refuses is the model's error."""
+    try:
+        return _proven(evaluator, batch, collect, general)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:
+            raise
+        got, todo = f"RuntimeError: {error}", "Check that loss.backward() works for this model."
+        raise ModelError(complaint("model", "outputs that can be differentiated", got, todo)) from error
+
+
+def _proven(evaluator: Evaluator, batch: Any, collect: Collect, general: dict[str, str] | None) -> Plan:
     """The plan for a model and inputs like these.
 
     Two passes with different numbers of samples show where the samples lie in every call and that no output depends on

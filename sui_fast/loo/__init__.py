@@ -3,6 +3,7 @@
 from .addition import Addition, add_samples, add_to_kernel
 from .blocks import make_blocks, make_sets, shard_blocks
 from .downdate import Remaining
+from .filters import CONVENTIONS, TrainingFilter
 from .regularisation import loo_error_curve, part_error_curve
 from .removal import Removal
 from .solve import check_stability, leave_one_out, make_filter, remove_from_spectrum
@@ -10,10 +11,12 @@ from .spectral import SpectralRemoval
 from .weighted import WeightedProblem, WeightedRemoval
 
 __all__ = [
+    "CONVENTIONS",
     "Addition",
     "Remaining",
     "Removal",
     "SpectralRemoval",
+    "TrainingFilter",
     "WeightedProblem",
     "WeightedRemoval",
     "add_samples",

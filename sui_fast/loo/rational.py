@@ -7,7 +7,8 @@ phi spans a range of eta t top, and the largest eigenvalues carry the smallest p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -52,6 +53,13 @@ def fit_rational(phi: TrainingFilter, top: float) -> Rational:
     """
     if phi.converged:
         return Rational(np.array([-phi.shift + 0j]), np.array([1.0 + 0j]), 0.0, _EPS)
+    unit = 2.0 ** math.frexp(top)[1]  # exact; squares of 1e150 would overflow
+    scaled = replace(phi, shift=phi.shift / unit, eta=phi.eta * unit)
+    fit = _fit(scaled, top / unit)
+    return Rational(fit.poles * unit, fit.residues, fit.constant / unit, fit.error)
+
+
+def _fit(phi: TrainingFilter, top: float) -> Rational:
     points = _sample_points(phi, top)
     values = phi(points)
     scale = np.maximum(np.abs(values), 0.01 / (points + phi.shift + 1 / (phi.eta * phi.time)))  # phi may touch zero

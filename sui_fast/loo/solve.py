@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral, Real
+from numbers import Integral
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .._errors import ArgumentError, StabilityError, complaint
+from .._errors import ArgumentError, StabilityError, complaint, number, one_of
 from ..spectra import Spectrum, dense_spectrum
 from .arrays import as_tensor, is_torch, precision_of
 from .blocks import make_blocks
@@ -21,6 +20,7 @@ from .spectral import SpectralRemoval
 METHODS = ("auto", "dual", "spectral")
 # The dual form takes ||dw||^2 as a difference; where the estimate of what that costs is larger, the spectrum is used.
 CHOLESKY_ROUNDING = 2e-9
+_SMALLEST_REG = 1e-300  # its inverse overflows below
 _RIDGELESS_CONDITION = 1e10  # without regularisation nothing cancels: the spectrum is needed only for a singular kernel
 
 
@@ -70,8 +70,8 @@ def leave_one_out(
     theta, r0, cross = check_arrays(ntk, residual, outputs, cross_ntk)
     n, k = r0.shape
     phi = make_filter(n, reg=reg, time=time, lr=lr, dynamics=dynamics)
-    _one_of("convention", convention, CONVENTIONS)
-    _one_of("method", method, METHODS)
+    one_of("convention", convention, CONVENTIONS)
+    one_of("method", method, METHODS)
     if method == "dual" and not phi.converged:
         raise ArgumentError(
             complaint(
@@ -140,9 +140,11 @@ def make_filter(
     n: int, *, reg: float = 0.0, time: float | None = None, lr: float | None = None, dynamics: str = "gd"
 ) -> TrainingFilter:
     """The training filter of the summed loss from the arguments of the mean loss: lambda = n reg, eta = lr / n."""
-    _one_of("dynamics", dynamics, DYNAMICS)
-    reg = _number("reg", reg)
-    time = math.inf if time is None else _number("time", time, infinite=True)
+    one_of("dynamics", dynamics, DYNAMICS)
+    reg = number("reg", reg)
+    reg = reg if reg > _SMALLEST_REG else 0.0
+    lr = lr if lr is None else number("lr", lr)
+    time = math.inf if time is None else number("time", time, infinite=True)
     if time == math.inf:
         return TrainingFilter(shift=n * reg)
     if dynamics == "gd":
@@ -164,8 +166,7 @@ def make_filter(
                     "Pass lr=..., or time=None for training to convergence.",
                 )
             )
-    lr = _number("lr", 1.0 if lr is None else lr)
-    return TrainingFilter(shift=n * reg, eta=lr / n, time=time, dynamics=dynamics)
+    return TrainingFilter(shift=n * reg, eta=(1.0 if lr is None else lr) / n, time=time, dynamics=dynamics)
 
 
 def check_stability(phi: TrainingFilter, top: float, n: int) -> None:
@@ -271,17 +272,3 @@ def cholesky_inverse(theta: Tensor, shift: float) -> tuple[Tensor, float] | None
         return None
     inverse = torch.cholesky_inverse(factor)
     return inverse, size * float(torch.linalg.matrix_norm(inverse, 1))
-
-
-def _number(argument: str, value: object, *, infinite: bool = False) -> float:
-    number = math.nan
-    if isinstance(value, Real | np.generic | Tensor) and not isinstance(value, bool) and np.size(value) == 1:
-        number = float(value)
-    if not number >= 0 or (number == math.inf and not infinite):
-        raise ArgumentError(complaint(argument, "a finite number >= 0", repr(value), "Pass a non-negative number."))
-    return number
-
-
-def _one_of(argument: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ArgumentError(complaint(argument, f"one of {', '.join(map(repr, known))}", repr(value), "Choose one."))

@@ -192,8 +192,10 @@ def compare(
     Raises:
         DataError: no common ids, or an id twice. ArgumentError: no common measure, or not the one asked for.
     """
-    given = names or tuple("AB"[i] if isinstance(x, Scores) else Path(x).name for i, x in enumerate((a, b)))
+    if names is not None and not (isinstance(names, list | tuple) and [type(x) for x in names] == [str, str]):
+        raise ArgumentError(complaint("names", "two names", repr(names), "Pass ('first', 'second')."))
     runs = [x if isinstance(x, Scores) else Scores.load(x) for x in (a, b)]
+    given = names or tuple("AB"[i] if isinstance(x, Scores) else Path(x).name for i, x in enumerate((a, b)))
     keys = [np.array([text_of(x) for x in run.ids.tolist()], dtype=str) for run in runs]
     for name, key in zip("ab", keys, strict=True):
         if len(np.unique(key)) < len(key):
@@ -206,8 +208,8 @@ def compare(
     order = np.argsort(at_a)
     left, right = runs[0].select(at_a[order]), runs[1].select(at_b[order])
     shared = [name for name in left.values if name in right.values]
-    measure = measure or ("fsi" if "fsi" in shared else next(iter(shared), None))
-    if measure not in shared:
+    measure = ("fsi" if "fsi" in shared else next(iter(shared), None)) if measure is None else measure
+    if not isinstance(measure, str) or measure not in shared:
         got = f"{', '.join(runs[0].values)} and {', '.join(runs[1].values)}"
         expected = "one that both runs have"
         raise ArgumentError(complaint("measure", expected, f"{measure!r} of {got}", "Score it in both."))

@@ -272,7 +272,7 @@ def _columns(columns: dict[str, Any]) -> str:
         lines.append(f"<tr>{cells}</tr>")
     more = f"the first {shown} of {length} rows" if shown < length else f"{length} rows"
     return (
-        f"<details{' open' if length <= 12 else ''}><summary>Table, {more}</summary><div class=\"wide tall\">"
+        f'<details{" open" if length <= 12 else ""}><summary>Table, {more}</summary><div class="wide tall">'
         f"<table class=plain><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div></details>"
     )
 

@@ -12,6 +12,7 @@ from .._errors import SpectrumError, complaint
 from .dense import Spectrum
 
 _BLOCK = 128  # columns of a block of the moment
+_ROWS = 256  # of features made float64 at a time
 
 
 class Moments:
@@ -75,7 +76,14 @@ class FeatureSpectrum:
 
     def rows(self, features: Tensor) -> Tensor:
         """Rows of u [n k, r'] of samples with features [n, k, r]."""
-        return features.flatten(0, 1).to(torch.float64) @ self.turn
+        flat = features.flatten(0, 1)
+        if flat.device.type != "cpu":
+            return flat.to(torch.float64) @ self.turn
+        out = self.turn.new_empty(len(flat), self.turn.shape[1])
+        for begin in range(0, len(flat), _ROWS):  # the wide copy stays in cache
+            part = slice(begin, begin + _ROWS)
+            torch.mm(flat[part].to(torch.float64), self.turn, out=out[part])
+        return out
 
     def shard(self, features: Tensor) -> Spectrum:
         """Spectrum with the rows of these samples."""
@@ -95,7 +103,7 @@ class FeatureSpectrum:
         values, vectors = torch.linalg.eigh(turned.T @ seen.gram @ turned / seen.samples)
         keep = values > 1e-16 * values[-1].clamp_min(0)
         root = vectors[:, keep] * values[keep].sqrt()
-        return torch.linalg.qr(root.T, mode="r").R
+        return torch.linalg.qr(root.T, mode="r").R.contiguous()
 
 
 def feature_spectrum(moments: Moments, precision: float = 2.0**-24) -> FeatureSpectrum:

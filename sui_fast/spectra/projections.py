@@ -48,9 +48,9 @@ def projection_matrix(jac: Jacobian, kind: str, count: int | None = None, seed: 
     used = count if kind == "very-sparse" else used
     index = torch.from_numpy(np.stack([np.concatenate(rows), np.concatenate(columns)]))
     weights = torch.from_numpy(np.concatenate(values)).to(jac.dtype)
-    return torch.sparse_coo_tensor(
-        index, weights, (jac.shape[1], used), check_invariants=False
-    ).coalesce().to(jac.device)
+    return (
+        torch.sparse_coo_tensor(index, weights, (jac.shape[1], used), check_invariants=False).coalesce().to(jac.device)
+    )
 
 
 def project(jac: Jacobian, matrix: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ from sui_fast.ops.sketching._random import philox
 
 CPU = torch.device("cpu")
 EXAMPLES = [(name, number) for name, op in ops.OPS.items() for number in range(len(list(op.examples(CPU))))]
-SMOOTH = ["jvp", "vjp", "ntk_gram", "sketch", "converged_removal", "rational_removal"]
+SMOOTH = [
+    "jvp", "vjp", "ntk_gram", "sketch", "converged_removal", "rational_removal", "rational_sums", "triangular_sqnorm"
+]  # fmt: skip
 
 
 def draw(*shape, seed=0, dtype=torch.float64):

@@ -250,7 +250,7 @@ def test_score_gives_suggestions_and_neighbours():
         assert ((scores["loo_margin"] < 0) == (scores.suggested != scores.labels)).all()
         assert scores.suggested[0] == 1 - wrong and (scores.labels[scores.neighbours["other"][0]] != wrong).all()
         assert len(scores.diagnostics["model_sha256"]) == 16
-        assert scores.inputs.shape == (40, 4) and scores.diagnostics["versions"]["torch"] == torch.__version__
+        assert scores.inputs.shape == (40, 4) and scores.diagnostics["versions"]["torch"] in torch.__version__
     low = sui_fast.score(
         torch.nn.Linear(4, 2), (x, y), measures=("loo_margin",), reg=1.0, progress=False, method="sketch", rank=256
     )

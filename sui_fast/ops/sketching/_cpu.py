@@ -52,8 +52,8 @@ def _tensor(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, route: st
         add_scatter(a, g, out, seed, stream, False)
     elif has_fourier(rank):
         sums = torch.zeros(n, k, 2, rank, dtype=out.dtype)
-        add_fourier(a, g, sums, seed, stream, False)
-        out += finish(sums)
+        add_fourier([(a, g, stream, False)], sums, seed)
+        finish(sums, out)
     else:
         tables = (hashed(size, rank, word, stream, seed, out.dtype) for size, word in ((i, 0), (o, 1)))
         _by_fft(a, g, out, *tables)
@@ -63,9 +63,7 @@ def _count_sketch(x: Tensor, place: Tensor, sign: Tensor, rank: int) -> Tensor:
     """[rows, length] to [rows, rank]."""
     signed = (x * sign).contiguous()
     out = signed.new_empty(len(x), rank)
-    call("count_sketch", out.dtype)(
-        signed.data_ptr(), *x.shape, place.data_ptr(), rank, out.data_ptr(), _threads()
-    )
+    call("count_sketch", out.dtype)(signed.data_ptr(), *x.shape, place.data_ptr(), rank, out.data_ptr(), _threads())
     return out
 
 

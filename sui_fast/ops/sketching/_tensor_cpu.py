@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,19 +39,26 @@ def has_fourier(rank: int) -> bool:
 
 @functools.lru_cache(maxsize=16)
 def _tables(rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines and sines of -2 pi j / rank; where frequencies 0 .. rank / 2 and their negatives end."""
+    """Cosines and sines of -2 pi j / rank; the frequency that ends at each place, and the place of each frequency."""
     angle = torch.arange(rank, dtype=torch.float64) * (-2 * math.pi / rank)
-    frequency, place = torch.empty(rank, dtype=torch.int32), torch.empty(rank, dtype=torch.int64)
+    frequency, place = torch.empty(rank, dtype=torch.int32), torch.empty(rank, dtype=torch.int32)
     call("fourier_order", dtype)(rank, frequency.data_ptr())
-    place[frequency.long()] = torch.arange(rank)
-    half = torch.arange(rank // 2 + 1)
-    return torch.cat([angle.cos(), angle.sin()]).to(dtype), place[half], place[-half % rank]
+    place[frequency.long()] = torch.arange(rank, dtype=torch.int32)
+    return torch.cat([angle.cos(), angle.sin()]).to(dtype), frequency, place
 
 
-def _side(x: Tensor, length: int, ones: bool, table: tuple[Tensor, Tensor]) -> list[int]:
+@functools.lru_cache(maxsize=1024)
+def _hashed(*key) -> tuple[tuple[Tensor, Tensor], int, int]:
+    """Places and signs as ``hashed`` gives them, with their addresses."""
+    table = hashed(*key)
+    return table, table[0].data_ptr(), table[1].data_ptr()
+
+
+def _side(x: Tensor, length: int, ones: bool, table: tuple[Any, int, int]) -> list[int]:
     """A side as the kernel takes it; x [n, k or 1, s, length], positions or features adjacent."""
-    strides = (x.stride(0), x.stride(1) if x.shape[1] > 1 else 0, x.stride(2), x.stride(3))
-    return [x.data_ptr(), int(x.dtype == torch.bfloat16), *strides, length, int(ones), *(t.data_ptr() for t in table)]
+    n, c, s, f = x.stride()
+    half = x.dtype == torch.bfloat16
+    return [x.data_ptr(), half, n, c if x.shape[1] > 1 else 0, s, f, length, ones, table[1], table[2]]
 
 
 def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -62,24 +70,25 @@ def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.stride(2) == 1 and x.shape[2] >= 16 else x.contiguous()
 
 
-def add_fourier(a: Tensor, g: Tensor, sums: Tensor, seed: int, stream: int, ones: bool) -> None:
-    """sums [n, k, 2, rank] of the squares of the transforms."""
-    (n, k, s, o), i, rank, dtype = g.shape, a.shape[2], sums.shape[3], sums.dtype
-    a, g = _readable(a[:, None], dtype), _readable(g, dtype)
-    left, right = hashed(i + ones, rank, 0, stream, seed, dtype), hashed(o, rank, 1, stream, seed, dtype)
+def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], sums: Tensor, seed: int) -> None:
+    """sums [n, k, 2, rank] of the squares of the transforms of layers (a, g, stream, ones) of equal n, k, s."""
+    (n, k, s, _), rank, dtype = layers[0][1].shape, sums.shape[3], sums.dtype
+    kept, sides = [], []
+    for a, g, stream, ones in layers:
+        i, o = a.shape[2], g.shape[3]
+        a, g = _readable(a[:, None], dtype), _readable(g, dtype)
+        left, right = _hashed(i + ones, rank, 0, stream, seed, dtype), _hashed(o, rank, 1, stream, seed, dtype)
+        kept.append((a, g, left, right))
+        sides.append((_side(a, i, ones, left), _side(g, o, False, right)))
     roots = _tables(rank, dtype)[0]
-    sides = _side(a, i, ones, left), _side(g, o, False, right)
-    threads = torch.get_num_threads()
-    call("fourier", dtype)(*sides, n, k, s, rank, roots.data_ptr(), sums.data_ptr(), threads)
+    call("fourier", dtype)(sides, n, k, s, rank, roots.data_ptr(), sums.data_ptr(), torch.get_num_threads())
 
 
-def finish(sums: Tensor) -> Tensor:
-    """Sketches [n, k, rank] from the sums of `add_fourier`."""
-    _, here, there = _tables(sums.shape[3], sums.dtype)
-    re, im = sums.unbind(2)
-    # (S_f - conj S_-f) / 4 i
-    spectrum = torch.complex((im[..., here] + im[..., there]) / 4, (re[..., there] - re[..., here]) / 4)
-    return torch.fft.irfft(spectrum, n=sums.shape[3])
+def finish(sums: Tensor, out: Tensor) -> None:
+    """out [n, k, rank] += the sketches that the sums of `add_fourier` belong to."""
+    (n, k, _, rank), dtype = sums.shape, sums.dtype
+    tables = (table.data_ptr() for table in _tables(rank, dtype))
+    call("fourier_finish", dtype)(sums.data_ptr(), n * k, rank, *tables, out.data_ptr(), torch.get_num_threads())
 
 
 def add_scatter(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, ones: bool) -> None:

@@ -35,6 +35,7 @@ class TensorSums:
         self.fast = _tensor_cpu is not None and cpu and named_backend("sketch") in (None, "cpu") and rank < 1 << 30
         self._key = seed & 0xFFFFFFFFFFFFFFFF
         self._fourier: Tensor | None = None
+        self._waiting: list[tuple[Tensor, Tensor, int, bool]] = []  # layers of one position, which go in one call
 
     def outer(self, a: Tensor, g: Tensor, stream: int, ones: bool = False) -> None:
         """Rows sum_s g a^T of a [n, s, i], g [n, k, s, o]; ones: one more input of ones, the bias."""
@@ -44,11 +45,11 @@ class TensorSums:
             a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2) if ones else a
             self.out += sketch(a.contiguous(), g.to(a.dtype).contiguous(), self.rank, self.seed, stream)
             return
-        (n, k, s, o), i = g.shape, a.shape[2] + ones
+        (_, k, s, o), i = g.shape, a.shape[2] + ones
         if _tensor_cpu.has_fourier(self.rank) and _tensor_cpu.fft_is_cheaper(s, i, o, k, self.rank):
-            if self._fourier is None:
-                self._fourier = self.out.new_zeros(n, k, 2, self.rank)
-            _tensor_cpu.add_fourier(a, g, self._fourier, self._key, stream, ones)
+            self._waiting.append((a, g, stream, ones))
+            if s > 1 or k > 1:
+                self._transform()
         else:
             _tensor_cpu.add_scatter(a, g, self.out, self._key, stream, ones)
 
@@ -65,6 +66,17 @@ class TensorSums:
         to = ((place[:, None] + place_a) % self.rank).reshape(-1)
         signed = whole.to(out.dtype) * (sign[:, None] * sign_a)
         out += torch.zeros_like(out).index_add(2, to, signed.flatten(2))
+
+    def _transform(self) -> None:
+        if self._fourier is None:
+            n, k, rank = self.out.shape
+            self._fourier = self.out.new_zeros(n, k, 2, rank)
+        groups: dict[int, list] = {}
+        for layer in self._waiting:
+            groups.setdefault(layer[1].shape[2], []).append(layer)
+        for layers in groups.values():
+            _tensor_cpu.add_fourier(layers, self._fourier, self._key)
+        self._waiting = []
 
     def index(self, token: Tensor, g: Tensor, vocabulary: int, stream: int) -> None:
         """Rows of an embedding [vocabulary, o]: g [n, k, s, o] at tokens [n, s], -1 for none."""
@@ -88,7 +100,9 @@ class TensorSums:
 
     def total(self) -> Tensor:
         """The sum so far, [n, k, rank], float32 for half precision."""
+        if self._waiting:
+            self._transform()
         if self._fourier is not None:
-            self.out += _tensor_cpu.finish(self._fourier)
+            _tensor_cpu.finish(self._fourier, self.out)
             self._fourier = None
         return self.out
