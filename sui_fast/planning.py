@@ -29,6 +29,7 @@ class Plan:
 
     Attributes:
         method, rank, reason: the choice, and why. passes: over the training data.
+        sketch: kind of random map of method "sketch", else None.
         disk_bytes: of the store. peak_bytes: of memory beyond the model and the data. seconds: rough, on this machine.
     """
 
@@ -39,10 +40,12 @@ class Plan:
     disk_bytes: int
     peak_bytes: int
     seconds: float
+    sketch: str | None = None
 
     def __str__(self) -> str:
+        kind = f" ({self.sketch})" if self.sketch not in (None, "tensor") else ""
         return (
-            f"method {self.method}, rank {self.rank}: {self.reason}\n"
+            f"method {self.method}{kind}, rank {self.rank}: {self.reason}\n"
             f"passes over the training data {self.passes}, disk {_size(self.disk_bytes)}, "
             f"peak memory about {_size(self.peak_bytes)}, about {self.seconds:.3g} s"
         )
@@ -66,12 +69,14 @@ def choose_method(
 
 
 def make_plan(
-    first: Jacobian, seconds: float, n: int, m: int, method: str, rank: int, reason: str, stored: bool, given: int
+    first: Jacobian, seconds: float, n: int, m: int, method: str, rank: int, reason: str, stored: bool, given: int,
+    sketch: str = "tensor",
 ) -> Plan:
     """Costs from the Jacobian of a few samples and the seconds its capture took.
 
     Args:
         first: captured with the settings of the run. n, m: training and validation samples. stored: on disk.
+        sketch: kind of random map of method "sketch".
         given: bytes of an input where the scores keep it.
     """
     k, rows, each = first.k, n * first.k, first.nbytes / max(first.n, 1)
@@ -94,7 +99,10 @@ def make_plan(
         peak += int(min(n, max(2000, 4 * rank // k)) * (each + 8 * k * rank))
     disk = (4 * rank + 8 + (8 * k if method != "sketch" else 0)) * n * k + 4 * rank * m * k
     work = 2.0 * rows * rank * rank * 4 + 2.0 * rows * rank * (first.shape[1] if method == "subspace" else 0) * 6
-    return Plan(method, rank, reason, passes, disk, peak, capture * passes + work * _product_seconds())
+    if method == "sketch":  # beyond the rows: dense signs multiply every entry, sjlt adds each one somewhere
+        work += {"rademacher": 2.0 * rank, "sjlt": 10.0}.get(sketch, 0.0) * (rows + m * k) * first.shape[1]
+    seconds = capture * passes + work * _product_seconds()
+    return Plan(method, rank, reason, passes, disk, peak, seconds, sketch if method == "sketch" else None)
 
 
 def return_memory() -> None:

@@ -34,6 +34,7 @@ from .measures import feature_neighbours, information, kernel_neighbours, sgd_in
 from .planning import return_memory
 from .parts import Merged, Part, check_map, open_parts
 from .planning import METHODS
+from .processes import Processes, Source
 from .spectra import (
     PROJECTIONS,
     dense_spectrum,
@@ -44,9 +45,8 @@ from .spectra import (
 )
 from .streaming import (
     LowRank,
-    Processes,
-    Source,
     collect,
+    drawn,
     features_of,
     fit_map,
     kernel_error,
@@ -92,6 +92,7 @@ class Run:
         self.neighbours: dict[str, np.ndarray] | None = None
         self.sgd: dict[str, Any] = {}
         self.projection: tuple[str, int | None] | None = None
+        self.sketch = "tensor"  # kind of random map
         self.apart: Part | Merged | None = None  # one of several runs that never meet, or what joins them
 
     def dense(self, stages: Stages, common: dict[str, Any]):
@@ -214,9 +215,11 @@ class Run:
                 complaint("groups", "None in a run of several processes", "groups or 'si_sgd'", "Use one process.")
             )
         with stages(f"{method} map"):
-            fmap = fit_map(source, self.goal, method, rank, self.seed, processes)
+            fmap = fit_map(source, self.goal, method, rank, self.seed, processes, self.sketch)
         options = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(sorted(common.items(), key=str)))  # the same tomorrow
         about = dict(method=method, rank=fmap.rank, rank_asked=int(rank), seed=self.seed, options=options)
+        if method == "sketch":
+            about["sketch"] = self.sketch
         about["targets"] = fingerprint_of({"targets": self.goal.y})
         if self.goal.kind != "mse":
             about["loss"] = f"{self.goal.kind} {fingerprint_of({'outputs': self.goal.f0})}"
@@ -245,9 +248,10 @@ class Run:
                 moments.reduce(processes.total)
                 spectrum = feature_spectrum(moments)
                 if self.probes is not None:
-                    seen = moments_of(stores[1], fmap.rank, device)
+                    few = self.probes.n * self.goal.rows < fmap.rank and processes.count == 1
+                    seen = moments_of(stores[1], fmap.rank, device, few)
                     seen.reduce(processes.total)
-                    moment = spectrum.moment(seen.gram, seen.samples)
+                    moment = spectrum.moment(seen)
             with stages("leave one out"):
                 groups = self.groups if self.groups is not None or not whole else np.arange(n)
                 solver = LowRank(
@@ -304,8 +308,9 @@ class Run:
                         begin = part.stop
                     self.new_values = processes.gather(self._join(columns))
             with stages("error estimate"):
-                error = kernel_error(source, fmap, self.seed)
-                edf = max(kept, probed_dimension(source, phi, float(spectrum.s[-1]), self.seed))
+                probes = drawn(source, self.seed)
+                error = kernel_error(source, fmap, self.seed, probes)
+                edf = max(kept, probed_dimension(source, phi, float(spectrum.s[-1]), self.seed, probes))
                 if method != "sketch":  # features that lie below the kernel: the truth is between these two
                     edf = kept + missed if missed < 0.2 * kept else min(edf, kept + missed)
                 details["effective_dimension"] = edf
@@ -406,17 +411,9 @@ def _version() -> str:
 
 
 def _measure(
-    removal: Removal,
-    wanted,
-    sigma: float,
-    goal: Goal,
-    part: slice,
-    *,
-    shift: float,
-    lr: float,
-    batch_size: int,
-    jitter: float,
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    removal: Removal, wanted, sigma: float, goal: Goal, part: slice, *,
+    shift: float, lr: float, batch_size: int, jitter: float,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:  # fmt: skip
     """The columns asked for, in the order asked for, and what is to be said about them."""
     extra: dict[str, Any] = {}
 

@@ -18,6 +18,7 @@ from torch import nn
 
 import sui_fast
 from sui_fast.jacobians.data import as_samples
+from sui_fast.processes import Source
 from sui_fast.spectra import (
     Moments,
     anchored_sketch_map,
@@ -26,7 +27,7 @@ from sui_fast.spectra import (
     sketch_map,
     subspace_map,
 )
-from sui_fast.streaming import Source, kernel_error
+from sui_fast.streaming import kernel_error
 
 
 def digits(n, m, k, images):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import isqrt
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from .._errors import ArgumentError, complaint
 from ..jacobians import Jacobian
 from ..ops.sketching._random import signs
-from .moments import add_lower, mirrored
+from .moments import add_upper, mirrored
 
 _WIDE = 1 << 21  # float64 numbers of one intermediate
 RANK_FOR = {"sketch": 40.0, "nystrom": 5.0, "subspace": 2.0}  # ranks per effective dimension, measured (docs/math.md)
@@ -30,25 +31,33 @@ class FeatureMap:
 
     own: whether the blocks are wanted. state: what it was fitted to, by name.
 
-    sketch: (rank, seed, kind) where that function is a sketch, which needs no Jacobian of more than a batch.
+    portion: for sketches the same, batch by batch, with the layers as ``Jacobian.sketch_of_uses`` returns them: whoever
+        reads them needs no Jacobian of more than a batch.
     """
 
     kind: str
     rank: int
     both: Callable[[Jacobian, bool], tuple[Tensor, Tensor | None]]
     state: dict[str, Tensor] = field(default_factory=dict)
-    sketch: tuple[int, int, str] | None = None
+    portion: Callable[[Jacobian, bool], tuple[Tensor, Tensor | None, list]] | None = None
 
     def features(self, jac: Jacobian) -> Tensor:
         """Features [n, k, r] alone."""
         return self.both(jac, False)[0]
 
 
-def smooth_rank(rank: int) -> int:
-    """The next power of two where it is near, else the next number without prime factors above 7.
+def sketch_rank(rank: int, kind: str) -> int:
+    """Columns, ``rank`` at least, of a kind of sketch.
 
-    A transform of another length takes several times as long.
+    tensor: the next power of two where it is near, else the next number without prime factors above 7; a transform of
+    another length takes several times as long. two_sided: a product of two numbers that are nearly equal, as the
+    smaller side makes the variance.
     """
+    if kind == "two_sided":
+        side = isqrt(rank)
+        return side * -(-rank // side)
+    if kind != "tensor":
+        return rank
     power = 1 << (rank - 1).bit_length()
     if power <= 1.1 * rank:
         return power
@@ -69,7 +78,12 @@ def sketch_map(rank: int, seed: int = 0, kind: str = "tensor") -> FeatureMap:
         rank: columns. seed: of the random numbers. kind: "tensor", "sjlt", "rademacher" or "two_sided".
     Source: Pham and Pagh 2013; docs/math.md, section 10.
     """
-    return FeatureMap("sketch", rank, lambda jac, own: (jac.sketch(rank, seed, kind), None), sketch=(rank, seed, kind))
+
+    def portion(jac: Jacobian, own: bool) -> tuple[Tensor, None, list]:
+        found, layers = jac.sketch_of_uses(rank, seed, kind)
+        return found, None, layers
+
+    return FeatureMap("sketch", rank, lambda jac, own: portion(jac, own)[:2], portion=portion)
 
 
 def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
@@ -159,7 +173,7 @@ def subspace_map(
     for _, part in passes():
         z = part.jvp(basis).to(torch.float64)
         gram = z.new_zeros(len(basis), len(basis)) if gram is None else gram
-        add_lower(gram, z)
+        add_upper(gram, z)
     basis = _ritz(mirrored(reduce(gram)), basis)
 
     def both(jac: Jacobian, own: bool) -> tuple[Tensor, Tensor | None]:
@@ -176,7 +190,7 @@ def _even(rows: Tensor) -> Tensor:
     """
     gram, step = rows.new_zeros(len(rows), len(rows), dtype=torch.float64), max(1, _WIDE // len(rows))
     for begin in range(0, rows.shape[1], step):
-        add_lower(gram, rows[:, begin : begin + step].to(torch.float64).T)
+        add_upper(gram, rows[:, begin : begin + step].to(torch.float64).T)
     s, u = torch.linalg.eigh(mirrored(gram))
     if not float(s[-1]) > 0:
         got = "gradients that are all zero"
