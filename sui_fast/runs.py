@@ -31,9 +31,8 @@ from .loo import (
 )
 from .losses import ROOTS, Goal
 from .measures import feature_neighbours, information, kernel_neighbours, sgd_information
-from .planning import return_memory
 from .parts import Merged, Part, check_map, open_parts
-from .planning import METHODS
+from .planning import METHODS, return_memory
 from .processes import Processes, Source
 from .spectra import (
     PROJECTIONS,
@@ -252,6 +251,8 @@ class Run:
                     seen = moments_of(stores[1], fmap.rank, device, few)
                     seen.reduce(processes.total)
                     moment = spectrum.moment(seen)
+                    seen = seen if self.candidates is not None else None
+                del moments
             with stages("leave one out"):
                 groups = self.groups if self.groups is not None or not whole else np.arange(n)
                 solver = LowRank(

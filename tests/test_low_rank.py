@@ -125,7 +125,7 @@ MAPS = {
 
 
 def spectrum_of_kind(kind, n, d, seed):
-    """Inputs [n, d] whose second moment has a spectrum of some shape, or samples of very unequal size or in clusters."""
+    """Inputs [n, d] with a spectrum of some shape, or samples of very unequal size, or in clusters."""
     rng, place = torch.Generator().manual_seed(seed), torch.arange(d, dtype=torch.float64)
     x = torch.randn(n, d, generator=rng, dtype=torch.float64)
     if kind == "tails":

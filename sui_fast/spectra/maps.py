@@ -124,6 +124,7 @@ def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
         used += columns.shape[1]
         diagonal = diagonal - columns.square().sum(1).reshape(n, k)
         chosen += fresh
+    del factor, block, columns  # as large as what follows
     landmarks = pool.select(chosen)
     inner = landmarks.gram().to(torch.float64)
     s, u = torch.linalg.eigh(inner)
