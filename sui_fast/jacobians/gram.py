@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from .._errors import ArgumentError, complaint
 from ..ops import ntk_gram, ntk_gram_sum
+from ..ops.gram import long_product
 from .layers import Factor, Index, Outer, Rows
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def _product(mine: list[Factor], theirs: list[Factor], tile: Tensor, scratch: _S
     if fresh:
         tile.zero_()
     if explicit:
-        tile.addmm_(torch.cat([a for a, _ in explicit], 1), torch.cat([b for _, b in explicit], 1).T)
+        tile += long_product(torch.cat([a for a, _ in explicit], 1), torch.cat([b for _, b in explicit], 1))
     return tile
 
 
