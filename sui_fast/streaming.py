@@ -39,7 +39,7 @@ from .loo import (
     shard_blocks,
 )
 from .losses import Goal
-from .planning import PORTION, SHARD
+from .planning import HELD, PORTION, SHARD
 from .processes import Processes, Source
 from .spectra import (
     RANK_FOR,
@@ -58,9 +58,8 @@ from .spectra import (
 
 _SHARD, _PORTION = SHARD, PORTION
 _PROBES = 64  # samples whose exact kernel the error estimate looks at
-_MOST_PROBES = 1024  # rows of the exact kernel that the effective dimension is estimated from
+_MOST_PROBES = 512  # rows of the exact kernel that the effective dimension is estimated from
 _MARGIN = 1.25  # of the rank that a warning names
-_HELD = 1 << 30  # bytes of factors that may stay in memory between passes
 
 
 class _Memory(list):
@@ -105,7 +104,7 @@ def fit_map(
         held.clear()
         keep = True
         for first, part in source.parts(256):
-            keep = keep and sum(p.nbytes for _, p in held) + part.nbytes < _HELD
+            keep = keep and sum(p.nbytes for _, p in held) + part.nbytes < HELD
             if keep:
                 held.append((first, part))
             yield first, part

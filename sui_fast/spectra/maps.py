@@ -19,7 +19,9 @@ from torch import Tensor
 from .._errors import ArgumentError, complaint
 from ..jacobians import Jacobian
 from ..ops.sketching._random import signs
+from .moments import add_upper, mirrored
 
+_WIDE = 1 << 21  # float64 numbers of one intermediate
 RANK_FOR = {"sketch": 40.0, "nystrom": 5.0, "subspace": 2.0}  # ranks per effective dimension, measured (docs/math.md)
 
 
@@ -122,6 +124,7 @@ def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
         used += columns.shape[1]
         diagonal = diagonal - columns.square().sum(1).reshape(n, k)
         chosen += fresh
+    del factor, block, columns  # as large as what follows
     landmarks = pool.select(chosen)
     inner = landmarks.gram().to(torch.float64)
     s, u = torch.linalg.eigh(inner)
@@ -165,15 +168,14 @@ def subspace_map(
                 left = part.jvp(basis)
             pulled = part.vjp(left)
             total = pulled if total is None else total.add_(pulled)
-        basis = _orthonormal(reduce(total))
+        basis = _even(reduce(total))
     # Rayleigh-Ritz: what oversampling found beyond the rank costs nothing more, and stays
     gram = None
     for _, part in passes():
         z = part.jvp(basis).to(torch.float64)
-        own = z.T @ z
-        gram = own if gram is None else gram + own
-    s, turn = torch.linalg.eigh(reduce(gram))
-    basis = turn.to(basis.dtype).T @ basis
+        gram = z.new_zeros(len(basis), len(basis)) if gram is None else gram
+        add_upper(gram, z)
+    basis = _ritz(mirrored(reduce(gram)), basis)
 
     def both(jac: Jacobian, own: bool) -> tuple[Tensor, Tensor | None]:
         along, blocks = jac.jvp_and_own_blocks(basis) if own else (jac.jvp(basis), None)
@@ -182,20 +184,25 @@ def subspace_map(
     return FeatureMap("subspace", len(basis), both, {"basis": basis})
 
 
-def _orthonormal(rows: Tensor) -> Tensor:
-    """Orthonormal basis [r', d] of the span of rows [r, d]: Cholesky of the Gram matrix, twice."""
-    for _ in range(2):
-        gram = (rows @ rows.T).to(torch.float64)
-        scale = float(gram.diagonal().max())
-        if not scale > 0:
-            got = "gradients that are all zero"
-            raise ArgumentError(complaint("model", "parameters that act on the outputs", got, "Check params=."))
-        factor, info = torch.linalg.cholesky_ex(gram / scale)
-        if int(info) == 0 and float(factor.diagonal().min()) > 1e-5:
-            solved = torch.linalg.solve_triangular(factor, (rows / scale**0.5).to(torch.float64), upper=False)
-            rows = solved.to(rows.dtype)
-        else:
-            s, u = torch.linalg.eigh(gram / scale)
-            keep = s > 1e-10 * float(s[-1])
-            rows = ((u[:, keep] / s[keep].sqrt()).T @ (rows / scale**0.5).to(torch.float64)).to(rows.dtype)
-    return rows
+def _even(rows: Tensor) -> Tensor:
+    """Another basis [r', d] of the span of rows [r, d], close to orthonormal.
+
+    The Gram matrix adds up in float64: in float32 it would hide directions of a few thousandths of the largest.
+    """
+    gram, step = rows.new_zeros(len(rows), len(rows), dtype=torch.float64), max(1, _WIDE // len(rows))
+    for begin in range(0, rows.shape[1], step):
+        add_upper(gram, rows[:, begin : begin + step].to(torch.float64).T)
+    s, u = torch.linalg.eigh(mirrored(gram))
+    if not float(s[-1]) > 0:
+        got = "gradients that are all zero"
+        raise ArgumentError(complaint("model", "parameters that act on the outputs", got, "Check params=."))
+    keep = s > s[-1] * 1e-13
+    return (u[:, keep] / s[keep].sqrt()).T.to(rows.dtype) @ rows
+
+
+def _ritz(image: Tensor, basis: Tensor) -> Tensor:
+    """Orthonormal rows that span the basis [r, d] and diagonalise J^T J, from J on the basis: image = B J^T J B^T."""
+    s, u = torch.linalg.eigh((basis @ basis.T).to(torch.float64))
+    white = u[:, s > 1e-6 * s[-1]] / s[s > 1e-6 * s[-1]].sqrt()
+    turn = white @ torch.linalg.eigh(white.T @ image @ white)[1]
+    return turn.to(basis.dtype).T @ basis

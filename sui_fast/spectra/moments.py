@@ -11,7 +11,21 @@ from torch import Tensor
 from .._errors import SpectrumError, complaint
 from .dense import Spectrum
 
-_BLOCK = 128  # columns of a block of the moment
+_BLOCK = 128  # columns of a block of a symmetric product
+_ROWS = 256  # of features made float64 at a time
+_PORTION = 1 << 20  # numbers made float64 at a time for a sum
+
+
+def add_upper(total: Tensor, x: Tensor) -> None:
+    """total += x^T x [r, r], its upper triangle at least: the blocks of it, half the work."""
+    for begin in range(0, x.shape[1], _BLOCK):
+        block = slice(begin, begin + _BLOCK)
+        total[block, begin:].addmm_(x[:, block].T, x[:, begin:])
+
+
+def mirrored(upper: Tensor) -> Tensor:
+    """The symmetric matrix with this upper triangle."""
+    return upper.triu() + upper.triu(1).T
 _ROWS = 256  # of features made float64 at a time
 
 
@@ -31,16 +45,18 @@ class Moments:
 
     def add(self, features: Tensor, residual: Tensor | None = None) -> None:
         """features [n, k, r], residual [n, k] (None for validation samples)."""
-        flat = features.flatten(0, 1).to(torch.float64)
-        if self.rows is None:
-            for begin in range(0, flat.shape[1], _BLOCK):  # the upper triangle of blocks: half the work
-                block = slice(begin, begin + _BLOCK)
-                self._upper[block, begin:].addmm_(flat[:, block].T, flat[:, begin:])
-        else:
-            self.rows.append(flat)
+        step = max(1, _PORTION // max(1, features[0].numel())) if len(features) else 1
+        for begin in range(0, len(features), step):
+            part = slice(begin, begin + step)
+            flat = features[part].flatten(0, 1).to(torch.float64)
+            if self.rows is None:
+                add_upper(self._upper, flat)
+            else:
+                self.rows.append(flat)
+            if residual is not None:
+                self.pull.addmv_(flat.T, residual[part].reshape(-1).to(torch.float64))
         self.samples += len(features)
         if residual is not None:
-            self.pull.addmv_(flat.T, residual.reshape(-1).to(torch.float64))
             self.energy += float(residual.to(torch.float64).square().sum())
 
     @property
@@ -49,7 +65,7 @@ class Moments:
         if self.rows is not None:
             rows = torch.cat(self.rows)
             return rows.T @ rows
-        return self._upper.triu() + self._upper.triu(1).T
+        return mirrored(self._upper)
 
     def reduce(self, total: Callable[[Tensor], Tensor]) -> None:
         """Replace every sum by its total over processes."""
@@ -99,7 +115,7 @@ class FeatureSpectrum:
         turned = self.turn * self.s
         if seen.rows is not None:
             root = (torch.cat(seen.rows) @ turned) / seen.samples**0.5
-            return torch.linalg.qr(root, mode="r").R
+            return torch.linalg.qr(root, mode="r").R.contiguous()
         values, vectors = torch.linalg.eigh(turned.T @ seen.gram @ turned / seen.samples)
         keep = values > 1e-16 * values[-1].clamp_min(0)
         root = vectors[:, keep] * values[keep].sqrt()
