@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten
 from tqdm.auto import tqdm
 
 from .._errors import CoverageError, SpectrumError, complaint, whole
+from .arriving import LARGE, Ways, sketch_arriving, ways_of
 from .capture import Captured, Evaluator
 from .data import Samples, as_samples, batch_length, to_device
 from .jacobian import Jacobian
@@ -91,6 +92,8 @@ def _pass(model, data, make, outputs, params, batch_size, dtype, progress):
         if key not in known or known[key].samples < batch_length(batch):  # one sample cannot show that others mix in
             known[key] = prove(evaluator, batch, _collect)
         for _ in range(2):
+            if make is not _Store and known[key].outputs == 1 and known[key].ways is None:
+                known[key].ways = _ways(evaluator, batch, known[key])
             store = _run(evaluator, make(samples.n), samples, batch_size, known[key], progress)
             if not isinstance(store, dict):
                 break
@@ -143,8 +146,16 @@ def _run(
         if captured.unruled:
             return captured.unruled
         rows = evaluator.general_rows(batch, list(plan.general)) if plan.general else {}
-        store.add(captured, rows, evaluator)
+        store.add(captured, rows, evaluator, plan)
     return store
+
+
+def _ways(evaluator: Evaluator, batch: Any, plan: Plan) -> Ways | None:
+    captured = evaluator.capture(batch, 0, plan.calls, set(plan.general))
+    if captured.unruled:
+        return None
+    rows = evaluator.general_rows(batch, list(plan.general)) if plan.general else {}
+    return ways_of(_collect(evaluator, captured, rows))
 
 
 def _collect(evaluator: Evaluator, captured: Captured, rows: dict[str, Tensor]) -> Jacobian:
@@ -174,9 +185,17 @@ class _Sketches:
         self.features: list[Tensor] = []
         self._layers: list | None = None
 
-    def add(self, captured: Captured, rows: dict[str, Tensor], evaluator: Evaluator) -> None:
-        jac = _collect(evaluator, captured, rows)
-        features, layers = jac.sketch_of_uses(*self.arguments)
+    def add(self, captured: Captured, rows: dict[str, Tensor], evaluator: Evaluator, plan: Plan) -> None:
+        (n, k), known = captured.outputs.shape, plan.ways
+        rank, seed, kind = self.arguments
+        if k == 1 and kind == "tensor" and known and n * known.numbers > LARGE and known.fits(captured.uses):
+            shapes = {name: p.shape for name, p in evaluator.parameters.items()}
+            jac = Jacobian(captured.outputs, shapes, [], rows, {}, None, evaluator.dtype)
+            features = sketch_arriving(jac, captured.uses, captured.arriving, known, rank, seed)
+            layers = known.order
+        else:
+            jac = _collect(evaluator, captured, rows)
+            features, layers = jac.sketch_of_uses(rank, seed, kind)
         if self._layers is not None and (layers != self._layers or jac.k != self.outputs[0].shape[1]):
             _refuse(self.filled)
         self._layers = layers
@@ -196,7 +215,13 @@ class _Store:
         self._grads: list[Tensor] = []
         self._rows: dict[str, Tensor] = {}
 
-    def add(self, captured: Captured, rows: dict[str, Tensor], evaluator: Evaluator | None = None) -> None:
+    def add(
+        self,
+        captured: Captured,
+        rows: dict[str, Tensor],
+        evaluator: Evaluator | None = None,
+        plan: Plan | None = None,
+    ) -> None:
         out, uses = captured.outputs, captured.uses
         b, k = out.shape
         whole = b == self.n and k == 1  # one batch, one backward pass: what it returns is kept, nothing is copied

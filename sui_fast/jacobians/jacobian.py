@@ -365,22 +365,11 @@ class Jacobian:
     def _tensor_sketch(self, rank: int, seed: int) -> tuple[Tensor, list]:
         found: list[Factor] = [Rows({"rows": name}, rows.to(self.dtype)) for name, rows in self._rows.items()]
         for use, g in self._uses:
-            # linear layers and embeddings are read in half precision as they lie; other rules compute
-            if use.rule not in ("linear", "embedding"):
-                use, g = self._typed(use.at(slice(None))), g.to(self.dtype)
-            found += make_factors(use, g)
+            found += make_factors(*as_read(use, g, self.dtype))
         found = by_map(found, self._shapes)
-        order = sorted(map(_order, found))
-        order = [key for i, key in enumerate(order) if i == 0 or key != order[i - 1]]
-        sums = TensorSums(self.n, self.k, rank, seed, self.outputs)
+        order, sums = streams_of(found), TensorSums(self.n, self.k, rank, seed, self.outputs)
         for factor in found:
-            stream = order.index(_order(factor))
-            if isinstance(factor, Outer):
-                sums.outer(factor.a, factor.g, stream, "bias" in factor.names)
-            elif isinstance(factor, Index):
-                sums.index(factor.token, factor.g, self._shapes[factor.names["weight"]][0], stream)
-            else:
-                sums.rows(factor.rows, stream)
+            add_sketch(sums, factor, order, self._shapes)
         return sums.total(), order
 
     def columns(self, name: str) -> slice:
@@ -411,6 +400,30 @@ def _pairs_are_cheaper(factor: Outer) -> bool:
     """Whether products of pairs of positions take fewer operations than the rows [o, i] of a sample."""
     (_, k, s, o), i = factor.g.shape, factor.a.shape[2]
     return s * s * (i + k * k * o) < k * o * i * (s + k)
+
+
+def as_read(use: Use, g: Tensor, dtype: torch.dtype) -> tuple[Use, Tensor]:
+    """A use as sketches read it: linear layers and embeddings in half precision as they lie; other rules compute."""
+    if use.rule in ("linear", "embedding"):
+        return use, g
+    saved = use.saved.to(dtype) if use.saved.is_floating_point() else use.saved
+    return Use(use.rule, use.origins, saved, use.options), g.to(dtype)
+
+
+def streams_of(factors: list[Factor]) -> list:
+    """What each stream of a sketch is for, in order."""
+    order = sorted(map(_order, factors))
+    return [key for i, key in enumerate(order) if i == 0 or key != order[i - 1]]
+
+
+def add_sketch(sums: TensorSums, factor: Factor, order: list, shapes: dict[str, torch.Size]) -> None:
+    stream = order.index(_order(factor))
+    if isinstance(factor, Outer):
+        sums.outer(factor.a, factor.g, stream, "bias" in factor.names)
+    elif isinstance(factor, Index):
+        sums.index(factor.token, factor.g, shapes[factor.names["weight"]][0], stream)
+    else:
+        sums.rows(factor.rows, stream)
 
 
 def _order(factor: Factor) -> tuple:
