@@ -14,16 +14,19 @@ import argparse
 import resource
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from tqdm import tqdm
 
 import sui_fast
-from sui_fast.loo import make_filter
+from sui_fast import Scores
+from sui_fast.loo import make_filter, shard_blocks
 from sui_fast.spectra import Moments, Store, feature_spectrum
-from sui_fast.streaming import _PORTION, LowRank
+from sui_fast.streaming import _PORTION, LowRank, run_fingerprint
 
 SHARD = 8192
 
@@ -45,9 +48,7 @@ def features(samples: int, rank: int, folder: Path) -> None:
     spectrum = feature_spectrum(sums)
     known = scale.double().square().sort().values * samples
     print(f"spectrum: largest relative deviation {float((spectrum.s / known - 1).abs().max()):.3f}")
-    solver = LowRank(
-        store, spectrum, 1, moment=spectrum.moment(sums.gram, samples), convention="sum", groups=None, device="cpu"
-    )
+    solver = LowRank(store, spectrum, 1, moment=spectrum.moment(sums), convention="sum", groups=None, device="cpu")
     turn = torch.randn(rank, rank, dtype=torch.float64)
     rate = 0.5 * samples / float(spectrum.s[-1])
     for name, phi in {
@@ -67,7 +68,38 @@ def features(samples: int, rank: int, folder: Path) -> None:
         speed = samples / (time.perf_counter() - begin)
         print(f"pass 2, {name}: {own:.1f} s, {own / floor:.2f} x one float64 product; sum of scores {total:.6g}")
         print(f"{speed:,.0f} samples/s with reading and with the product")
+    bookkeeping(store, samples)
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+
+
+def _seconds(job) -> float:
+    start = time.process_time()
+    job()
+    return time.process_time() - start
+
+
+def bookkeeping(store: Store, samples: int) -> None:
+    """Samples a second of what is not arithmetic: fingerprint of the ids, manifest, blocks, table, file of scores."""
+    ids, values = np.arange(samples), {name: np.zeros(samples) for name in ("si", "fsi")}
+    held = SimpleNamespace(ids=ids, n=samples)
+    units, results = dict.fromkeys(values, "nats"), store.path.parent / "scores.parquet"
+    portions = max(1, samples * store.read(0)["features"][0].numel() // _PORTION)
+    jobs = {
+        "fingerprint of ids": lambda: run_fingerprint(nn.Linear(1, 1), held, {}, "1"),
+        "manifest read and checked": lambda: Store(store.path, store.fingerprint, write=False),
+        "blocks of portions": lambda: [shard_blocks(samples // portions, samples, 1) for _ in range(portions)],
+        "table and file": lambda: Scores(ids, values, settings={}, diagnostics={}, units=units).save(results),
+    }
+    total = 0.0
+    for name, job in jobs.items():
+        took = min(_seconds(job) for _ in range(2))  # the first also loads libraries
+        total += took
+        print(f"bookkeeping, {name}: {samples / took:,.0f} samples/s")
+    results.unlink()
+    took = min(_seconds(lambda: store.read(0)) for _ in range(2))
+    count, size = store.shards[0]["rows"], store.shards[0]["bytes"]
+    print(f"bookkeeping, all of these: {samples / total:,.0f} samples/s")
+    print(f"checksum (SHA-256), with reading: {size / took / 1e9:.2f} GB/s, {count / took:,.0f} samples/s")
 
 
 def model(samples: int, rank: int, folder: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-FILES = ("test_cpp_removal.py", "test_cpp_sketch.py", "test_sums.py")
+FILES = ("test_cpp_removal.py", "test_cpp_forms.py", "test_cpp_sketch.py", "test_sums.py")
 
 
 def main(folder: str) -> int:

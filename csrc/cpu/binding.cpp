@@ -11,6 +11,7 @@
 #include "removal.h"
 #include "rows.h"
 #include "tensor.h"
+#include "triangular.h"
 #include "variant.h"
 
 namespace py = pybind11;
@@ -111,6 +112,23 @@ PYBIND11_MODULE(_cpu, module) {
         return sui::rational_removal(at<void>(u), single, blocks, m, r, at<double>(s), at<double>(g), at<double>(rest),
                                      at<double>(null), at<double>(r0), count, at<sui::Complex>(poles),
                                      at<sui::Complex>(residues), constant, at<double>(coef), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "rational_sums",
+      [](Address u, sui::Index blocks, int m, sui::Index r, Address s, Address g, Address rest, Address null,
+         Address r0, int count, Address poles, Address residues, double constant, Address base, Address c,
+         sui::Index rows, Address reached, Address sqnorm, Address form, int threads) {
+        return sui::rational_sums(at<double>(u), blocks, m, r, at<double>(s), at<double>(g), at<double>(rest),
+                                  at<double>(null), at<double>(r0), count, at<sui::Complex>(poles),
+                                  at<sui::Complex>(residues), constant, at<double>(base), at<double>(c), rows,
+                                  at<double>(reached), at<double>(sqnorm), at<double>(form), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "triangular_sqnorm",
+      [](Address c, sui::Index p, sui::Index r, Address x, sui::Index count, Address out, int threads) {
+        sui::triangular_sqnorm(at<double>(c), p, r, at<double>(x), count, at<double>(out), threads);
       },
       py::call_guard<py::gil_scoped_release>());
   define_rows<float>(module, "float32");

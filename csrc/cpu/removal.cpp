@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "sui/resolvent.h"
+#include "triangular.h"
 #include "variant.h"
 
 namespace sui {
@@ -110,25 +111,72 @@ Index converged_removal(const void* u, bool single, Index blocks, int m, Index r
              threads);
 }
 
+namespace {
+
+// What the poles make of the eigenvalues.
+struct Poles {
+  std::vector<double> table, gain;
+  std::vector<Complex> scale;
+
+  Poles(Index r, const double* s, const double* g, int count, const Complex* poles)
+      : table(2 * count * padded_width(r)), gain(padded(g, r, padded_width(r))), scale(count) {
+    const Index width = padded_width(r);
+    for (int q = 0; q < count; ++q) {
+      scale[q] = scaled(inverse(poles[q]), -1.0);
+      for (Index l = 0; l < r; ++l) {
+        const Complex value = resolvent(s[l], poles[q]);
+        table[2 * q * width + l] = value.re;
+        table[(2 * q + 1) * width + l] = value.im;
+      }
+    }
+  }
+};
+
+constexpr Complex kNone{};  // no poles: a pointer that is not null says "rational"
+
+}  // namespace
+
 Index rational_removal(const void* u, bool single, Index blocks, int m, Index r, const double* s, const double* g,
                        const double* rest, const double* null, const double* r0, int count, const Complex* poles,
                        const Complex* residues, double constant, double* coef, int threads) {
-  const Index width = padded_width(r);
-  std::vector<double> table(2 * count * width);
-  std::vector<Complex> scale(count);
-  for (int q = 0; q < count; ++q) {
-    scale[q] = scaled(inverse(poles[q]), -1.0);
-    for (Index l = 0; l < r; ++l) {
-      const Complex value = resolvent(s[l], poles[q]);
-      table[2 * q * width + l] = value.re;
-      table[(2 * q + 1) * width + l] = value.im;
-    }
-  }
-  const std::vector<double> gain = padded(g, r, width);
-  static const Complex none{};  // no poles: a pointer that is not null says "rational"
-  return run({u, single, blocks, r, m, 2 * count, rest, null, r0, constant, nullptr, coef, width, table.data(),
-              gain.data(), scale.data(), count ? residues : &none},
+  const Poles made(r, s, g, count, poles);
+  return run({u, single, blocks, r, m, 2 * count, rest, null, r0, constant, nullptr, coef, padded_width(r),
+              made.table.data(), made.gain.data(), made.scale.data(), count ? residues : &kNone},
              threads);
+}
+
+Index rational_sums(const double* u, Index blocks, int m, Index r, const double* s, const double* g, const double* rest,
+                    const double* null, const double* r0, int count, const Complex* poles, const Complex* residues,
+                    double constant, const double* base, const double* c, Index rows, double* reached, double* sqnorm,
+                    double* form, int threads) {
+  const Poles made(r, s, g, count, poles);
+  const Removal all{u, false, blocks, r, m, 2 * count, rest, null, r0, constant, nullptr, nullptr, padded_width(r),
+                    made.table.data(), made.gain.data(), made.scale.data(), count ? residues : &kNone};
+  const Kernels& kernels = choose(kVariants);
+  const TriangularKernels& forms = triangular_kernels();
+  std::vector<double> packed(static_cast<std::size_t>(forms.packed(rows, r)));
+  forms.pack(c, rows, r, packed.data());
+  const double work = double(blocks) * double(r) * (double(features(m) + m) * 2 * count + double(rows) / 2);
+  const Index parts = parts_for(blocks, work, threads), room = kernels.scratch(all), turned = forms.scratch(r);
+  const Index each = room + turned + kGroups * r;
+  std::vector<double> scratch(static_cast<std::size_t>(each * parts));
+  std::vector<Index> singular(parts);
+  in_parts(blocks, parts, [&](Index part, Index begin, Index end) {
+    double *own = scratch.data() + part * each, *coef = own + room + turned;
+    for (Index first = begin; first < end; first += kGroups) {
+      const Index held = std::min(kGroups, end - first);
+      Removal some = all;
+      some.u = u + first * m * r;
+      some.rest = rest + first * m, some.null = null + first * m * m, some.r0 = r0 + first * m;
+      some.blocks = held, some.coef = coef;
+      singular[part] += kernels.run(some, 0, held, own);
+      forms.weigh(coef, base, s, u + first * m * r, m, r, held, sqnorm + first, reached + first * m);
+      forms.run(packed.data(), rows, r, coef, held, own + room, form + first);
+    }
+  });
+  Index total = 0;
+  for (const Index count_of : singular) total += count_of;
+  return total;
 }
 
 }  // namespace sui

@@ -45,4 +45,11 @@ Index rational_removal(const void* u, bool single, Index blocks, int m, Index r,
                        const double* rest, const double* null, const double* r0, int count, const Complex* poles,
                        const Complex* residues, double constant, double* coef, int threads);
 
+// The same coef plus base, of which only sums are kept: reached = u (s coef) [blocks, m], sqnorm = sum_l s_l coef_l^2
+// [blocks], form = ||c coef||^2 [blocks], c upper triangular [rows, r]. u is double.
+Index rational_sums(const double* u, Index blocks, int m, Index r, const double* s, const double* g, const double* rest,
+                    const double* null, const double* r0, int count, const Complex* poles, const Complex* residues,
+                    double constant, const double* base, const double* c, Index rows, double* reached, double* sqnorm,
+                    double* form, int threads);
+
 }  // namespace sui

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from ..ops.sketching.sums import TensorSums
-from .jacobian import Jacobian, add_sketch, as_read, streams_of
+from .jacobian import Jacobian
 from .joining import apart, by_map, ways
 from .layers import Factor, Rows, Use, make_factors
 from .recorder import Recorder, Replay
 from .recurrent import own_body
+from .streams import add_sketch, as_read, streams_of
 
 LARGE = 1 << 23  # numbers that a batch would hold
 Take = Callable[[int, Tensor | None], None]

@@ -15,6 +15,9 @@ from ..ops.sketching.sums import TensorSums
 from .gram import gram
 from .joining import by_map, join_factors
 from .layers import Factor, Index, Outer, Rows, Use, dense_index, make_factors
+from .streams import add_sketch, as_read, layer_order, streams_of
+
+_ELEMENTS = 1 << 21  # of one intermediate, at least
 
 
 def _unrounded(method: Callable) -> Callable:
@@ -115,7 +118,7 @@ class Jacobian:
         for begin in range(0, self.n, step):
             part = total[begin : begin + step]
             for factor in self.factors(begin, min(begin + step, self.n)):
-                part += _own_block(factor)
+                part += own_block(factor)
         return total
 
     @_unrounded
@@ -140,19 +143,23 @@ class Jacobian:
         flat = flat[None] if tangent.ndim == 1 else flat
         total = self.outputs.new_zeros(self.n, self.k, len(flat))
         for factor in self._apart():
-            total += self._along(flat, factor)
+            total += self.along(flat, factor)
         result = total.reshape(self.n * self.k, -1)
         return result[:, 0] if tangent.ndim == 1 else result
 
-    def _along(self, flat: Tensor, factor: Factor) -> Tensor:
+    def along(self, flat: Tensor, factor: Factor) -> Tensor:
         """Rows of a factor times tangents [r, d], [n, k, r]."""
-        parts = {role: self._part(flat, factor, role).flatten(1) for role in factor.names}
+        parts = {role: self.part_of(flat, factor, role).flatten(1) for role in factor.names}
         if isinstance(factor, Rows):
             return factor.rows @ parts["rows"].T
         if isinstance(factor, Index):
             weight = parts["weight"].unflatten(1, (-1, factor.g.shape[3]))
-            held = torch.where((factor.token >= 0)[..., None], weight[:, factor.token.clamp(min=0)], 0)
-            return torch.einsum("nkso,rnso->nkr", factor.g, held)
+            found = factor.g.new_empty(*factor.g.shape[:2], len(flat))
+            for part in _portions(factor, len(flat)):
+                token = factor.token[part]
+                held = torch.where((token >= 0)[..., None], weight[:, token.clamp(min=0)], 0)
+                found[part] = torch.einsum("nkso,rnso->nkr", factor.g[part], held)
+            return found
         weight = parts["weight"].reshape(len(flat), factor.g.shape[3], -1)
         if "bias" in parts:
             weight = torch.cat([weight, parts["bias"][:, :, None]], 2)
@@ -172,13 +179,13 @@ class Jacobian:
     def _along_and_own(self, flat: Tensor, factor: Factor, total: Tensor, own: Tensor, step: int) -> None:
         """Add a factor's part to both results of ``jvp_and_own_blocks``."""
         if not isinstance(factor, Outer) or factor.a.shape[1] <= self.k or _pairs_are_cheaper(factor):
-            total += self._along(flat, factor)
-            own += _own_block(factor)
+            total += self.along(flat, factor)
+            own += own_block(factor)
             return
-        weight, a = self._part(flat, factor, "weight").flatten(1), factor.a
+        weight, a = self.part_of(flat, factor, "weight").flatten(1), factor.a
         if "bias" in factor.names:
             bias = factor.g.sum(2)
-            total += bias @ self._part(flat, factor, "bias").flatten(1).T
+            total += bias @ self.part_of(flat, factor, "bias").flatten(1).T
             own += bias @ bias.transpose(1, 2)
         for part in (slice(begin, begin + step) for begin in range(0, len(a), step)):
             rows = (factor.g[part].transpose(2, 3) @ a[part, None]).flatten(2)
@@ -205,22 +212,27 @@ class Jacobian:
         if isinstance(factor, Rows):
             self._put(flat, factor, "rows", torch.einsum("nkp,nkr->rp", factor.rows, c))
             return
-        keep = (factor.token >= 0).reshape(-1)
-        target = self._part(flat, factor, "weight").unflatten(1, (-1, factor.g.shape[3]))
-        given = torch.einsum("nkso,nkr->rnso", factor.g, c).flatten(1, 2)
-        target.index_add_(1, factor.token.reshape(-1)[keep], given[:, keep])
+        target = self.part_of(flat, factor, "weight").unflatten(1, (-1, factor.g.shape[3]))
+        for part in _portions(factor, c.shape[2]):
+            token = factor.token[part].reshape(-1)
+            given = torch.einsum("nkso,nkr->rnso", factor.g[part], c[part]).flatten(1, 2)
+            target.index_add_(1, token[token >= 0], given[:, token >= 0])
 
-    def _part(self, flat: Tensor, factor: Factor, role: str) -> Tensor:
+    def part_of(self, flat: Tensor, factor: Factor, role: str) -> Tensor:
         """View of the entries [..., *] that a factor speaks of, in a tensor [..., d]."""
         columns = flat[..., self.columns(factor.names[role])]
         return factor.places[role].of(columns) if role in factor.places else columns
 
     def _put(self, flat: Tensor, factor: Factor, role: str, values: Tensor) -> None:
-        target = self._part(flat, factor, role)
+        target = self.part_of(flat, factor, role)
         target += values.reshape(target.shape)
 
+    def vocabulary(self, factor: Index) -> int:
+        """Rows of an embedding."""
+        return self._shapes[factor.names["weight"]][0]
+
     def _dense(self, factor: Index) -> Tensor:
-        return dense_index(factor.token, factor.g, self._shapes[factor.names["weight"]][0])
+        return dense_index(factor.token, factor.g, self.vocabulary(factor))
 
     def _typed(self, use: Use) -> Use:
         """The use with its input in the dtype of the factors (models in bfloat16, autocast)."""
@@ -308,7 +320,7 @@ class Jacobian:
         if begin is not None:
             pieces.append(Piece(begin, rows))
             return
-        target = self._part(view, factor, role)
+        target = self.part_of(view, factor, role)
         shaped = rows.reshape(*rows.shape[:2], *target.shape[2:])
 
         def write(number: int) -> None:
@@ -319,7 +331,7 @@ class Jacobian:
 
     def _write_outer(self, view: Tensor, factor: Outer) -> Callable[[int], None]:
         step, (_, k, s, o), i = len(view), factor.g.shape, factor.a.shape[2]
-        target = self._part(view, factor, "weight")
+        target = self.part_of(view, factor, "weight")
         target = target.unflatten(2, (o, i)) if target.ndim == 3 else target
         if k == 1 and target.ndim == 4:  # the row itself is the result of the product
             products = list(zip(factor.g[:, 0].transpose(1, 2).unbind(), factor.a.unbind(), strict=True))
@@ -352,7 +364,7 @@ class Jacobian:
         """``sketch``, and the layers in the order of their streams: portions whose lists are equal have equal maps."""
         if kind == "tensor":
             return self._tensor_sketch(rank, seed)
-        total, factors = self.outputs.new_zeros(self.n, self.k, rank), sorted(self.factors(), key=_order)
+        total, factors = self.outputs.new_zeros(self.n, self.k, rank), sorted(self.factors(), key=layer_order)
         for stream, factor in enumerate(factors):
             if isinstance(factor, Outer):
                 a, g = factor.augmented(), factor.g
@@ -360,7 +372,7 @@ class Jacobian:
                 dense = factor.rows if isinstance(factor, Rows) else self._dense(factor)
                 a, g = dense.new_ones(self.n, 1, 1), dense[:, :, None]
             total += sketch(a.contiguous(), g.contiguous(), rank, seed, stream, kind)
-        return total, [_order(factor) for factor in factors]
+        return total, [layer_order(factor) for factor in factors]
 
     def _tensor_sketch(self, rank: int, seed: int) -> tuple[Tensor, list]:
         found: list[Factor] = [Rows({"rows": name}, rows.to(self.dtype)) for name, rows in self._rows.items()]
@@ -377,12 +389,21 @@ class Jacobian:
         return slice(self._begin[name], self._begin[name] + self._shapes[name].numel())
 
 
-def _own_block(factor: Factor) -> Tensor:
+def _portions(factor: Index, r: int) -> list[slice]:
+    """Samples at a time, so that r gradients of each are no more than the factor holds, or a few megabytes."""
+    n, _, s, o = factor.g.shape
+    step = max(1, max(_ELEMENTS, factor.g.numel()) // max(1, r * s * o))
+    return [slice(begin, begin + step) for begin in range(0, n, step)]
+
+
+def own_block(factor: Factor) -> Tensor:
     """Gram matrix of the rows of each sample, [n, k, k]."""
     if isinstance(factor, Index):
         same = (factor.token[:, :, None] == factor.token[:, None]) & (factor.token >= 0)[:, None]
         return torch.einsum("nkso,nlto,nst->nkl", factor.g, factor.g, same.to(factor.g.dtype))
     if isinstance(factor, Rows):
+        if factor.rows.shape[1] == 1:
+            return torch.linalg.vector_norm(factor.rows, dim=2, keepdim=True).square()
         return factor.rows @ factor.rows.transpose(1, 2)
     a, g = factor.augmented(), factor.g
     if a.shape[1] == 1:
@@ -400,32 +421,3 @@ def _pairs_are_cheaper(factor: Outer) -> bool:
     """Whether products of pairs of positions take fewer operations than the rows [o, i] of a sample."""
     (_, k, s, o), i = factor.g.shape, factor.a.shape[2]
     return s * s * (i + k * k * o) < k * o * i * (s + k)
-
-
-def as_read(use: Use, g: Tensor, dtype: torch.dtype) -> tuple[Use, Tensor]:
-    """A use as sketches read it: linear layers and embeddings in half precision as they lie; other rules compute."""
-    if use.rule in ("linear", "embedding"):
-        return use, g
-    saved = use.saved.to(dtype) if use.saved.is_floating_point() else use.saved
-    return Use(use.rule, use.origins, saved, use.options), g.to(dtype)
-
-
-def streams_of(factors: list[Factor]) -> list:
-    """What each stream of a sketch is for, in order."""
-    order = sorted(map(_order, factors))
-    return [key for i, key in enumerate(order) if i == 0 or key != order[i - 1]]
-
-
-def add_sketch(sums: TensorSums, factor: Factor, order: list, shapes: dict[str, torch.Size]) -> None:
-    stream = order.index(_order(factor))
-    if isinstance(factor, Outer):
-        sums.outer(factor.a, factor.g, stream, "bias" in factor.names)
-    elif isinstance(factor, Index):
-        sums.index(factor.token, factor.g, shapes[factor.names["weight"]][0], stream)
-    else:
-        sums.rows(factor.rows, stream)
-
-
-def _order(factor: Factor) -> tuple:
-    """Factors in an order that does not depend on the data: the stream of a sketch is a factor's number in it."""
-    return sorted(factor.names.values()), sorted((p.offset, p.stride) for p in factor.places.values())

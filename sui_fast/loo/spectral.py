@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._errors import StabilityError, complaint
-from ..ops import converged_removal, rational_removal
+from ..ops import converged_removal, rational_removal, rational_sums, triangular_sqnorm
 from ..spectra import Spectrum
 from .blocks import Blocks
 from .converged import ridgeless_removal
@@ -17,8 +17,7 @@ from .filters import TrainingFilter
 from .rational import Rational, fit_rational
 from .removal import CHUNK, Removal
 
-_STRIPS = 8  # of a triangular factor: few enough to be products of full speed
-_LEAST_STRIP = 64  # rows of one
+_PIECE = 1 << 16  # float64 elements of a product of two rows
 _REDUCED_WORK = 1e11  # operations that a look at every reduced spectrum may take
 
 
@@ -50,7 +49,12 @@ class SpectralRemoval(Removal):
         self._missed = self.missed_leverage = u.new_zeros(())
         self._left_out = torch.full_like(residual.reshape(-1), float("nan"))
         self._held = u.new_empty(0, len(s))
+        # where the sums over the changes are known without them (no closures: cycles would keep the rows alive):
         self._row: tuple[Tensor, Tensor] | None = None  # (v, w): the change of sample i is -v_i (w u_i)
+        self._light: tuple[Tensor, Rational, Tensor] | None = None  # (rows, fit, base)
+        self._sqnorm: Tensor | None = None
+        self._form: Tensor | None = None
+        light = gain is not None and blocks.single and u.device.type == "cpu"
         fit_error, pole_count, settled = 0.0, 0, phi.converged
         self._scale = _on(s, phi(s.cpu().numpy())) if phi.converged is False or phi.shift > 0 else _pseudo_inverse(s)
         for removed, numbers in blocks.by_size().items():
@@ -73,7 +77,10 @@ class SpectralRemoval(Removal):
                 reduced = self._reduced_top(numbers, changed)
                 fit = fit_rational(changed, reduced)
                 fit_error, pole_count = max(fit_error, fit.error), max(pole_count, len(fit.poles))
-                self._remove_rational(numbers, rows, changed, fit)
+                if light and len(numbers) == len(self):
+                    self._remove_lightly(rows, changed, fit, fit if reduced < spectrum.top else changed)
+                    continue
+                self._remove_rational(numbers, rows, fit)
             still = torch.from_numpy(numbers).to(u.device)[idle[rows].all(1)]
             if len(still):
                 self._held[still] = 0.0  # rows of zeros act on nothing: the value is exact, not a rounding of zero
@@ -165,21 +172,24 @@ class SpectralRemoval(Removal):
         step = max(1, CHUNK // max(1, len(s)))
         for part in (slice(begin, begin + step) for begin in range(0, len(self), step)):
             u, own = self.spectrum.u[part], self.residual.reshape(-1)[part]
-            kernel, norm, squares[part] = (u.square() @ forms.T).unbind(1)
+            kernel, norm, squares[part] = _dots(u, u, forms.T).unbind(1)
             pull, reached = (u @ lines.T).unbind(1)
             if self.spectrum.complete:
                 v[part] = pull / kernel
             else:
                 v[part] = (pull + (own - reached) / shift) / (kernel + (1 - norm) / shift)
         change = torch.where(idle, 0.0, v)
-        self._row = (change, w)
-        self._sqnorm = change.square() * squares
+        self._sqnorm, self._row = change.square() * squares, (change, w)
 
     @property
     def _change(self) -> Tensor:
         if self._row is not None and len(self._held) == 0:
             v, w = self._row
             self._held = (self.spectrum.u * w).mul_(-v[:, None])
+        if self._light is not None and len(self._held) == 0:
+            rows, fit, base = self._light
+            self._remove_rational(np.arange(len(self)), rows, fit)
+            self._held += base
         return self._held
 
     def _remove_converged(self, numbers: np.ndarray, rows: Tensor, shift: float) -> None:
@@ -207,13 +217,28 @@ class SpectralRemoval(Removal):
             self._held = change.new_empty(len(self), change.shape[1])
         self._held[part] = change
 
-    def _remove_rational(self, numbers: np.ndarray, rows: Tensor, changed: TrainingFilter, fit: Rational) -> None:
-        s, g = self.spectrum.s, self._gain
+    def _rational_parts(self, numbers: np.ndarray, rows: Tensor, fit: Rational):
+        """(blocks, arguments of ``rational_removal``) portion by portion."""
+        s = self.spectrum.s
         poles, residues = (torch.from_numpy(x).to(s.device) for x in (fit.poles, fit.residues))
         for part, index, block in self._chunks(numbers, rows):
-            rest, null = self._outside(block, index)
             own = self.residual.reshape(-1)[index]
-            self._put(part, rational_removal(block, s, g, rest, null, own, poles, residues, fit.constant))
+            yield part, (block, s, self._gain, *self._outside(block, index), own, poles, residues, fit.constant)
+
+    def _remove_rational(self, numbers: np.ndarray, rows: Tensor, fit: Rational) -> None:
+        for part, arguments in self._rational_parts(numbers, rows, fit):
+            self._put(part, rational_removal(*arguments))
+
+    def _remove_lightly(self, rows: Tensor, changed: TrainingFilter, fit: Rational, beyond) -> None:
+        """``_remove_rational`` of every sample, of whose change only sums are asked as a rule."""
+        s, g, numbers = self.spectrum.s, self._gain, np.arange(len(self))
+        base = (_on(s, beyond(s.cpu().numpy())) - self._scale) * g if changed != self._phi else torch.zeros_like(g)
+        factor = g.new_zeros(0, len(g)) if self._moment is None else self._moment
+        sums = [rational_sums(*arguments, base, factor) for _, arguments in self._rational_parts(numbers, rows, fit)]
+        reached, self._sqnorm, form = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*sums, strict=True))
+        fitted = self.spectrum.u @ (s * self._scale * g)
+        self._left_out = self.residual.reshape(-1) - fitted - reached.reshape(-1)
+        self._form, self._light = form, (rows, fit, base)
 
     def _residual_after(self, numbers: np.ndarray, rows: Tensor) -> Tensor:
         """r0 - Theta (alpha + D_b), removed rows."""
@@ -222,7 +247,7 @@ class SpectralRemoval(Removal):
         for part, index, block in self._chunks(numbers, rows):
             change = self._held[part]
             if block.shape[1] == 1:
-                change = ((block[:, 0] * change) @ s)[:, None]
+                change = _dots(block[:, 0], change, s[:, None])
             else:
                 change = torch.einsum("bmr,br->bm", block, change * s)
             after.append(self.residual.reshape(-1)[index] - fitted[index] - change)
@@ -252,11 +277,14 @@ class SpectralRemoval(Removal):
         return self._change[:, self._reached] * self.spectrum.s[self._reached].sqrt()
 
     def _weight_sqnorm(self) -> Tensor:
-        found = self._held.square() @ self.spectrum.s if self._row is None else self._sqnorm
+        found = self._sqnorm
+        if found is None:
+            found = _dots(self._held, self._held, self.spectrum.s[:, None])[:, 0]
         return (found + self._missed).clamp_min(0)
 
     def _hessian_sqnorm(self) -> Tensor:
-        return self._change.square() @ (self.spectrum.s * (self.spectrum.s + self._phi.shift))
+        metric = self.spectrum.s * (self.spectrum.s + self._phi.shift)
+        return _dots(self._change, self._change, metric[:, None])[:, 0]
 
     @cached_property
     def _probe(self) -> Tensor:
@@ -268,17 +296,10 @@ class SpectralRemoval(Removal):
     def _prediction_sqnorm(self) -> Tensor:
         if self._moment is None:
             return super()._prediction_sqnorm()
-        # a strip of rows of a triangular C needs the coordinates from its first column on: half the operations
-        if self._row is None:
-            rows, weight, scale = self._held, torch.ones_like(self.spectrum.s), 1.0
-        else:
-            rows, weight, scale = self.spectrum.u, self._row[1], self._row[0].square()
-        total = rows.new_zeros(len(rows))
-        step = max(_LEAST_STRIP, -(-len(self._moment) // _STRIPS))
-        for begin in range(0, len(self._moment), step):
-            strip = self._moment[begin : begin + step, begin:] * weight[begin:]
-            total += (strip @ rows[:, begin:].T).square_().sum(0)
-        return total * scale
+        if self._row is not None:
+            v, w = self._row
+            return _form(self._moment * w, self.spectrum.u) * v.square()
+        return _form(self._moment, self._held) if self._form is None else self._form
 
     def _predict(self, begin: int, end: int) -> Tensor:
         return self._change[begin:end] @ self._probe.T
@@ -290,7 +311,8 @@ class SpectralRemoval(Removal):
         return self._left_out.reshape(self.residual.shape)
 
     def _leverage(self) -> Tensor:
-        rows = (self.spectrum.u.square() @ (self._scale * self.spectrum.s)).reshape(self.residual.shape).sum(1)
+        weight = (self._scale * self.spectrum.s)[:, None]
+        rows = _dots(self.spectrum.u, self.spectrum.u, weight).reshape(self.residual.shape).sum(1)
         return (self.sum_over_blocks(rows) + self.missed_leverage).clamp_min(0)
 
     def trained_residual(self) -> Tensor:
@@ -299,6 +321,23 @@ class SpectralRemoval(Removal):
         if self.spectrum.complete:
             return (self.spectrum.u @ (share * self._gain)).reshape(self.residual.shape)
         return self.residual - (self.spectrum.u @ ((1 - share) * self._gain)).reshape(self.residual.shape)
+
+
+def _form(factor: Tensor, x: Tensor) -> Tensor:
+    """||factor x_i||^2 for an upper triangular factor."""
+    return triangular_sqnorm(factor, x) if x.device.type == "cpu" else (x @ factor.T).square().sum(1)
+
+
+def _dots(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    """(x * y) @ weights [r, q] for rows x, y [n, r], in pieces that stay in cache: fresh memory costs more."""
+    step = max(1, (_PIECE if x.device.type == "cpu" else CHUNK) // max(1, x.shape[1]))
+    out, held = x.new_empty(len(x), weights.shape[1]), x.new_empty(min(step, len(x)), x.shape[1])
+    for begin in range(0, len(x), step):
+        part = slice(begin, min(begin + step, len(x)))
+        product = held[: part.stop - begin]
+        torch.mul(x[part], y[part], out=product)
+        torch.mm(product, weights, out=out[part])
+    return out
 
 
 def _on(like: Tensor, values: np.ndarray) -> Tensor:

@@ -3,9 +3,10 @@
 from ._backends import BACKENDS
 from ._explain import backends, explain, self_test
 from ._op import OPS, use_backend
-from .gram import ntk_gram
+from .forms import triangular_sqnorm
+from .gram import ntk_gram, ntk_gram_sum
 from .products import jvp, vjp
-from .removal import converged_removal, rational_removal
+from .removal import converged_removal, rational_removal, rational_sums
 from .sketching import sketch
 
 __all__ = [
@@ -16,9 +17,12 @@ __all__ = [
     "explain",
     "jvp",
     "ntk_gram",
+    "ntk_gram_sum",
     "rational_removal",
+    "rational_sums",
     "self_test",
     "sketch",
+    "triangular_sqnorm",
     "use_backend",
     "vjp",
 ]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..._errors import ArgumentError, complaint
 from .._op import op
+from ..forms import check_triangular, triangular_sqnorm
 
 _ELEMENTS = 1 << 23  # of one intermediate
 
@@ -32,6 +33,13 @@ def _rational_examples(device):
     poles = torch.tensor([-0.3 + 0.2j, -0.1 + 0j], dtype=torch.complex128, device=device)
     residues = torch.tensor([0.5 - 1j, 2.0 + 0j], dtype=torch.complex128, device=device)
     return [(*_example(device, m), poles, residues, 0.7) for m in (1, 3)]
+
+
+def _sums_examples(device):
+    return [
+        (*example, example[2] * 0.1, torch.triu(torch.outer(example[1], example[2]))[:4].contiguous())
+        for example in _rational_examples(device)
+    ]
 
 
 def _check_shift(u, s, g, rest, null, shift) -> None:
@@ -129,6 +137,51 @@ def rational_removal(
         remove = _remove_row if u.shape[1] == 1 else _remove_block
         results.append(remove(block, resolvent, g, rest[part], null[part], r0[part], poles, residues, constant))
     return torch.cat(results) if results else s.new_zeros(0, len(s))
+
+
+@op(
+    shapes=_SHAPES | {"r0": "b m", "poles": "q", "residues": "q", "base": "r", "c": "p r"},
+    result="b m,b,b",
+    examples=_sums_examples,
+    dtypes=_DTYPES
+    | {"u": _DOUBLE, "r0": _DOUBLE, "poles": _COMPLEX, "residues": _COMPLEX, "base": _DOUBLE, "c": _DOUBLE},
+    result_dtype=torch.float64,
+    check=lambda *args: check_triangular(args[-1]),
+)
+def rational_sums(
+    u: Tensor,
+    s: Tensor,
+    g: Tensor,
+    rest: Tensor,
+    null: Tensor,
+    r0: Tensor,
+    poles: Tensor,
+    residues: Tensor,
+    constant: float,
+    base: Tensor,
+    c: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the change of ``rational_removal``, which itself is not kept.
+
+    ::
+
+        coef    = base + rational_removal(u, s, g, rest, null, r0, poles, residues, constant)
+        reached = u (s coef)
+        sqnorm  = sum_l s_l coef_l^2
+        form    = ||c coef||^2
+
+    Args:
+        u .. constant: as in ``rational_removal``, u float64. base: added to every change [r]. c: upper triangular
+            [p, r], p <= r; what lies below its diagonal counts as zero.
+    Returns:
+        reached [b, m], sqnorm [b], form [b]; float64.
+    Raises:
+        ArgumentError: shapes, dtypes or devices that disagree; p > r.
+    Source: docs/math.md, sections 6 and 11.
+    """
+    coef = base + rational_removal(u, s, g, rest, null, r0, poles, residues, constant)
+    weighed = s * coef
+    return torch.einsum("bmr,br->bm", u, weighed), (weighed * coef).sum(1), triangular_sqnorm(c, coef)
 
 
 def _times(real: Tensor, factor: Tensor) -> Tensor:

@@ -55,6 +55,39 @@ def rational_removal(
     return coef
 
 
+def rational_sums(
+    u: Tensor,
+    s: Tensor,
+    g: Tensor,
+    rest: Tensor,
+    null: Tensor,
+    r0: Tensor,
+    poles: Tensor,
+    residues: Tensor,
+    constant: float,
+    base: Tensor,
+    c: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See the op of the same name."""
+    blocks, m, r = u.shape
+    arrays = [_dense(x) for x in (u, s, g, rest, null, r0, poles, residues, base, c)]
+    reached, sqnorm, form = s.new_empty(blocks, m), s.new_empty(blocks), s.new_empty(blocks)
+    singular = _cpu.rational_sums(
+        arrays[0].data_ptr(),
+        *(blocks, m, r),
+        *(x.data_ptr() for x in arrays[1:6]),
+        len(poles),
+        *(x.data_ptr() for x in arrays[6:8]),
+        constant,
+        *(x.data_ptr() for x in arrays[8:]),
+        len(c),
+        *(x.data_ptr() for x in (reached, sqnorm, form)),
+        torch.get_num_threads(),
+    )
+    _check_solved(singular, blocks)
+    return reached, sqnorm, form
+
+
 def refuse_converged_removal(u: Tensor, s: Tensor, g: Tensor, rest: Tensor, null: Tensor, shift: float) -> str | None:
     return _refuse(u, s, g, rest, null)
 
@@ -74,6 +107,26 @@ def refuse_rational_removal(
     if wrong:
         return f"poles and residues are {wrong[0]}; it takes torch.complex128"
     return _refuse(u, s, g, rest, null, r0)
+
+
+def refuse_rational_sums(
+    u: Tensor,
+    s: Tensor,
+    g: Tensor,
+    rest: Tensor,
+    null: Tensor,
+    r0: Tensor,
+    poles: Tensor,
+    residues: Tensor,
+    constant: float,
+    base: Tensor,
+    c: Tensor,
+) -> str | None:
+    if u.dtype != torch.float64:
+        return f"u is {u.dtype}; it takes torch.float64"
+    if _cpu.instruction_set() == "baseline":
+        return "vectors of two numbers, with which matrix products are faster"
+    return refuse_rational_removal(u, s, g, rest, null, r0, poles, residues, constant)
 
 
 def _refuse(u: Tensor, *others: Tensor) -> str | None:

@@ -1,0 +1,36 @@
+// Choice of the instruction set, threads and room for csrc/cpu/triangular_kernels.cpp.
+#include "triangular.h"
+
+#include "variant.h"
+
+namespace sui {
+
+extern const TriangularKernels triangular_baseline;
+#if SUI_X86
+extern const TriangularKernels triangular_avx2, triangular_avx512;
+#endif
+
+namespace {
+
+#if SUI_X86
+constexpr Variants<TriangularKernels> kVariants{&triangular_baseline, &triangular_avx2, &triangular_avx512};
+#else
+constexpr Variants<TriangularKernels> kVariants{&triangular_baseline, nullptr, nullptr};
+#endif
+
+}  // namespace
+
+const TriangularKernels& triangular_kernels() { return choose(kVariants); }
+
+void triangular_sqnorm(const double* c, Index p, Index r, const double* x, Index count, double* out, int threads) {
+  const TriangularKernels& kernels = triangular_kernels();
+  std::vector<double> packed(static_cast<std::size_t>(kernels.packed(p, r)));
+  kernels.pack(c, p, r, packed.data());
+  const Index parts = parts_for(count, double(count) * double(p) * double(r) / 2, threads), room = kernels.scratch(r);
+  std::vector<double> scratch(static_cast<std::size_t>(room * parts));
+  in_parts(count, parts, [&](Index part, Index begin, Index end) {
+    kernels.run(packed.data(), p, r, x + begin * r, end - begin, scratch.data() + part * room, out + begin);
+  });
+}
+
+}  // namespace sui

@@ -1,0 +1,130 @@
+// out[i] = ||C x_i||^2, C upper triangular, and forms with a diagonal; compiled once per instruction set (see CMakeLists.txt), therefore without the
+// standard library.
+//
+// A tile of C x holds kRows rows of C and kVectors vectors of samples in registers, and never leaves them: its squares
+// are added to one sum per sample. C lies in panels of kRows rows, each from its diagonal on, column after column; a
+// group of samples is turned to [r, group], so that a column of it is kVectors loads and every number of C one broadcast.
+#include "triangular.h"
+
+#include "simd.h"
+
+namespace sui {
+namespace {
+
+using Lane = Vector<double>;
+constexpr Index kLanes = Simd<double>::lanes;
+#if defined(__AVX512F__)
+constexpr Index kRows = 8, kVectors = 3;  // of 32 registers
+#elif defined(__AVX2__)
+constexpr Index kRows = 4, kVectors = 3;  // of 16
+#else
+constexpr Index kRows = 4, kVectors = 2;
+#endif
+constexpr Index kGroup = kVectors * kLanes;
+static_assert(kGroups % kGroup == 0, "a portion is whole groups");
+
+SUI_FN Index panels(Index p) { return (p + kRows - 1) / kRows; }
+
+// Columns of a panel: from the diagonal of its first row on.
+SUI_FN Index columns(Index panel, Index r) { return r - panel * kRows; }
+
+Index packed(Index p, Index r) {
+  Index total = 0;
+  for (Index panel = 0; panel < panels(p); ++panel) total += kRows * columns(panel, r);
+  return total;
+}
+
+Index scratch(Index r) { return r * kGroup; }
+
+void pack(const double* c, Index p, Index r, double* out) {
+  for (Index panel = 0; panel < panels(p); ++panel)
+    for (Index l = panel * kRows; l < r; ++l)
+      for (Index row = panel * kRows; row < (panel + 1) * kRows; ++row) *out++ = row < p && row <= l ? c[row * r + l] : 0;
+}
+
+// [count, r] to [r, kGroup], zeros beyond count
+void turn(const double* x, Index count, Index r, double* out) {
+  for (Index first = 0; first < kGroup; first += kLanes) {
+    Index l = 0;
+    if (first + kLanes <= count) {
+      for (; l + kLanes <= r; l += kLanes) {
+        Lane square[kLanes];
+        for (Index i = 0; i < kLanes; ++i) square[i] = at(x + (first + i) * r + l);
+        transpose<double>(square);
+        for (Index i = 0; i < kLanes; ++i) at(out + (l + i) * kGroup + first) = square[i];
+      }
+    }
+    for (; l < r; ++l)
+      for (Index i = first; i < first + kLanes; ++i) out[l * kGroup + i] = i < count ? x[i * r + l] : 0;
+  }
+}
+
+void run(const double* packed, Index p, Index r, const double* x, Index count, double* scratch, double* out) {
+  for (Index begin = 0; begin < count; begin += kGroup) {
+    const Index live = count - begin < kGroup ? count - begin : kGroup;
+    turn(x + begin * r, live, r, scratch);
+    Lane total[kVectors] = {};
+    const double* c = packed;
+    for (Index panel = 0; panel < panels(p); ++panel) {
+      Lane sums[kRows][kVectors] = {};
+      const double *column = scratch + panel * kRows * kGroup, *end = scratch + r * kGroup;
+      for (; column < end; column += kGroup, c += kRows) {
+        Lane held[kVectors];
+#pragma GCC unroll 8
+        for (Index v = 0; v < kVectors; ++v) held[v] = at(column + v * kLanes);
+#pragma GCC unroll 8
+        for (Index a = 0; a < kRows; ++a)
+#pragma GCC unroll 8
+          for (Index v = 0; v < kVectors; ++v) sums[a][v] += c[a] * held[v];
+      }
+#pragma GCC unroll 8
+      for (Index a = 0; a < kRows; ++a)
+#pragma GCC unroll 8
+        for (Index v = 0; v < kVectors; ++v) total[v] += sums[a][v] * sums[a][v];
+    }
+    for (Index i = 0; i < live; ++i) out[begin + i] = total[i / kLanes][i % kLanes];
+  }
+}
+
+SUI_FN double sum(const Lane& x) {
+  double total = 0;
+  for (Index lane = 0; lane < kLanes; ++lane) total += x[lane];
+  return total;
+}
+
+void weigh(double* x, const double* base, const double* s, const double* u, Index m, Index r, Index count,
+           double* sqnorm, double* inner) {
+  for (Index i = 0; i < count; ++i, x += r) {
+    Lane square = {}, first = {};
+    const double* row = u + i * m * r;
+    Index l = 0;
+    double square_rest = 0, first_rest = 0;
+    for (; l + kLanes <= r; l += kLanes) {
+      const Lane moved = at(x + l) + at(base + l), weighed = at(s + l) * moved;
+      at(x + l) = moved;
+      square += weighed * moved;
+      if (m) first += weighed * at(row + l);
+    }
+    for (; l < r; ++l) {
+      x[l] += base[l];
+      square_rest += s[l] * x[l] * x[l];
+      if (m) first_rest += s[l] * x[l] * row[l];
+    }
+    sqnorm[i] = sum(square) + square_rest;
+    if (m) inner[i * m] = sum(first) + first_rest;
+    for (Index a = 1; a < m; ++a) {
+      Lane total = {};
+      double rest = 0;
+      for (l = 0; l + kLanes <= r; l += kLanes) total += at(s + l) * at(x + l) * at(row + a * r + l);
+      for (; l < r; ++l) rest += s[l] * x[l] * row[a * r + l];
+      inner[i * m + a] = sum(total) + rest;
+    }
+  }
+}
+
+}  // namespace
+
+extern const TriangularKernels SUI_JOIN(triangular_, SUI_VARIANT);
+const TriangularKernels SUI_JOIN(triangular_, SUI_VARIANT) = {packed, scratch, pack, run, weigh};
+
+}  // namespace sui

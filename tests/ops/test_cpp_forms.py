@@ -1,0 +1,85 @@
+"""The C++ kernels of quadratic forms, alone and behind the rational removal, against plain products."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+_cpu = pytest.importorskip("sui_fast._cpu", reason="the C++ module is not built")
+forms = pytest.importorskip("sui_fast.ops.forms._cpu")
+removal = pytest.importorskip("sui_fast.ops.removal._cpu")
+
+import sui_fast  # noqa: E402
+from sui_fast import ops  # noqa: E402
+from sui_fast._errors import ArgumentError  # noqa: E402
+
+SHAPES = [  # vectors, rows of the factor, columns
+    pytest.param(1, 1, 1, id="all-one"),
+    pytest.param(25, 7, 9, id="odd"),
+    pytest.param(100, 33, 64, id="wide"),
+    pytest.param(203, 130, 131, id="large"),
+    pytest.param(0, 3, 5, id="no-vectors"),
+    pytest.param(4, 0, 5, id="no-factor"),
+]
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("n, p, r", SHAPES)
+def test_triangular_forms(n, p, r):
+    c, x = draw(p, r), draw(n, r, seed=1)  # what lies below the diagonal is not read
+    want = (x @ c.triu().T).square().sum(1)
+    torch.testing.assert_close(forms.triangular_sqnorm(c, x), want, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(ops.triangular_sqnorm.op.body(c, x), want, rtol=1e-12, atol=1e-13)
+    turned = x.T.contiguous().T
+    torch.testing.assert_close(forms.triangular_sqnorm(c, turned), want, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("n, p, r", SHAPES)
+@pytest.mark.parametrize("m", [1, 3])
+def test_sums_over_the_change(n, p, r, m):
+    u, g, rest, root, r0 = draw(n, m, r) / r**0.5, draw(r), draw(n, m), draw(n, m, m), draw(n, m, seed=2)
+    poles = torch.tensor([-0.3 + 0j, 0.5 + 0.7j], dtype=torch.complex128)
+    residues = torch.tensor([1.5 + 0j, 0.3 - 1j], dtype=torch.complex128)
+    s, base, c = draw(r).square(), 0.1 * draw(r, seed=3), draw(p, r)
+    arguments = (u, s, g, rest, root @ root.transpose(1, 2), r0, poles, residues, 0.7)
+    coef = base + ops.rational_removal.op.body(*arguments)
+    want = torch.einsum("bmr,r,br->bm", u, s, coef), coef.square() @ s, (coef @ c.triu().T).square().sum(1)
+    for function in (removal.rational_sums, ops.rational_sums.op.body):
+        for got, expected in zip(function(*arguments, base, c), want, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
+
+
+def test_threads_change_nothing():
+    c, x = draw(150, 200), draw(701, 200)
+    expected = forms.triangular_sqnorm(c, x)
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(forms.triangular_sqnorm(c, x), expected)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_nan_stays_in_its_row():
+    x = draw(50, 20)
+    x[7, 19] = float("nan")
+    found = forms.triangular_sqnorm(draw(20, 20), x)
+    assert found[7].isnan() and torch.isfinite(found[torch.arange(50) != 7]).all()
+
+
+def test_a_tall_factor_is_an_error():
+    with pytest.raises(ArgumentError, match="at most as many rows as columns"):
+        sui_fast.ops.triangular_sqnorm(draw(5, 4), draw(3, 4))
+
+
+@pytest.mark.parametrize("instructions", ["baseline", "avx2"])
+def test_other_instruction_sets(instructions):
+    selected = [f"{__file__}::{name}" for name in ("test_triangular_forms", "test_sums_over_the_change")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *selected]
+    environment = {**os.environ, "SUI_FAST_CPU": instructions, "PYTEST_ADDOPTS": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "18 passed" in done.stdout, done.stdout + done.stderr
