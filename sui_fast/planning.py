@@ -75,7 +75,15 @@ def choose_method(
 
 
 def make_plan(
-    first: Jacobian, seconds: float, n: int, m: int, method: str, rank: int, reason: str, stored: bool, given: int,
+    first: Jacobian,
+    seconds: float,
+    n: int,
+    m: int,
+    method: str,
+    rank: int,
+    reason: str,
+    stored: bool,
+    given: int,
     sketch: str = "tensor",
 ) -> Plan:
     """Costs from the Jacobian of a few samples and the seconds its capture took; products with it are timed here.

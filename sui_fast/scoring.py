@@ -36,7 +36,6 @@ except ImportError:  # not on Windows
     resource = None
 
 
-
 def score(
     model: torch.nn.Module,
     train,
