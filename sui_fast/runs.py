@@ -110,8 +110,8 @@ class Run:
             theta, features = projected_kernel(jac, self.projection, self.seed, self.progress)
         if self.probes is not None:
             with stages("validation kernel"):
-                cross = _even(projected_cross(probe, jac, features, self.progress), probe.n, jac.k)
-        if _is_certain(theta, r0, self.goal):
+                cross = even_rows(projected_cross(probe, jac, features, self.progress), probe.n, jac.k)
+        if is_certain(theta, r0, self.goal):
             return self._weighted(stages, common, None if self.probes is None else probe)
         with stages("leave one out"):
             shared = dict(cross=cross, blocks=blocks, convention=self.convention, as_numpy=False)
@@ -136,7 +136,7 @@ class Run:
         if self.candidates is not None:
             with stages("candidates"):
                 new = jacobian(self.model, self.candidates, progress=self.progress, **own)
-                reach = None if self.probes is None else _even(probe.gram(new), probe.n, jac.k)
+                reach = None if self.probes is None else even_rows(probe.gram(new), probe.n, jac.k)
                 phi = make_filter(jac.n, reg=reg, **self.training)
                 added = add_to_kernel(
                     theta, r0, new.gram(jac), new.own_blocks(), self.new_goal.residual(everything, new.outputs), phi,
@@ -386,7 +386,7 @@ def _curve(regs: np.ndarray, errors: np.ndarray) -> dict[str, list[float]]:
     return {"reg": regs.tolist(), "loo_error": errors.tolist()}
 
 
-def _is_certain(theta: Tensor, r0: Tensor, goal: Goal) -> bool:
+def is_certain(theta: Tensor, r0: Tensor, goal: Goal) -> bool:
     """Whether rows of the whitened kernel are so small, or residuals so large, that their digits are lost there."""
     size = theta.diagonal().reshape(r0.shape).abs()
     lost = (size < 1e-8 * size.max()) & (r0 != 0) & (size > 0)
@@ -395,7 +395,7 @@ def _is_certain(theta: Tensor, r0: Tensor, goal: Goal) -> bool:
     return goal.kind in ROOTS and bool(lost.any())
 
 
-def _even(cross: Tensor, m: int, rows: int) -> Tensor:
+def even_rows(cross: Tensor, m: int, rows: int) -> Tensor:
     """The cross kernel as the solver takes it, ``rows`` to a validation sample, with the same mean of squares.
 
     Training on logits has a row less per sample than there are logits; the solver knows one number for both.

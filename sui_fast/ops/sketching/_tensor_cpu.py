@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import _cpu
+from ._fold import fold, transform_length
 
 NAMES = {torch.float32: "float32", torch.float64: "float64"}
 _ROWS = 1 << 19  # numbers of formed rows at a time: they stay in the second cache
@@ -31,19 +32,18 @@ def hashed(size: int, buckets: int, word: int, stream: int, seed: int, dtype: to
     return place, sign
 
 
-def has_fourier(rank: int) -> bool:
-    """Whether the transform of this length is in C++: powers of two."""
-    least, most = _cpu.FOURIER_RANKS
-    return least <= rank <= most and rank & (rank - 1) == 0
+def fourier_length(rank: int) -> int | None:
+    """Length of the transform in C++ that serves a rank, or None."""
+    return transform_length(rank, *_cpu.FOURIER_RANKS)
 
 
 @functools.lru_cache(maxsize=16)
-def _tables(rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines and sines of -2 pi j / rank; the frequency that ends at each place, and the place of each frequency."""
-    angle = torch.arange(rank, dtype=torch.float64) * (-2 * math.pi / rank)
-    frequency, place = torch.empty(rank, dtype=torch.int32), torch.empty(rank, dtype=torch.int32)
-    call("fourier_order", dtype)(rank, frequency.data_ptr())
-    place[frequency.long()] = torch.arange(rank, dtype=torch.int32)
+def _tables(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosines and sines of -2 pi j / length; the frequency that ends at each place, and the place of each frequency."""
+    angle = torch.arange(length, dtype=torch.float64) * (-2 * math.pi / length)
+    frequency, place = torch.empty(length, dtype=torch.int32), torch.empty(length, dtype=torch.int32)
+    call("fourier_order", dtype)(length, frequency.data_ptr())
+    place[frequency.long()] = torch.arange(length, dtype=torch.int32)
     return torch.cat([angle.cos(), angle.sin()]).to(dtype), frequency, place
 
 
@@ -70,9 +70,9 @@ def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.stride(2) == 1 and x.shape[2] >= 16 else x.contiguous()
 
 
-def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], sums: Tensor, seed: int) -> None:
-    """sums [n, k, 2, rank] of the squares of the transforms of layers (a, g, stream, ones) of equal n, k, s."""
-    (n, k, s, _), rank, dtype = layers[0][1].shape, sums.shape[3], sums.dtype
+def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums: Tensor, seed: int) -> None:
+    """sums [n, k, 2, length] of the squares of the transforms of layers (a, g, stream, ones) of equal n, k, s."""
+    (n, k, s, _), length, dtype = layers[0][1].shape, sums.shape[3], sums.dtype
     kept, sides = [], []
     for a, g, stream, ones in layers:
         i, o = a.shape[2], g.shape[3]
@@ -80,15 +80,28 @@ def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], sums: Tensor, se
         left, right = _hashed(i + ones, rank, 0, stream, seed, dtype), _hashed(o, rank, 1, stream, seed, dtype)
         kept.append((a, g, left, right))
         sides.append((_side(a, i, ones, left), _side(g, o, False, right)))
-    roots = _tables(rank, dtype)[0]
-    call("fourier", dtype)(sides, n, k, s, rank, roots.data_ptr(), sums.data_ptr(), torch.get_num_threads())
+    roots = _tables(length, dtype)[0]
+    call("fourier", dtype)(sides, n, k, s, length, roots.data_ptr(), sums.data_ptr(), torch.get_num_threads())
+
+
+def prefers_fourier(a: Tensor, g: Tensor, ones: bool, out: Tensor) -> bool:
+    (n, k, s, o), i = g.shape, a.shape[2] + ones
+    sizes = n, s, i, o, k, out.shape[2]
+    return own_fft_time(*sizes) < scatter_time(*sizes)
+
+
+def new_sums(out: Tensor) -> Tensor:
+    return out.new_zeros(*out.shape[:2], 2, fourier_length(out.shape[2]))
 
 
 def finish(sums: Tensor, out: Tensor) -> None:
     """out [n, k, rank] += the sketches that the sums of `add_fourier` belong to."""
-    (n, k, _, rank), dtype = sums.shape, sums.dtype
-    tables = (table.data_ptr() for table in _tables(rank, dtype))
-    call("fourier_finish", dtype)(sums.data_ptr(), n * k, rank, *tables, out.data_ptr(), torch.get_num_threads())
+    (n, k, _, length), rank, dtype = sums.shape, out.shape[2], sums.dtype
+    tables = (table.data_ptr() for table in _tables(length, dtype))
+    found = out if length == rank else out.new_zeros(n, k, length)
+    call("fourier_finish", dtype)(sums.data_ptr(), n * k, length, *tables, found.data_ptr(), torch.get_num_threads())
+    if length != rank:
+        out += fold(found, rank)
 
 
 def add_scatter(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, ones: bool) -> None:
@@ -145,15 +158,35 @@ def add_index(token: Tensor, g: Tensor, vocabulary: int, out: Tensor, seed: int,
     call("scatter_index", dtype)(*args)
 
 
-def fft_is_cheaper(s: int, i: int, o: int, k: int, rank: int) -> bool:
-    """Whether the fft route takes less time, in nanoseconds per sample (fitted to measurements, AVX-512)."""
-    transform = rank * max(math.log2(rank), 1.0)
-    if has_fourier(rank):
-        fft = s * k * (0.1 * transform + 0.25 * (i + o)) + 1.5 * k * rank
-    else:
-        transform *= 1 if _smooth(rank) else 4
-        fft = 2200 + s * (0.78 * (i + k * o) + 0.096 * (1 + k) * transform) + 0.2 * k * transform
-    return fft < k * (o * i * (0.22 + 0.025 * s) + 0.7 * rank) + 300
+# Nanoseconds per sample, fitted to 980 random shapes (AVX-512)
+def own_fft_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
+    """Of `add_fourier` and `finish`; infinite where they do not serve the rank."""
+    length = fourier_length(rank)
+    if length is None:
+        return math.inf
+    positions = -(-s // 16) * 16 if s >= 16 else -(-n * s // 16) * 16 / n  # vectors are full or paid in full
+    each = (0.062 if length > 2048 else 0.043) * length * math.log2(length) + 0.46 * length + 0.066 * (i + o)
+    return 71_000 / n + k * (positions * each + 0.12 * s * (i + o) + 8.7 * length)
+
+
+def library_fft_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
+    """Of PyTorch's transforms."""
+    each = (0.114 if _smooth(rank) else 0.9) * rank * math.log2(max(rank, 2))
+    positions = s * (0.94 * (i + k * o) + (1 + k) * (each + 0.34 * rank) + 0.36 * k * rank)
+    return 75_000 / n + positions + 1.2 * k * each
+
+
+def scatter_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
+    rows = -(-n * k // 16) * 16 / n
+    entry = 0.39 if rank <= 2048 else 0.42 if rank <= 5500 else 1.0  # beyond, the sums leave the second cache
+    products = s * (0.027 * k * o * i + 0.14 * (i + k * o))
+    return 31_000 / n + rows * (0.047 * o * i + 0.43 * rank) + entry * k * o * i + products
+
+
+def fft_is_cheaper(n: int, s: int, i: int, o: int, k: int, rank: int) -> bool:
+    """Whether either way through the Fourier domain takes less time than the scatter route."""
+    sizes = n, s, i, o, k, rank
+    return min(own_fft_time(*sizes), library_fft_time(*sizes)) < scatter_time(*sizes)
 
 
 def _smooth(rank: int) -> bool:
