@@ -114,7 +114,8 @@ def make_plan(
         each_map = forward * wide
         again = 1 if n * each < HELD else 4
         fit = n * (again * capture + 3 * wide * (forward + back)) + 5.0 * d * wide**2 * product
-    total = fit + (n + m) * (capture + each_map) + work * product
+    probes = min(n, max(64, 512 // k))
+    total = fit + (n + m) * (capture + each_map) + work * product + 0.2 + 2 * probes * capture
     return Plan(method, rank, reason, passes, disk, size, total, sketch if method == "sketch" else None)
 
 
@@ -139,7 +140,7 @@ def _low_rank_bytes(
     elif method == "nystrom":
         landmarks, pool = _landmarks(n, k, rank), min(n, max(2000, 4 * rank // k))
         held = landmarks * (each + 8 * k * rank)
-        fit = 2 * pool * each + 14 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
+        fit = 1.2 * pool * each + 18 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
         compute = capture + part * k * (12 * landmarks * k + 12 * rank)
     else:
         held = wide * d * item
