@@ -47,3 +47,16 @@ def test_sizes_far_apart_lose_no_digits(size_a, size_g):
     got = sketch(a, g, 64, 0, 0, "tensor", "fft")
     want = sketch.op.body(a.double(), g.double(), 64, 0, 0, "tensor", "fft")
     assert float((got - want).abs().max()) <= 2e-5 * float(want.abs().max())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("i, o", [(1, 1), (30, 400)])
+def test_what_is_not_finite_stays_visible(bad, i, o):
+    a, g = draw(4, 20, i, dtype=torch.float32), draw(4, 1, 20, o, dtype=torch.float32)
+    a[1, 3, 0] = g[2, 0, 5, 0] = bad
+    for backend in ("auto", "reference"):
+        with sui_fast.use_backend(backend):
+            sums = TensorSums(4, 1, 64, 0, a)
+            sums.outer(a, g, 0)
+            finite = sums.total().isfinite().all(2)[:, 0]
+        assert finite.tolist() == [True, False, False, True]
