@@ -32,7 +32,8 @@ from .loo import (
 from .losses import ROOTS, Goal
 from .measures import feature_neighbours, information, kernel_neighbours, sgd_information
 from .parts import Merged, Part, check_map, open_parts
-from .planning import METHODS
+from .planning import METHODS, return_memory
+from .processes import Processes, Source
 from .spectra import (
     PROJECTIONS,
     dense_spectrum,
@@ -43,9 +44,8 @@ from .spectra import (
 )
 from .streaming import (
     LowRank,
-    Processes,
-    Source,
     collect,
+    drawn,
     features_of,
     fit_map,
     kernel_error,
@@ -67,6 +67,7 @@ class Stages:
     @contextmanager
     def __call__(self, name: str):
         self._bar.set_description(f"score: {name}", refresh=False)
+        return_memory()
         start = clock.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + clock.perf_counter() - start
@@ -90,6 +91,7 @@ class Run:
         self.neighbours: dict[str, np.ndarray] | None = None
         self.sgd: dict[str, Any] = {}
         self.projection: tuple[str, int | None] | None = None
+        self.sketch = "tensor"  # kind of random map
         self.apart: Part | Merged | None = None  # one of several runs that never meet, or what joins them
 
     def dense(self, stages: Stages, common: dict[str, Any]):
@@ -108,8 +110,8 @@ class Run:
             theta, features = projected_kernel(jac, self.projection, self.seed, self.progress)
         if self.probes is not None:
             with stages("validation kernel"):
-                cross = _even(projected_cross(probe, jac, features, self.progress), probe.n, jac.k)
-        if _is_certain(theta, r0, self.goal):
+                cross = even_rows(projected_cross(probe, jac, features, self.progress), probe.n, jac.k)
+        if is_certain(theta, r0, self.goal):
             return self._weighted(stages, common, None if self.probes is None else probe)
         with stages("leave one out"):
             shared = dict(cross=cross, blocks=blocks, convention=self.convention, as_numpy=False)
@@ -134,7 +136,7 @@ class Run:
         if self.candidates is not None:
             with stages("candidates"):
                 new = jacobian(self.model, self.candidates, progress=self.progress, **own)
-                reach = None if self.probes is None else _even(probe.gram(new), probe.n, jac.k)
+                reach = None if self.probes is None else even_rows(probe.gram(new), probe.n, jac.k)
                 phi = make_filter(jac.n, reg=reg, **self.training)
                 added = add_to_kernel(
                     theta, r0, new.gram(jac), new.own_blocks(), self.new_goal.residual(everything, new.outputs), phi,
@@ -212,9 +214,11 @@ class Run:
                 complaint("groups", "None in a run of several processes", "groups or 'si_sgd'", "Use one process.")
             )
         with stages(f"{method} map"):
-            fmap = fit_map(source, self.goal, method, rank, self.seed, processes)
+            fmap = fit_map(source, self.goal, method, rank, self.seed, processes, self.sketch)
         options = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(sorted(common.items(), key=str)))  # the same tomorrow
         about = dict(method=method, rank=fmap.rank, rank_asked=int(rank), seed=self.seed, options=options)
+        if method == "sketch":
+            about["sketch"] = self.sketch
         about["targets"] = fingerprint_of({"targets": self.goal.y})
         if self.goal.kind != "mse":
             about["loss"] = f"{self.goal.kind} {fingerprint_of({'outputs': self.goal.f0})}"
@@ -243,9 +247,12 @@ class Run:
                 moments.reduce(processes.total)
                 spectrum = feature_spectrum(moments)
                 if self.probes is not None:
-                    seen = moments_of(stores[1], fmap.rank, device)
+                    few = self.probes.n * self.goal.rows < fmap.rank and processes.count == 1
+                    seen = moments_of(stores[1], fmap.rank, device, few)
                     seen.reduce(processes.total)
-                    moment = spectrum.moment(seen.gram, seen.samples)
+                    moment = spectrum.moment(seen)
+                    seen = seen if self.candidates is not None else None
+                del moments
             with stages("leave one out"):
                 groups = self.groups if self.groups is not None or not whole else np.arange(n)
                 solver = LowRank(
@@ -302,8 +309,9 @@ class Run:
                         begin = part.stop
                     self.new_values = processes.gather(self._join(columns))
             with stages("error estimate"):
-                error = kernel_error(source, fmap, self.seed)
-                edf = max(kept, probed_dimension(source, phi, float(spectrum.s[-1]), self.seed))
+                probes = drawn(source, self.seed)
+                error = kernel_error(source, fmap, self.seed, probes)
+                edf = max(kept, probed_dimension(source, phi, float(spectrum.s[-1]), self.seed, probes))
                 if method != "sketch":  # features that lie below the kernel: the truth is between these two
                     edf = kept + missed if missed < 0.2 * kept else min(edf, kept + missed)
                 details["effective_dimension"] = edf
@@ -378,7 +386,7 @@ def _curve(regs: np.ndarray, errors: np.ndarray) -> dict[str, list[float]]:
     return {"reg": regs.tolist(), "loo_error": errors.tolist()}
 
 
-def _is_certain(theta: Tensor, r0: Tensor, goal: Goal) -> bool:
+def is_certain(theta: Tensor, r0: Tensor, goal: Goal) -> bool:
     """Whether rows of the whitened kernel are so small, or residuals so large, that their digits are lost there."""
     size = theta.diagonal().reshape(r0.shape).abs()
     lost = (size < 1e-8 * size.max()) & (r0 != 0) & (size > 0)
@@ -387,7 +395,7 @@ def _is_certain(theta: Tensor, r0: Tensor, goal: Goal) -> bool:
     return goal.kind in ROOTS and bool(lost.any())
 
 
-def _even(cross: Tensor, m: int, rows: int) -> Tensor:
+def even_rows(cross: Tensor, m: int, rows: int) -> Tensor:
     """The cross kernel as the solver takes it, ``rows`` to a validation sample, with the same mean of squares.
 
     Training on logits has a row less per sample than there are logits; the solver knows one number for both.
@@ -404,17 +412,9 @@ def _version() -> str:
 
 
 def _measure(
-    removal: Removal,
-    wanted,
-    sigma: float,
-    goal: Goal,
-    part: slice,
-    *,
-    shift: float,
-    lr: float,
-    batch_size: int,
-    jitter: float,
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    removal: Removal, wanted, sigma: float, goal: Goal, part: slice, *,
+    shift: float, lr: float, batch_size: int, jitter: float,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:  # fmt: skip
     """The columns asked for, in the order asked for, and what is to be said about them."""
     extra: dict[str, Any] = {}
 

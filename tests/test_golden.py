@@ -5,7 +5,18 @@ import pytest
 import torch
 from oracle import relative_error
 
-from sui_fast import jacobian, leave_one_out, ntk, score
+from sui_fast import (
+    detect_adversarial,
+    find_mislabeled,
+    find_undersampled,
+    information_curves,
+    jacobian,
+    leave_one_out,
+    ntk,
+    overlap,
+    score,
+    summarize,
+)
 
 TIMES = {"t2000_disc": 2000, "tinf": None}
 
@@ -92,3 +103,23 @@ def test_other_conventions_differ(golden):
     for convention in ("sum", "mean"):
         got = leave_one_out(golden["ntk"], residual, convention=convention, **arguments).weight_sqnorm
         assert relative_error(got, golden["t2000_disc__weight_q"]) > 1e-2
+
+
+def test_applications_with_the_authors_definitions(golden):
+    """compat="iclr2021" beyond ``score``: every application that holds scores holds the golden ones."""
+    model, train, val = network(golden), split(golden, "train"), split(golden, "val")
+    common = dict(compat="iclr2021", reg=float(golden["l2_per_mean_loss"]), progress=False)
+    step = dict(time=2000, lr=float(golden["lr"]))
+    weights, predictions = golden["t2000_disc__weight_q"] / 2, golden["t2000_disc__test_q"] / 2
+    curves = information_curves(model, train, val, times=[2000], lr=step["lr"], **common)
+    assert relative_error(curves.si[0], weights) < 1e-8 and relative_error(curves.fsi[0], predictions) < 1e-8
+    for app in (detect_adversarial, find_undersampled):
+        found = app(model, train, val, **step, **common).measures
+        assert relative_error(found["si"], weights) < 1e-8 and relative_error(found["fsi"], predictions) < 1e-8
+    pairs = overlap(model, train, val, [(0, 1), (5, 119)], **step, **common)
+    assert relative_error(pairs.first, predictions[[0, 5]]) < 1e-8
+    assert relative_error(pairs.second, predictions[[1, 119]]) < 1e-8
+    once = summarize(model, train, val, 100, method="one-shot", **step, **common)
+    assert list(once.order[:20]) == list(np.argsort(predictions)[:20])
+    wrong = find_mislabeled(model, train, val, **step, **common)
+    assert relative_error(wrong.fsi, predictions) < 1e-8

@@ -111,8 +111,8 @@ def test_a_part_with_another_map_is_refused(tmp_path, monkeypatch):
     run_parts(tmp_path, 2, (1,), method="sketch", rank=40)
     once = sui_fast.runs.fit_map
 
-    def otherwise(source, goal, method, rank, seed, processes):
-        return once(source, goal, method, rank, seed + 1, processes)
+    def otherwise(source, goal, method, rank, seed, *more):
+        return once(source, goal, method, rank, seed + 1, *more)
 
     monkeypatch.setattr(sui_fast.runs, "fit_map", otherwise)
     run_parts(tmp_path, 2, (2,), method="sketch", rank=40)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from torch import nn
 
 README = Path(__file__).with_name("README.md")
@@ -22,6 +22,23 @@ def digits(seed: int = 0, *, images: bool = False, only=None) -> tuple[torch.Ten
     order = np.random.default_rng(seed).permutation(len(y))
     x = torch.from_numpy(x[order]).float()
     return (x[:, None] if images else x.flatten(1)), torch.from_numpy(y[order])
+
+
+def breast_cancer(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """30 measurements of 569 tumours, each in [0, 1], and whether they are benign."""
+    return _shuffled(load_breast_cancer(), seed)
+
+
+def wine(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """13 measurements of 178 wines, each in [0, 1], and their 3 cultivars."""
+    return _shuffled(load_wine(), seed)
+
+
+def _shuffled(data, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    order = np.random.default_rng(seed).permutation(len(data.target))
+    low, high = data.data.min(0), data.data.max(0)
+    x = torch.from_numpy(((data.data - low) / (high - low))[order]).float()
+    return x, torch.from_numpy(data.target[order]).long()
 
 
 def mlp(width: int, outputs: int, seed: int = 0, depth: int = 1, inputs: int = 64) -> nn.Module:

@@ -1,18 +1,21 @@
-"""FGSM and PGD examples mixed into the training set of digits: AUROC of finding them."""
+"""FGSM and PGD examples mixed into training sets of digits and of breast cancer: AUROC of finding them."""
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.studies._data import digits, fit, mlp, table
+from benchmarks.studies._data import breast_cancer, digits, fit, mlp, table
 from sui_fast import detect_adversarial
 from sui_fast.apps.results import auroc
 
-N, SHARE, WIDTH = 400, 0.1, 256
+SHARE, WIDTH = 0.1, 256
+MEASURES = ("leverage", "remoteness", "misplacement", "loo_residual", "fsi", "si")
+DATA = {"digits 1, 4, 7, 9": ((1, 4, 7, 9), 400), "digits 3, 8": ((3, 8), 250), "breast cancer": (None, 300)}
 
 
 def attack(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: float, steps: int) -> torch.Tensor:
@@ -27,34 +30,44 @@ def attack(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: float, s
     return moved.detach()
 
 
-def one(epsilon: float, steps: int, seed: int) -> list[float]:
-    x, y = digits(seed, only=(1, 4, 7, 9))
-    y = torch.searchsorted(torch.tensor([1, 4, 7, 9]), y)
-    train, clean = x[:N].clone(), y[:N]
-    victim = fit(mlp(WIDTH, 4, seed), train, clean, seed)
-    marked = np.zeros(N, dtype=bool)
-    marked[np.random.default_rng(seed).permutation(N)[: int(SHARE * N)]] = True
+def load(name: str, seed: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Inputs in [0, 1], classes, and how many samples to train on."""
+    digit, n = DATA[name]
+    if digit is None:
+        return *breast_cancer(seed), n
+    x, y = digits(seed, only=digit)
+    return x, torch.searchsorted(torch.tensor(digit), y), n
+
+
+def one(name: str, epsilon: float, steps: int, seed: int) -> list[float]:
+    x, y, n = load(name, seed)
+    train, clean, classes = x[:n].clone(), y[:n], int(y.max()) + 1
+    network = partial(mlp, WIDTH, classes, inputs=x.shape[1])
+    victim = fit(network(seed=seed), train, clean, seed)
+    marked = np.zeros(n, dtype=bool)
+    marked[np.random.default_rng(seed).permutation(n)[: int(SHARE * n)]] = True
     train[marked] = attack(victim, train[marked], clean[marked], epsilon, steps)
     fooled = float((victim(train[marked]).argmax(1) != clean[marked]).double().mean())
-    found = detect_adversarial(mlp(WIDTH, 4, seed + 1), (train, clean), x[N:], truth=marked, progress=False)
-    trained = fit(mlp(WIDTH, 4, seed + 1), train, clean, seed)
+    found = detect_adversarial(network(seed=seed + 1), (train, clean), x[n:], truth=marked, progress=False)
+    trained = fit(network(seed=seed + 1), train, clean, seed)
     loss = nn.functional.cross_entropy(trained(train), clean, reduction="none").detach().numpy()
-    values = [found.auroc, *(found.aurocs[name] for name in ("leverage", "loo_residual", "fsi", "si"))]
-    return [fooled, *values, auroc(loss, marked)]
+    return [fooled, found.auroc, *(found.aurocs[measure] for measure in MEASURES), auroc(loss, marked)]
 
 
 def main(seeds: int = 2) -> None:
     rows = []
-    for name, steps in (("FGSM", 1), ("PGD, 10 steps", 10)):
-        for epsilon in (0.1, 0.2, 0.3):
-            values = np.mean([one(epsilon, steps, seed) for seed in range(seeds)], 0)
-            rows.append([f"{name}, epsilon {epsilon}", f"{values[0]:.0%}", *values[1:].tolist()])
+    for name in DATA:
+        for attacker, steps in (("FGSM", 1), ("PGD, 10 steps", 10)):
+            for epsilon in (0.1, 0.2, 0.3):
+                values = np.mean([one(name, epsilon, steps, seed) for seed in range(seeds)], 0)
+                rows.append([name, f"{attacker}, epsilon {epsilon}", f"{values[0]:.0%}", *values[1:].tolist()])
+    names = ["leverage", "remoteness", "misplacement", "leave-one-out residual", "F-SI", "SI", "training loss"]
     table(
         "Adversarial examples",
-        ["attack", "fooled", "surprise (default)", "leverage", "leave-one-out residual", "F-SI", "SI", "training loss"],
+        ["data", "attack", "fooled", "surprise (default)", *names],
         rows,
-        f"AUROC; digits 1, 4, 7, 9, n = {N}, {SHARE:.0%} of the training samples attacked with their true labels kept, "
-        f"against another MLP-{WIDTH} trained on the clean ones; mean of {seeds} seeds. "
+        f"AUROC; n = {', '.join(str(n) for _, n in DATA.values())}; {SHARE:.0%} of the training samples attacked with "
+        f"their true labels kept, against another MLP-{WIDTH} trained on the clean ones; mean of {seeds} seeds. "
         "`python -m benchmarks.studies.adversarial`",
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .._errors import ArgumentError, complaint, number, whole
+from ..loo import make_filter, remove_at_times
 from ..measures import information
 from .kernel import linear_problem
 from .results import Result
@@ -86,16 +87,14 @@ def information_curves(
         times = np.geomspace(1, 1e5, points)
     if dynamics == "gd":
         times = np.unique(times.round())
-    si, fsi = [], []
-    for time in times:
-        removal = problem.removal(time=float(time), lr=lr)
-        si.append(information(removal.weight_sqnorm, sigma).cpu().numpy())
-        if problem.cross is not None:
-            fsi.append(information(removal.prediction_sqnorm, sigma).cpu().numpy())
+    filters = [make_filter(problem.n, reg=problem.reg, time=t, lr=lr, dynamics=dynamics) for t in times.tolist()]
+    weights, predictions = remove_at_times(
+        problem.spectrum, filters, problem.r0, cross=problem.cross, convention=problem.convention, idle=problem.idle
+    )
     return Curves(
         times=times,
-        si=np.array(si),
-        fsi=np.array(fsi) if fsi else None,
+        si=information(weights, sigma).cpu().numpy(),
+        fsi=None if predictions is None else information(predictions, sigma).cpu().numpy(),
         ids=problem.samples.ids,
         labels=None if problem.labels is None else problem.labels.cpu().numpy(),
     )

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from .._errors import ArgumentError, complaint, number, whole
-from ..losses import Squared
 from ..measures import information
 from .kernel import LinearProblem, linear_problem
 from .results import Result, auroc, average_precision, check_truth, ranks
@@ -121,7 +120,8 @@ def find_undersampled(
         model, train, val: as in ``score``; without val SI takes the place of F-SI.
         truth: members of the rare kind, bool [n], for AUROC.
         clusters: in each class. neighbours: averaged over; 0: F-SI as it is.
-        reg, arguments: of ``score``: time, lr, dynamics, convention, outputs, params, batch_size, dtype, progress.
+        reg, arguments: of ``score``: loss, time, lr, dynamics, convention, outputs, params, batch_size, dtype,
+            progress.
         seed: of k-means.
     Returns:
         Undersampled.
@@ -160,6 +160,7 @@ def detect_adversarial(
     *,
     truth=None,
     by: str | None = None,
+    neighbours: int = 10,
     reg: float | str = "auto",
     sigma: float = 1.0,
     **arguments,
@@ -168,24 +169,42 @@ def detect_adversarial(
 
     ::
 
-        surprise_i = mean rank of the leverage (an input unlike the others) and of the leave-one-out residual (a target
-                     that the others contradict), in [0, 1]
+        surprise_i = mean rank, in [0, 1], of
+            the leverage                    how much of the sample the others do not span
+            remoteness_i = - mean likeness of its nearest samples
+            misplacement_i = mean likeness of its nearest of other classes minus that of its nearest of its own
+
+    Likeness is the kernel divided by the lengths of both; the rank of the misplacement counts as 1/2 at least. Without
+    classes the leave-one-out residual (a target that the others contradict) takes its place.
 
     Args:
         model, train, val: as in ``score``.
         truth: adversarial samples, bool [n], for AUROC.
-        by: "surprise" (default), or one of "fsi", "si", "leverage", "loo_residual", "loo_margin".
+        by: "surprise" (default), or one of "fsi", "si", "leverage", "loo_residual", "loo_margin", "remoteness",
+            "misplacement".
+        neighbours: nearest samples that remoteness and misplacement look at.
         reg, arguments: as in ``find_undersampled``.
     Returns:
         Adversarial.
     Source: Harutyunyan et al., ICLR 2021, section 6 (adversarial examples).
     """
+    whole("neighbours", neighbours, 1)
     sigma = number("sigma", sigma, positive=True)
     problem = linear_problem(model, train, val, reg=reg, **arguments)
     measures = _measures(problem, sigma)
     by = "surprise" if by is None else by
-    both = [ranks(measures[name]) / problem.n for name in ("leverage", "loo_residual")]
-    measures["surprise"] = (both[0] + both[1]) / 2
+    likeness = sample_kernel(problem)
+    np.fill_diagonal(likeness, -np.inf)
+    measures["remoteness"], last = -_nearest(likeness, neighbours), "loo_residual"
+    if problem.labels is not None:
+        labels = problem.labels.cpu().numpy()
+        own = labels[:, None] == labels
+        inside, outside = (_nearest(np.where(where, likeness, -np.inf), neighbours) for where in (own, ~own))
+        measures["misplacement"], last = outside - inside, "misplacement"
+    parts = [ranks(measures[name]) / problem.n for name in ("leverage", "remoteness", last)]
+    if last == "misplacement":
+        parts[2] = np.maximum(parts[2], 0.5)  # to lie among one's own clears nobody: made samples may form a cluster
+    measures["surprise"] = np.mean(parts, 0)
     if not isinstance(by, str) or by not in measures:
         got, todo = repr(by), "Choose one; 'fsi' needs val, 'loo_margin' classes."
         raise ArgumentError(complaint("by", f"one of {', '.join(measures)}", got, todo))
@@ -199,9 +218,9 @@ def _measures(problem: LinearProblem, sigma: float) -> dict[str, np.ndarray]:
     if problem.cross is not None:
         found["fsi"] = information(removal.prediction_sqnorm, sigma)
     found["leverage"] = removal.leverage
-    found["loo_residual"] = removal.loo_residual.square().sum(1).sqrt()
+    found["loo_residual"] = problem.goal.slope(slice(None), removal.loo_residual).square().sum(1).sqrt()
     if problem.labels is not None:
-        found["loo_margin"] = Squared(problem.y, problem.labels).margin(slice(None), removal.loo_residual)
+        found["loo_margin"] = problem.goal.margin(slice(None), removal.loo_residual)
     return {name: column.cpu().numpy() for name, column in found.items()}
 
 
@@ -222,6 +241,14 @@ def _ranking(problem: LinearProblem, value, measures, by: str, truth) -> dict:
         aupr=None if marks is None else average_precision(value, marks),
         aurocs=aurocs,
     )
+
+
+def _nearest(likeness: np.ndarray, count: int) -> np.ndarray:
+    """Mean of the ``count`` largest of each row, of those that are finite; 0 where there are none."""
+    count = min(count, likeness.shape[1])
+    largest = np.partition(likeness, likeness.shape[1] - count, axis=1)[:, -count:]
+    found = np.isfinite(largest)
+    return np.where(found, largest, 0.0).sum(1) / np.maximum(found.sum(1), 1)
 
 
 def sample_kernel(problem: LinearProblem) -> np.ndarray:

@@ -92,8 +92,8 @@ def influence_functions(
         model, train, val, outputs, params, batch_size, dtype: as in ``score``.
         samples: numbers of the training samples wanted; default: all.
         reg: lambda' of reg/2 ||w - w0||^2 in the training.
-        method: "exact" (the Hessian is formed and solved with), "cg" (conjugate gradient on Hessian-vector products),
-            "lissa" (Neumann series on random batches), "auto": exact up to 3000 parameters, else cg.
+        method: "exact" (the Hessian is formed and solved with), "cg" (conjugate gradient on
+            Hessian-vector products), "lissa" (Neumann series on random batches), "auto": exact up to 3000, else cg.
         damping: added to H; default: 0 with reg > 0, else 1e-4 of its largest eigenvalue, as H is singular then.
         iterations: at most, per solve (default 200 of cg, 1000 of lissa). tolerance: of cg, relative.
         start: w0, flat, where the present weights are not where the regularisation pulls to.
@@ -241,28 +241,29 @@ def _sample_gradients(loss: LossOfWeights, w: Tensor, chosen: np.ndarray, n: int
 def _conjugate_gradient(
     hessian: Hessian, b: Tensor, damping: float, iterations: int, tolerance: float, progress: bool
 ) -> Tensor:
-    """Rows solved at the same time; a row stops where the curvature along its direction is not positive."""
-    x, r = torch.zeros_like(b), b.clone()
-    p, rr = r.clone(), b.square().sum(1)
-    goal = tolerance**2 * rr
-    active = rr > 0
-    bar = tqdm(range(iterations), desc="conjugate gradient", delay=2, leave=False, disable=not progress)
-    for _ in bar:
-        if not bool(active.any()):
-            break
+    """Rows solved at the same time, in the form of conjugate residuals (Stiefel 1955).
+
+    It needs what conjugate gradient needs, and ||b - H x|| falls also where H has negative eigenvalues, as that of a
+    network that is not at a minimum.
+    """
+    x, r, goal = torch.zeros_like(b), b.clone(), tolerance**2 * b.square().sum(1)
+    p, hr = r.clone(), hessian(r) + damping * r
+    hp, form = hr.clone(), (r * hr).sum(1)
+    active = (form != 0) & (b.square().sum(1) > 0)
+    for _ in tqdm(range(iterations), desc="conjugate gradient", delay=2, leave=False, disable=not progress):
         rows = torch.nonzero(active).flatten()
-        q = hessian(p[rows]) + damping * p[rows]
-        curvature = (p[rows] * q).sum(1)
-        good = curvature > 0
-        active[rows[~good]] = False
-        rows, q = rows[good], q[good]
-        step = (rr[rows] / curvature[good])[:, None]
+        if not len(rows):
+            break
+        step = (form[rows] / hp[rows].square().sum(1))[:, None]
         x[rows] += step * p[rows]
-        r[rows] -= step * q
-        new = r[rows].square().sum(1)
-        p[rows] = r[rows] + (new / rr[rows])[:, None] * p[rows]
-        rr[rows] = new
-        active[rows] = new > goal[rows]
+        r[rows] -= step * hp[rows]
+        hr = hessian(r[rows]) + damping * r[rows]
+        new = (r[rows] * hr).sum(1)
+        share = (new / form[rows])[:, None]
+        p[rows] = r[rows] + share * p[rows]
+        hp[rows] = hr + share * hp[rows]
+        form[rows] = new
+        active[rows] = (r[rows].square().sum(1) > goal[rows]) & (new != 0) & torch.isfinite(new)
     return x
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._errors import ArgumentError, complaint, one_of, whole
+from ..aims import aim
 from ..jacobians import Jacobian, Samples, as_samples, jacobian
 from ..loo import (
     CONVENTIONS,
@@ -24,9 +25,10 @@ from ..loo import (
     part_error_curve,
     remove_from_spectrum,
 )
-from ..runs import authors_definitions, projected_cross, projected_kernel
+from ..losses import Goal, check_loss
+from ..runs import authors_definitions, even_rows, is_certain, projected_cross, projected_kernel
 from ..spectra import Spectrum, dense_spectrum
-from ..targets import regression_targets
+from ..targets import loss_targets
 
 MOST_ROWS = 32_000  # samples x outputs of an exact kernel
 
@@ -36,8 +38,9 @@ class LinearProblem:
     """Everything that exact answers need, float64.
 
     Attributes:
-        theta: [N, N]; r0: targets minus initial outputs [n, k]; cross: Theta(validation, train) [m k, N] or None.
-        y: targets [n, k]; labels: classes [n] or None. val_y, val_labels: the same of the validation data, or None.
+        theta: [N, N]; r0: residual at the initial weights [n, k]; reach: Theta(validation, train) [m k', N] or None.
+        goal: the loss; where it is not the squared one theta and r0 are those of its square (``losses.py``), with k
+            rows per sample in place of k' outputs. labels: classes [n] or None; val_labels: of the validation data.
         reg: of the mean loss, a number. training: time, lr, dynamics. jac, probe: the Jacobians.
     """
 
@@ -45,10 +48,8 @@ class LinearProblem:
     jac: Jacobian
     probe: Jacobian | None
     theta: Tensor
-    cross: Tensor | None
-    y: Tensor
-    labels: Tensor | None
-    val_y: Tensor | None
+    reach: Tensor | None
+    goal: Goal
     val_labels: Tensor | None
     training: dict[str, Any]
     convention: str
@@ -62,9 +63,23 @@ class LinearProblem:
     def k(self) -> int:
         return self.jac.k
 
+    @property
+    def labels(self) -> Tensor | None:
+        return self.goal.labels
+
     @cached_property
     def r0(self) -> Tensor:
-        return self.y - self.jac.outputs.to(torch.float64)
+        return self.goal.residual(slice(None), self.jac.outputs)
+
+    @cached_property
+    def cross(self) -> Tensor | None:
+        """``reach`` as the solver takes it."""
+        return None if self.reach is None else even_rows(self.reach, self.probe.n, self.k)
+
+    def cross_of(self, chosen: np.ndarray) -> Tensor:
+        """``cross`` of some validation samples, bool [m]."""
+        rows = torch.from_numpy(np.repeat(chosen, self.probe.k)).to(self.reach.device)
+        return even_rows(self.reach[rows], int(chosen.sum()), self.k)
 
     @cached_property
     def spectrum(self) -> Spectrum:
@@ -81,8 +96,9 @@ class LinearProblem:
                 raise ArgumentError(complaint("reg", "a number >= 0 or 'auto'", repr(reg), "Choose one."))
             blocks = make_blocks(self.n, self.k)
             regs, errors = loo_error_curve(
-                self.spectrum, self.r0, blocks, self.idle, convention=self.convention, **self.training
-            )
+                self.spectrum, self.r0, blocks, self.idle, convention=self.convention, error=self.goal.error,
+                **self.training,
+            )  # fmt: skip
             reg = float(regs[errors.argmin()])
         make_filter(self.n, reg=reg, **self.training)
         self.reg = float(reg)
@@ -96,28 +112,29 @@ class LinearProblem:
         regs, errors = part_error_curve(self.theta, self.r0, m, repeats=repeats, **self.training)
         return self.choose_reg(float(regs[errors.argmin()]))
 
-    def removal(self, groups=None, **changed) -> Removal:
-        """Of every sample or group, from the spectrum where there is one."""
-        training = {**self.training, **changed}
+    def removal(self, groups=None, cross: Tensor | None = None, **changed) -> Removal:
+        """Of every sample or group, from the spectrum where there is one; seen by ``cross`` in place of its own."""
+        training, cross = {**self.training, **changed}, self.cross if cross is None else cross
         if "spectrum" not in self.__dict__ and training["time"] is None:
             return leave_one_out(
-                self.theta, self.r0, reg=self.reg, cross_ntk=self.cross, groups=groups, convention=self.convention,
+                self.theta, self.r0, reg=self.reg, cross_ntk=cross, groups=groups, convention=self.convention,
                 **training,
             )  # fmt: skip
         phi = make_filter(self.n, reg=self.reg, **training)
         return remove_from_spectrum(
-            self.spectrum, phi, self.r0, cross=self.cross, blocks=make_blocks(self.n, self.k, groups),
+            self.spectrum, phi, self.r0, cross=cross, blocks=make_blocks(self.n, self.k, groups),
             convention=self.convention, as_numpy=False, idle=self.idle,
         )  # fmt: skip
 
-    def without(self, sets: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
+    def without(self, sets: list[np.ndarray], cross: Tensor | None = None) -> tuple[np.ndarray, np.ndarray | None]:
         """||dw||^2 and mean ||df||^2 (None without validation data) of leaving out each of these sets of samples."""
+        cross = self.cross if cross is None else cross
         phi = make_filter(self.n, reg=self.reg, **self.training)
         found = remove_from_spectrum(
-            self.spectrum, phi, self.r0, cross=self.cross, blocks=make_sets(self.n, self.k, sets),
+            self.spectrum, phi, self.r0, cross=cross, blocks=make_sets(self.n, self.k, sets),
             convention=self.convention, as_numpy=True, idle=self.idle,
         )  # fmt: skip
-        return found.weight_sqnorm, None if self.cross is None else found.prediction_sqnorm
+        return found.weight_sqnorm, None if cross is None else found.prediction_sqnorm
 
     def remaining(self) -> Remaining:
         """The shrinking training set."""
@@ -140,7 +157,7 @@ class LinearProblem:
             gain = spectrum.u.T @ r0
             scale = torch.from_numpy(phi(spectrum.s.cpu().numpy())).to(gain)
             alpha = spectrum.u @ torch.where(torch.isfinite(scale), scale * gain, 0.0)
-        moved = (self.cross[:, rows] @ alpha).reshape(-1, self.k)
+        moved = (self.reach[:, rows] @ alpha).reshape(-1, self.probe.k)
         return self.probe.outputs.to(torch.float64) + moved
 
     def rows(self, samples: np.ndarray) -> Tensor:
@@ -158,6 +175,7 @@ def linear_problem(
     time: float | None = None,
     lr: float | None = None,
     dynamics: str = "gd",
+    loss="mse",
     convention: str = "sum",
     compat: str | None = None,
     method: str = "dense",
@@ -172,8 +190,10 @@ def linear_problem(
     """The exact kernel problem; arguments as in ``score``.
 
     Raises:
-        ArgumentError: more rows than an exact kernel can have; as ``score`` otherwise.
+        ArgumentError: more rows than an exact kernel can have, a loss that is certain of some samples; as ``score``
+            otherwise.
     """
+    check_loss(loss)
     convention, method, rank, projection = authors_definitions(compat, convention, method, rank)
     one_of("convention", convention, CONVENTIONS)
     seed = whole("seed", seed)
@@ -184,23 +204,28 @@ def linear_problem(
     make_filter(1, reg=0.0 if isinstance(reg, str) else reg, **training)
     samples = as_samples(train, with_targets=True, argument="train")
     common = dict(outputs=outputs, params=params, batch_size=batch_size, dtype=dtype)
-    k = jacobian(model, samples.slice(0, 1), **common).k
-    if samples.n * k > MOST_ROWS:
-        got = f"{samples.n} samples x {k} outputs"
+    first = jacobian(model, samples.slice(0, 1), **common)
+    k = first.k
+    rows = samples.n * (k - (loss == "cross_entropy"))
+    if rows > MOST_ROWS:
+        got = f"{samples.n} samples x {rows // samples.n} outputs"
         todo = "Pass fewer samples, or outputs= with fewer outputs; score() has methods of low rank."
         raise ArgumentError(complaint("train", f"at most {MOST_ROWS} rows of an exact kernel", got, todo))
-    y, labels = regression_targets(samples.targets, k)
-    jac = jacobian(model, samples, progress=progress, **common)
+    targets = loss_targets(loss, samples.targets, k)
+    goal, inputs, trained = aim(model, loss, samples, targets, first.device, common, progress)
+    jac = jacobian(model, inputs, progress=progress, **{**common, "outputs": trained})
     theta, features = projected_kernel(jac, projection, seed, progress)
-    probe = cross = val_y = val_labels = None
+    probe = reach = val_labels = None
     if val is not None:
         probes = as_samples(val, with_targets=None, argument="val")
         probe = jacobian(model, probes, progress=progress, **common)
-        cross = projected_cross(probe, jac, features, progress)
+        reach = projected_cross(probe, jac, features, progress)
         if probes.targets is not None:
-            val_y, val_labels = regression_targets(probes.targets, k, "val")
-    problem = LinearProblem(
-        samples, jac, probe, theta, cross, y.to(theta.device), labels, val_y, val_labels, training, convention
-    )
+            val_labels = loss_targets(loss, probes.targets, k, "val")[1]
+    problem = LinearProblem(samples, jac, probe, theta, reach, goal, val_labels, training, convention)
+    if is_certain(theta, problem.r0, goal):
+        got = "a sample predicted with certainty (curvature of its loss below 1e-8 of the largest)"
+        todo = "Start from weights that are less sure, or use loss='mse'; score() takes such samples with reg > 0."
+        raise ArgumentError(complaint("loss", "predictions short of certainty", got, todo))
     problem.choose_reg(reg)
     return problem

@@ -103,24 +103,16 @@ def compare_sources(
     together = _together(parts, "sources", True), _together(probes, "val", False)
     problem = linear_problem(model, *together, reg=reg, **arguments)
     source = np.repeat(np.arange(len(names)), [part.n for part in parts.values()])
-    own = np.repeat(np.arange(len(targets)), [part.n * problem.k for part in probes.values()])
+    own = np.repeat(np.arange(len(targets)), [part.n for part in probes.values()])
+    views = [problem.cross_of(own == j) for j in range(len(targets))]
     members = [np.flatnonzero(source == i) for i in range(len(names))]
     pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
-    whole = problem.cross
     scale = 2 * sigma**2
-
-    def per_target(measure):
-        found = []
-        for j in range(len(targets)):
-            problem.cross = whole[torch.from_numpy(own == j).to(whole.device)]
-            found.append(measure() / scale)
-        problem.cross = whole
-        return np.stack(found, -1)
-
     removal = problem.removal()
     sample_si = removal.weight_sqnorm.cpu().numpy() / scale
-    sample_fsi = per_target(lambda: problem.removal().prediction_sqnorm.cpu().numpy())
-    group_fsi = per_target(lambda: problem.without(members)[1])
+    seen = [problem.removal(cross=view).prediction_sqnorm.cpu().numpy() for view in views]
+    sample_fsi = np.stack(seen, -1) / scale
+    group_fsi = np.stack([problem.without(members, view)[1] for view in views], -1) / scale
     sets = [*members, *(np.union1d(members[i], members[j]) for i, j in pairs)]
     q = len(names)
     overlaps = []

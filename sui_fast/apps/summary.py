@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 
 from .._errors import ArgumentError, complaint, one_of
 from ..jacobians import as_samples
+from ..measures import suggested_label
 from ..review import Review, read_review
 from ..scores import Scores
-from ..targets import regression_targets
+from ..targets import loss_targets
 from .kernel import linear_problem
 from .results import Result
 
@@ -126,7 +127,7 @@ def summarize(
         reg: of the mean loss; "auto": that with the smallest error of models trained on m random samples, judged on the
             others. Few samples need more of it than all of them, where the leave-one-out error of ``score`` has its
             minimum: with that one the choice is made for a model that nearly interpolates.
-        progress, arguments: of ``score``: time, lr, dynamics, convention, outputs, params, batch_size, dtype.
+        progress, arguments: of ``score``: loss, time, lr, dynamics, convention, outputs, params, batch_size, dtype.
     Returns:
         Summary. The same arguments give the same samples; ties go to the later sample.
     Raises:
@@ -169,7 +170,7 @@ def summarize(
             problem.choose_reg_for(m)
         labels = None
         if problem.labels is not None:
-            labels = regression_targets(samples.targets, problem.k)[1].cpu().numpy().copy()
+            labels = loss_targets(arguments.get("loss", "mse"), samples.targets, problem.goal.k)[1].cpu().numpy().copy()
             labels[used] = problem.labels.cpu().numpy()
         remaining = problem.remaining()
     n = len(used)
@@ -288,10 +289,9 @@ def _accuracies(problem, order: np.ndarray, m: int) -> dict[int, float]:
         return {}
     n = len(order)
     sizes = np.unique(np.geomspace(m, n, 8).round().astype(int))
-    right = problem.val_labels
+    right, middle = problem.val_labels.cpu(), 0.5 if problem.goal.kind == "mse" else 0.0
     found = {}
     for size in sizes.tolist():
         f = problem.predictions(np.sort(order[n - size :]), convention="mean").cpu()
-        guess = f.argmax(1) if f.shape[1] > 1 else (f[:, 0] > 0.5).long()
-        found[size] = float((guess == right.cpu()).double().mean())
+        found[size] = float((suggested_label(f, middle) == right).double().mean())
     return found

@@ -73,9 +73,36 @@ def sketches(
     Returns:
         (outputs [n, k], sketches [n, k, rank]).
     """
-    make = functools.partial(_Sketches, rank, seed, kind)
+    common = dict(outputs=outputs, params=params, batch_size=batch_size, dtype=dtype, progress=progress)
+
+    def sketch(jac: Jacobian) -> tuple[Tensor, list]:
+        return jac.sketch_of_uses(rank, seed, kind)
+
+    return portions(model, data, sketch, **common)
+
+
+def portions(
+    model: nn.Module,
+    data: Any,
+    function: Callable[[Jacobian], tuple],
+    *,
+    outputs: Callable | None = None,
+    params: Any = "trainable",
+    batch_size: int = 64,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> tuple[Tensor, ...]:
+    """What a function makes of the Jacobian of each batch, whose factors go with it.
+
+    Args:
+        function: Jacobian -> (tensors with a row per sample ..., layers); layers must be equal in all batches.
+        model, data and the others: as in ``jacobian``.
+    Returns:
+        (outputs [n, k], tensors [n, ...] ...).
+    """
+    make = functools.partial(_Portions, function)
     store, _, _ = _pass(model, data, make, outputs, params, batch_size, dtype, progress)
-    return torch.cat(store.outputs), torch.cat(store.features)
+    return tuple(map(torch.cat, zip(*store.found, strict=True)))
 
 
 def _pass(model, data, make, outputs, params, batch_size, dtype, progress):
@@ -132,8 +159,8 @@ def predict(
 
 
 def _run(
-    evaluator: Evaluator, store: _Store | _Sketches, samples: Samples, batch_size: int, plan: Plan, progress: bool
-) -> _Store | _Sketches | dict[str, str]:
+    evaluator: Evaluator, store: _Store | _Portions, samples: Samples, batch_size: int, plan: Plan, progress: bool
+) -> _Store | _Portions | dict[str, str]:
     """All batches; or the parameters that turned out to need the general path."""
     total = -(-samples.n // batch_size)
     bar = tqdm(samples.batches(batch_size), total=total, desc="jacobian", delay=2, leave=False, disable=not progress)
@@ -165,23 +192,21 @@ def _refuse(sample: int) -> None:
     )
 
 
-class _Sketches:
-    """Sketches of all batches; the factors of a batch go with it."""
+class _Portions:
+    """What a function makes of every batch; the factors of a batch go with it."""
 
-    def __init__(self, rank: int, seed: int, kind: str, n: int):
-        self.arguments, self.filled = (rank, seed, kind), 0
-        self.outputs: list[Tensor] = []
-        self.features: list[Tensor] = []
-        self._layers: list | None = None
+    def __init__(self, function: Callable[[Jacobian], tuple], n: int):
+        self.function, self.filled = function, 0
+        self.found: list[tuple[Tensor, ...]] = []
+        self._layers: tuple | None = None
 
     def add(self, captured: Captured, rows: dict[str, Tensor], evaluator: Evaluator) -> None:
         jac = _collect(evaluator, captured, rows)
-        features, layers = jac.sketch_of_uses(*self.arguments)
-        if self._layers is not None and (layers != self._layers or jac.k != self.outputs[0].shape[1]):
+        *tensors, layers = self.function(jac)
+        if self._layers not in (None, (jac.k, layers)):
             _refuse(self.filled)
-        self._layers = layers
-        self.outputs.append(jac.outputs)
-        self.features.append(features)
+        self._layers = jac.k, layers
+        self.found.append((jac.outputs, *tensors))
         self.filled += jac.n
 
 

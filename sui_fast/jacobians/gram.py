@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from .._errors import ArgumentError, complaint
 from ..ops import ntk_gram, ntk_gram_sum
+from ..ops.gram import long_product
 from .layers import Factor, Index, Outer, Rows
 
 if TYPE_CHECKING:
@@ -104,6 +105,8 @@ def _product(mine: list[Factor], theirs: list[Factor], tile: Tensor, scratch: _S
                 tile.view(b, k, c * m).addcmul_(outer.view(b, k, c * m), inner)
             fresh = False
             continue
+        elif one is two and (block := _by_rows(one)) is not None:
+            pass
         else:
             block = ntk_gram(one.augmented(), one.g.contiguous(), two.augmented(), two.g.contiguous())
         tile = tile.copy_(block) if fresh else tile.add_(block)
@@ -115,8 +118,29 @@ def _product(mine: list[Factor], theirs: list[Factor], tile: Tensor, scratch: _S
     if fresh:
         tile.zero_()
     if explicit:
-        tile.addmm_(torch.cat([a for a, _ in explicit], 1), torch.cat([b for _, b in explicit], 1).T)
+        tile += long_product(torch.cat([a for a, _ in explicit], 1), torch.cat([b for _, b in explicit], 1))
     return tile
+
+
+def _by_rows(one: Outer) -> Tensor | None:
+    """Gram matrix [n k, n k] of a layer with itself from its rows, formed once; None where that costs more."""
+    (n, k, s, o), i = one.g.shape, one.a.shape[2]
+    if 0 in (n, s, i, o) or o * i > s * s * (o + i / (k * k) + 2):
+        return None
+    rows = torch.bmm(one.g.transpose(2, 3).reshape(n, k * o, s), one.a).view(n * k, o * i)
+    block = rows @ rows.T
+    if "bias" in one.names:
+        bias = one.g.sum(2).view(n * k, o)
+        block.addmm_(bias, bias.T)
+    return block
+
+
+def flat_gram(one: Outer, two: Outer) -> Tensor:
+    """Gram block [b k, c m] of a layer of one position on both sides."""
+    (b, k, _, o), (c, m, _, _) = one.g.shape, two.g.shape
+    inner = one.a[:, 0] @ two.a[:, 0].T
+    inner = (inner + 1 if "bias" in one.names else inner).repeat_interleave(m, 1)[:, None]
+    return ((one.g.reshape(b * k, o) @ two.g.reshape(c * m, o).T).view(b, k, c * m) * inner).view(b * k, c * m)
 
 
 def _index_gram(one: Index, two: Index) -> Tensor:

@@ -8,6 +8,7 @@ from .regularisation import loo_error_curve, part_error_curve
 from .removal import Removal
 from .solve import check_stability, leave_one_out, make_filter, remove_from_spectrum
 from .spectral import SpectralRemoval
+from .times import remove_at_times
 from .weighted import WeightedProblem, WeightedRemoval
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "make_blocks",
     "make_filter",
     "make_sets",
+    "remove_at_times",
     "remove_from_spectrum",
     "shard_blocks",
 ]

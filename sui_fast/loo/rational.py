@@ -8,6 +8,7 @@ phi spans a range of eta t top, and the largest eigenvalues carry the smallest p
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -16,6 +17,8 @@ import numpy as np
 from .filters import TrainingFilter
 
 _EPS = np.finfo(np.float64).eps
+_GOOD = 2e-12  # relative error of a fit with which the search ends
+_FEW_STEPS = 30
 _RINGS = ((16, 1.0), (16, 1.5), (16, 2.5), (28, 0.75), (40, 0.65), (64, 0.57))  # few steps: a polynomial without poles
 
 
@@ -53,24 +56,62 @@ def fit_rational(phi: TrainingFilter, top: float) -> Rational:
     """
     if phi.converged:
         return Rational(np.array([-phi.shift + 0j]), np.array([1.0 + 0j]), 0.0, _EPS)
+    return _in_unit_scale(_fit, phi, top)
+
+
+def fit_family(filters: list[TrainingFilter], top: float) -> list[Rational]:
+    """``fit_rational`` of one training at several finite times.
+
+    At time t the filter is nearly that of a longer time T with eigenvalues scaled by T / t, so the poles of the one
+    serve the other; a filter that these do not fit gets its own, which then serve the times before it.
+    """
+    found: dict[TrainingFilter, Rational] = {}
+    base = None
+    for phi in sorted(filters, key=lambda phi: -phi.time):
+        fit = None
+        if base is not None and phi.time > _FEW_STEPS:
+            poles = (found[base].poles + phi.shift) * (base.time / phi.time) - phi.shift
+            fit = _in_unit_scale(_fit_with, phi, top, poles)
+        if fit is None or fit.error >= _GOOD:
+            base, fit = phi, fit_rational(phi, top)
+        found[phi] = fit
+    return [found[phi] for phi in filters]
+
+
+def _in_unit_scale(fit: Callable[..., Rational], phi: TrainingFilter, top: float, *poles: np.ndarray) -> Rational:
     unit = 2.0 ** math.frexp(top)[1]  # exact; squares of 1e150 would overflow
     scaled = replace(phi, shift=phi.shift / unit, eta=phi.eta * unit)
-    fit = _fit(scaled, top / unit)
-    return Rational(fit.poles * unit, fit.residues, fit.constant / unit, fit.error)
+    found = fit(scaled, top / unit, *(x / unit for x in poles))
+    return Rational(found.poles * unit, found.residues, found.constant / unit, found.error)
+
+
+def _fit_with(phi: TrainingFilter, top: float, poles: np.ndarray) -> Rational:
+    return _fit_residues(*_samples(phi, top), poles, top)
 
 
 def _fit(phi: TrainingFilter, top: float) -> Rational:
+    """AAA poles and rings of poles; the rings first where phi is a polynomial of low degree, which has no poles."""
+    if phi.dynamics == "gd" and phi.time == 1:
+        return Rational(np.zeros(0, dtype=complex), np.zeros(0, dtype=complex), phi.eta, _EPS)
+    samples = _samples(phi, top)
+    polynomial = phi.dynamics == "gd" and phi.time <= _FEW_STEPS
+    best = None if polynomial else _fit_residues(*samples, _aaa_poles(*samples), top)
+    for count, radius in _RINGS:
+        if best is not None and best.error < _GOOD:
+            return best
+        angles = np.pi * (np.arange(count) + 0.5) / count
+        fit = _fit_residues(*samples, top * (0.5 + radius * np.exp(1j * angles)), top)
+        best = fit if best is None or fit.error < best.error else best
+    if polynomial and best.error >= _GOOD:
+        best = min(best, _fit_residues(*samples, _aaa_poles(*samples), top), key=lambda fit: fit.error)
+    return best
+
+
+def _samples(phi: TrainingFilter, top: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Points on [0, top], phi there, and what its errors are relative to."""
     points = _sample_points(phi, top)
     values = phi(points)
-    scale = np.maximum(np.abs(values), 0.01 / (points + phi.shift + 1 / (phi.eta * phi.time)))  # phi may touch zero
-    best = _fit_residues(points, values, scale, _aaa_poles(points, values, scale), top)
-    for count, radius in _RINGS:
-        if best.error < 2e-12:
-            break
-        angles = np.pi * (np.arange(count) + 0.5) / count
-        ring = top * (0.5 + radius * np.exp(1j * angles))
-        best = min(best, _fit_residues(points, values, scale, ring, top), key=lambda fit: fit.error)
-    return best
+    return points, values, np.maximum(np.abs(values), 0.01 / (points + phi.shift + 1 / (phi.eta * phi.time)))
 
 
 def _sample_points(phi: TrainingFilter, top: float) -> np.ndarray:

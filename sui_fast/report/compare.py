@@ -154,13 +154,14 @@ class Comparison:
             rows = self.a.labels == value
             title = parts.safe(names.get(text_of(value), text_of(value)))
             cells = "".join(
-                f"<td>{np.median(x[rows]) / 10.0**exponent:.3g}</td><td class=bars>{parts.bar(place, x[rows])}</td>"
+                f"<td>{parts.three_digits(np.median(x[rows]) / 10.0**exponent)}</td>"
+                f"<td class=bars>{parts.bar(place, x[rows])}</td>"
                 for x in v.values()
             )
             within = _correlation(_ranks(v["A"][rows]), _ranks(v["B"][rows]))
             lines.append(
                 f"<tr><th scope=row>{title}</th><td>{rows.sum()}</td>{cells}<td>{within:.3f}</td>"
-                f"<td>{100 * np.mean(self.move[rows]):+.1f}%</td></tr>"
+                f"<td>{_signed(100 * np.mean(self.move[rows]))}%</td></tr>"
             )
         unit = parts.unit_of(self.a, self.measure, exponent)
         heads = "".join(
@@ -248,6 +249,12 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> float:
     x, y = _centred(x), _centred(y)
     size = np.sqrt((x @ x) * (y @ y))
     return float(np.clip(x @ y / size, -1.0, 1.0)) if size > 0 else float("nan")
+
+
+def _signed(value: float) -> str:
+    """One digit after the point and a sign, but for zero."""
+    text = f"{value:+.1f}"
+    return "0.0" if text[1:] == "0.0" else text.replace("-", "\u2212")
 
 
 def _centred(x: Any) -> np.ndarray:

@@ -62,7 +62,8 @@ function drawAxes(f, xAxis, xc, yTicks, yLabel) {
   for (const [v, text] of ticks(xAxis, xc)) {
     const x = Math.round(left + xAxis.share(v) * (width - left - right)) + 0.5;
     g.beginPath(); g.moveTo(x, top); g.lineTo(x, base); g.stroke();
-    g.fillText(text, x, base + 15);
+    const half = g.measureText(text).width / 2 + 2;  // labels stay inside the picture
+    g.fillText(text, Math.min(x, width - half), base + 15);
   }
   g.textAlign = 'right';
   for (const [share, text] of yTicks) {

@@ -80,6 +80,11 @@ def figures(cells: Sequence[tuple[str, Any, str]]) -> str:
     return f"<dl class=tiles>{inside}</dl>"
 
 
+def three_digits(value: float) -> str:
+    """Three digits, zeros at the end among them, so that columns of numbers read alike."""
+    return f"{value:#.3g}".rstrip(".")
+
+
 def unit_of(scores: Scores, name: str, exponent: int) -> str:
     """Name of a measure with its unit, as in F-SI (\u00b5nats)."""
     known = NAMES.get(name, text_of(name))
@@ -109,7 +114,7 @@ def classes(scores: Scores, names: dict[str, str]) -> str:
             exponent, place = frames[name]
             v = scores[name][rows]
             v = v[np.isfinite(v)]
-            median = f"{np.median(v) / 10.0**exponent:.3g}" if len(v) else "\u2013"
+            median = three_digits(np.median(v) / 10.0**exponent) if len(v) else "\u2013"
             cells.append(f"<td>{safe(median)}</td><td class=bars>{bar(place, v)}</td>")
         name = measures[0]
         share = np.nansum(scores[name][rows]) / total[name] if total[name] else 0.0

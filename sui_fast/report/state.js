@@ -36,7 +36,7 @@ function figure(value, digits = 3) {
   if (value === null || value === undefined) return '\u2013';
   const size = Math.abs(value);
   if (size === 0) return '0';
-  if (size >= 1e5 || size < 1e-3) return value.toExponential(2).replace('e+', 'e').replace('-', value < 0 ? '\u2212' : '-');
+  if (size >= 1e5 || size < 1e-3) return value.toExponential(digits - 1).replace('e+', 'e').replace('-', value < 0 ? '\u2212' : '-');
   const places = Math.max(0, digits - 1 - Math.floor(Math.log10(size)));
   return value.toFixed(Math.min(places, 6)).replace(/^-/, '\u2212');
 }

@@ -30,10 +30,15 @@ def close(a, b, rtol: float = 1e-9) -> bool:
     return np.allclose(a, b, rtol=rtol, atol=0)
 
 
-def refit(rows: np.ndarray, residual: np.ndarray, kept: np.ndarray, shift: float) -> np.ndarray:
-    """Weights of the linearised network trained on some samples; rows [n, k, d]."""
+def refit(rows: np.ndarray, residual: np.ndarray, kept: np.ndarray, shift: float, steps=None, eta=0.0) -> np.ndarray:
+    """Weights of the linearised network trained on some samples, to the end or for some steps; rows [n, k, d]."""
     j, r = rows[kept].reshape(-1, rows.shape[2]), residual[kept].ravel()
-    return np.linalg.solve(j.T @ j + shift * np.eye(j.shape[1]), j.T @ r)
+    if steps is None:
+        return np.linalg.solve(j.T @ j + shift * np.eye(j.shape[1]), j.T @ r)
+    w = np.zeros(j.shape[1])
+    for _ in range(steps):
+        w = w - eta * (j.T @ (j @ w - r) + shift * w)
+    return w
 
 
 def linearised(model, train, val):
@@ -43,12 +48,38 @@ def linearised(model, train, val):
     return rows, (y - jac.outputs).numpy(), probe.rows().numpy().reshape(probe.n, probe.k, -1)
 
 
-def information_of(model, train, val, out) -> tuple[float, float]:
+def information_of(model, train, val, out, steps=None, lr=0.0) -> tuple[float, float]:
     rows, residual, probes = linearised(model, train, val)
     n = len(rows)
-    whole = refit(rows, residual, np.arange(n), n * REG)
-    change = refit(rows, residual, np.setdiff1d(np.arange(n), out), n * REG) - whole
+    whole = refit(rows, residual, np.arange(n), n * REG, steps, lr / n)
+    change = refit(rows, residual, np.setdiff1d(np.arange(n), out), n * REG, steps, lr / n) - whole
     return (change**2).sum() / 2, ((probes @ change) ** 2).sum(1).mean() / 2
+
+
+@pytest.mark.parametrize("time", [1, 80])
+def test_groups_of_an_unfinished_training(problem, time):
+    """Overlap, redundancy and sources after some steps of gradient descent, each group retrained without."""
+    model, train, (vx, vy) = problem
+    common = dict(reg=REG, time=time, lr=0.1, progress=False)
+    groups, owner = np.arange(40) % 3, np.arange(40) >= 12
+    found = overlap(model, train, vx, groups=groups, by="si", **common)
+    alone = [information_of(model, train, vx, np.flatnonzero(groups == g), time, 0.1)[0] for g in range(3)]
+    both = [information_of(model, train, vx, np.flatnonzero(groups != g), time, 0.1)[0] for g in (2, 1, 0)]
+    assert close(found.joint, both, 1e-8) and close(found.first, [alone[0], alone[0], alone[1]], 1e-8)
+    assert close(found.overlap, found.first + found.second - both)
+    told = redundancy(model, train, vx, [3, 17], partners=2, by="fsi", **common)
+    for row, sample in enumerate((3, 17)):
+        for column, partner in enumerate(told.partners[row]):
+            pair = information_of(model, train, vx, [sample, partner], time, 0.1)[1]
+            rest = information_of(model, train, vx, [partner], time, 0.1)[1]
+            assert np.isclose(told.information_without[row, column], pair - rest, rtol=1e-7, atol=1e-9 * pair)
+    parts = {name: tuple(z[owner == flag] for z in train) for name, flag in (("few", False), ("many", True))}
+    sources = compare_sources(model, parts, {"first": vx[:10], "all": vx}, **common)
+    for place, flag in enumerate((False, True)):
+        out = np.flatnonzero(owner == flag)
+        si, fsi = information_of(model, train, vx, out, time, 0.1)
+        assert close([sources.group_si[place], sources.group_fsi[place, 1]], [si, fsi], 1e-8)
+        assert close(sources.group_fsi[place, 0], information_of(model, train, vx[:10], out, time, 0.1)[1], 1e-8)
 
 
 @pytest.mark.parametrize("by", ["si", "fsi"])

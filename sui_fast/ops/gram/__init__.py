@@ -10,6 +10,7 @@ from .._op import op
 from .._register import wide_dtype
 
 _ELEMENTS = 1 << 24  # of one intermediate of the s x s' form
+_LONG = 1 << 14  # terms of one sum
 
 
 def _examples(device):
@@ -112,7 +113,7 @@ def _gram(a1: Tensor, g1: Tensor, a2: Tensor, g2: Tensor) -> Tensor:
         inner = a1[:, 0] @ a2[:, 0].T
         return (outer * inner[:, None, :, None]).reshape(n1 * k1, n2 * k2)
     if rows_are_fewer(a1, g1, a2, g2):
-        return rows_of(a1, g1) @ rows_of(a2, g2).T
+        return long_product(rows_of(a1, g1), rows_of(a2, g2))
     step = max(1, _ELEMENTS // max(1, k1 * s1 * n2 * k2 * s2))
     parts = [_positions(a1[b : b + step], g1[b : b + step], a2, g2) for b in range(0, n1, step)]
     return torch.cat(parts) if parts else a1.new_zeros(0, n2 * k2)
@@ -122,6 +123,14 @@ def rows_are_fewer(a1: Tensor, g1: Tensor, a2: Tensor, g2: Tensor, faster: float
     """Whether a product of the rows takes fewer operations than products of positions that run ``faster``."""
     (_, k1, s1, o), (_, k2, s2, _), i = g1.shape, g2.shape, a1.shape[2]
     return s1 * s2 > 1 and faster * o * i <= s1 * s2 * (o + i / max(k1 * k2, 1) + 2)
+
+
+def long_product(left: Tensor, right: Tensor) -> Tensor:
+    """left right^T, portion by portion of the columns: one sum of millions of terms loses two digits in float32."""
+    total = left[:, :_LONG] @ right[:, :_LONG].T
+    for begin in range(_LONG, left.shape[1], _LONG):
+        total.addmm_(left[:, begin : begin + _LONG], right[:, begin : begin + _LONG].T)
+    return total
 
 
 def rows_of(a: Tensor, g: Tensor) -> Tensor:

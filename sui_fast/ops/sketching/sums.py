@@ -52,6 +52,20 @@ class TensorSums:
         else:
             kernels.add_scatter(a, g, self.out, self._key, stream, ones)
 
+    def formed(self, rows: Tensor, first: int, stream: int, bias: Tensor | None = None) -> None:
+        """As ``outer`` for samples from ``first`` on, from their rows [b, k, o, i] and those of the bias [b, k, o]."""
+        (o, i), out = rows.shape[2:], self.out[first : first + len(rows)]
+        if hasattr(self.kernels, "add_formed"):
+            self.kernels.add_formed(rows, bias, out, self._key, stream)
+            return
+        places = dict(device=rows.device, dtype=out.dtype)
+        place_a, sign_a = bucket_and_sign(i + (bias is not None), self.rank, 0, stream, self.seed, **places)
+        place, sign = bucket_and_sign(o, self.rank, 1, stream, self.seed, **places)
+        whole = rows if bias is None else torch.cat([rows, bias[..., None]], 3)
+        to = ((place[:, None] + place_a) % self.rank).reshape(-1)
+        signed = whole.to(out.dtype) * (sign[:, None] * sign_a)
+        out += torch.zeros_like(out).index_add(2, to, signed.flatten(2))
+
     def _transform(self) -> None:
         if self._fourier is None:
             self._fourier = self.kernels.new_sums(self.out)

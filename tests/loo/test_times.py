@@ -1,0 +1,74 @@
+"""Removal at many times at once against one time after the other."""
+
+import numpy as np
+import pytest
+import torch
+
+from sui_fast import StabilityError
+from sui_fast.loo import make_blocks, make_filter, remove_at_times, remove_from_spectrum, times
+from sui_fast.spectra import dense_spectrum
+
+
+def problem(n: int, k: int, probes: int, seed: int = 0):
+    """A kernel with eigenvalues over six decades, two samples alike and one without gradient; and a residual."""
+    rng = torch.Generator().manual_seed(seed)
+    rows = torch.randn(n * k + probes * k, n * k, generator=rng, dtype=torch.float64)
+    rows *= torch.logspace(0, -3, n * k, dtype=torch.float64)
+    rows[:k] = rows[k : 2 * k]
+    rows[2 * k : 3 * k] = 0.0
+    train = rows[: n * k]
+    return train @ train.T, rows[n * k :] @ train.T, torch.randn(n, k, generator=rng, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("through_bases", [True, False])
+@pytest.mark.parametrize(
+    "n, k, options",
+    [
+        (150, 1, {}),
+        (150, 1, {"convention": "mean", "reg": 1e-3}),
+        (60, 1, {"dynamics": "flow", "convention": "iclr2021"}),
+        (60, 3, {"reg": 1e-4}),
+        (60, 3, {"dynamics": "flow", "convention": "mean", "reg": 1e-5}),
+        (1, 2, {}),
+    ],
+)
+def test_many_times_equal_single_ones(n, k, options, through_bases, monkeypatch):
+    monkeypatch.setattr(times, "_SLOW", -1e9 if through_bases else 1e9)  # decides which way is taken
+    theta, cross, r0 = problem(max(n, 3), k, 20)
+    theta, cross, r0 = theta[: n * k, : n * k], cross[:, : n * k], r0[:n]
+    convention, reg, dynamics = (options.get(*x) for x in (("convention", "sum"), ("reg", 0.0), ("dynamics", "gd")))
+    spectrum, idle = dense_spectrum(theta), (theta == 0).all(1)
+    lr = 0.9 * n / spectrum.top
+    when = [0, 1, 2, 17, 40, 100, 1000, 20_000, 10**6, 10**9]
+    filters = [make_filter(n, reg=reg, time=float(t), lr=lr, dynamics=dynamics) for t in when]
+    common = dict(cross=cross, convention=convention, idle=idle)
+    weights, predictions = remove_at_times(spectrum, filters, r0, **common)
+    only, none = remove_at_times(spectrum, filters, r0, **dict(common, cross=None))
+    assert none is None
+    np.testing.assert_allclose(only, weights, rtol=1e-10)
+    for place, phi in enumerate(filters):
+        one = remove_from_spectrum(spectrum, phi, r0, blocks=make_blocks(n, k), as_numpy=False, **common)
+        np.testing.assert_allclose(weights[place], one.weight_sqnorm, rtol=1e-8, atol=1e-300)
+        np.testing.assert_allclose(predictions[place], one.prediction_sqnorm, rtol=1e-8, atol=1e-300)
+
+
+def test_a_divergent_step_is_named():
+    theta, cross, r0 = problem(20, 1, 5)
+    spectrum = dense_spectrum(theta)
+    common = dict(cross=cross, convention="sum", idle=(theta == 0).all(1))
+    with pytest.raises(StabilityError, match="lr"):
+        remove_at_times(spectrum, [make_filter(20, time=t, lr=41 / spectrum.top) for t in (1.0, 10.0)], r0, **common)
+
+
+def test_the_price_is_that_of_few_predictions_not_of_one_per_time():
+    """Bases hold far fewer functions than there are eigenvectors, and each what it must."""
+    theta, _, r0 = problem(200, 1, 5)
+    spectrum = dense_spectrum(theta)
+    filters = [make_filter(200, time=float(t), lr=200 / spectrum.top) for t in np.geomspace(1, 1e5, 30).round()]
+    fits = times.fit_family(filters, spectrum.top)
+    several = times._Times(spectrum, [(f, f) for f in filters], fits, r0, None, "sum", (theta == 0).all(1))
+    assert sum(len(basis) * basis.shape[1] for _, basis in several.bases) < 15 * 200
+    for columns, basis in several.bases:
+        values = torch.from_numpy(np.stack([fit(spectrum.s[columns].numpy()) for fit in fits]))
+        left = values - (values @ basis.T) @ basis
+        assert float((left.abs().amax(1) / values.abs().amax(1)).max()) < 1e-11
