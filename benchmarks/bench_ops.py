@@ -142,7 +142,7 @@ def test_routes(benchmark):
     """Chosen route against the better of the two over a random grid: the slowest choice is the figure."""
     rng, found = random.Random(0), []
     while len(found) < 40:
-        s, rank = rng.choice([1, 4, 16, 64, 256]), rng.choice([256, 1000, 1024, 4096])
+        s, rank = rng.choice([1, 4, 16, 64, 256]), rng.choice([256, 1000, 1024, 1531, 4096])
         i, o = (rng.choice([10, 27, 64, 144, 384, 1024, 2048]) for _ in range(2))
         if o * i * (1 + 0.015 * s) > 5e7:
             continue
@@ -150,7 +150,7 @@ def test_routes(benchmark):
         a, g = torch.randn(n, s, i), torch.randn(n, 1, s, o)
         args = (a, g, rank, 0, 0, "tensor")
         times = {r: seconds(functools.partial(kernel, ops.sketch, *args, r)) for r in ("fft", "scatter")}
-        chosen = "fft" if sketches.fft_is_cheaper(s, i, o, 1, rank) else "scatter"
+        chosen = "fft" if sketches.fft_is_cheaper(n, s, i, o, 1, rank) else "scatter"
         found.append((times[chosen] / min(times.values()), (s, i, o, rank), times))
     ratio, shape, times = max(found)
     benchmark.extra_info.update(

@@ -1,7 +1,8 @@
-"""Parity and timings of every kernel on this GPU: python benchmarks/gpu_table.py [--small | --dry]
+"""Parity and timings of every kernel on this GPU: python benchmarks/gpu_table.py [--small | --dry] [--seconds 200]
 
 --small: parity of the CUDA kernels on small shapes only, for compute-sanitizer. --dry: the whole script on the CPU with
-tiny shapes, so that it is known to run before a GPU is at hand; writes nothing.
+tiny shapes, so that it is known to run before a GPU is at hand; writes nothing. --seconds: when to stop measuring and
+write what there is.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from torch import nn
 
 import sui_fast
 from sui_fast import ops
+from sui_fast.ops.sketching.sums import TensorSums
 
 DRY, SMALL = "--dry" in sys.argv, "--small" in sys.argv
 DEVICE = "cpu" if DRY else "cuda"
 SKETCHES = ((64, 64, 4096, 2560, 4096), (64, 512, 1024, 1024, 4096), (4096, 1, 512, 512, 4096))  # n, s, i, o, r
 REMOVALS = ((1_000_000, 4096, 1), (20_000, 1024, 3), (20_000, 1024, 10))  # n, r, k
+SECONDS, START = float(sys.argv[sys.argv.index("--seconds") + 1]) if "--seconds" in sys.argv else 1e9, time.monotonic()
 ROWS: list[dict] = []
 FAILED: list[str] = []
 
@@ -105,6 +108,18 @@ def gram_and_products(dtype) -> None:
     )  # fmt: skip
     few = [t[:64] for t in (a, g, a, g)]
     check("ntk_gram", run(ops.ntk_gram, *few), ops.ntk_gram.op.body(*few), ops.ntk_gram.op.body(*map(_double, few)))
+    widths, m = [size(w) for w in (1024, 2048, 1024, 784)], size(8192)
+    layers = [(draw(m, 1, w, dtype=dtype), draw(m, 1, 1, w, dtype=dtype)) for w in widths]
+    left, right = ([layer[j] for layer in layers] for j in (0, 1))
+    args = left, right, left, right, [True] * len(widths)
+    row(
+        "ntk_gram_sum", f"{kind}, n = {m}, i = o = {widths}", lambda: run(ops.ntk_gram_sum, *args),
+        lambda: [(a[:, 0] @ a[:, 0].T, g[:, 0, 0] @ g[:, 0, 0].T) for a, g in layers], "its products in the dtype",
+        lambda: sum(run(ops.ntk_gram, a, g, a, g) for a, g in layers), target=1 / 0.6,
+    )  # fmt: skip
+    few = ([x[:64] for x in left], [x[:64] for x in right]) * 2
+    exact = ops.ntk_gram_sum.op.body(*([x.double() for x in part] for part in few), args[4])
+    check("ntk_gram_sum", run(ops.ntk_gram_sum, *few, args[4]), ops.ntk_gram_sum.op.body(*few, args[4]), exact)
     r = 16
     tangents, cotangents = draw(r, width, width, dtype=dtype), draw(n, 1, r, dtype=dtype)
     flat = tangents.reshape(r * width, width).T.contiguous()
@@ -177,6 +192,9 @@ def formed_gradients(dtype) -> None:
     a, g = torch.ones(n, 1, 1, device=DEVICE, dtype=dtype), draw(n, 1, 1, d, dtype=dtype)
     place = torch.randint(0, rank, (d,), device=DEVICE)
     rows = g.view(n, d)
+    few = a[:2], g[:2, ..., : d // 100], rank, 0, 0, "sjlt"
+    got, want = run(ops.sketch, *few), ops.sketch.op.body(*few)
+    check("SJLT of formed gradients", got, want, ops.sketch.op.body(*map(_double, few)))
     row(
         "SJLT of formed gradients", f"{dtype}, {n} x {d} to {rank}", lambda: run(ops.sketch, a, g, rank, 0, 0, "sjlt"),
         lambda: rows.clone(), "a copy (read and write)",
@@ -195,6 +213,7 @@ def sketches(n: int, s: int, i: int, o: int, rank: int) -> None:
                 lambda args=args: run(ops.sketch, *args), lambda: g[:, 0].transpose(1, 2) @ a, "forming the rows",
             )  # fmt: skip
     few = (a[:2].float(), g[:2].float(), rank, 0, 0)
+    layers_add_up()
     got, want = run(ops.sketch, *few), run(ops.sketch, *few, backend="reference")
     check("sketch", got, want, run(ops.sketch, *map(_double, few), backend="reference"))
 
@@ -207,6 +226,10 @@ def removal(n: int, rank: int, k: int) -> None:
     rest, null = torch.randn(n, k, **wide), torch.eye(k, **wide).expand(n, k, k).contiguous()
     shape = f"u float32, n = {n}, r = {rank}, k = {k}"
     table = torch.randn(rank, 2, dtype=torch.float64, device=DEVICE)
+    few = u[:50], s, g, rest[:50], null[:50]
+    for got, want in zip(run(ops.converged_removal, *few, 0.1), ops.converged_removal.op.body(*few, 0.1), strict=True):
+        if not float((got - want).abs().max()) <= 1e-9 * float(want.abs().max()):
+            FAILED.append(f"converged removal, {shape}")
     row(
         "converged removal", shape, lambda: run(ops.converged_removal, u, s, g, rest, null, 0.1),
         lambda: [part.double() @ table for part in u.reshape(-1, rank).split(65536)],
@@ -216,12 +239,28 @@ def removal(n: int, rank: int, k: int) -> None:
     if n <= 100_000:
         poles = torch.complex(-torch.rand(13, **wide) - 0.1, torch.randn(13, **wide))
         args = (u, s, g, rest, null, rest, poles, poles.conj().resolve_conj(), 0.3)
+        few = (u[:50], s, g, rest[:50], null[:50], rest[:50], *args[6:])
         for backend in ("auto",) if DRY else ("auto", "cuda"):
+            got, want = run(ops.rational_removal, *few, backend=backend), ops.rational_removal.op.body(*few)
+            if not float((got - want).abs().max()) <= 1e-9 * float(want.abs().max()):
+                FAILED.append(f"rational removal ({backend}), {shape}")
             row(
                 f"rational removal ({backend})", shape + ", 13 poles",
                 lambda args=args, backend=backend: run(ops.rational_removal, *args, backend=backend),
                 lambda: u.double() @ table, "one product", lambda args=args: ops.rational_removal.op.body(*args),
             )  # fmt: skip
+
+
+def layers_add_up() -> None:
+    """Two layers in the Fourier domain, brought back once."""
+    sums, want, n, k, rank = None, 0, 3, 2, 64
+    for stream, (s, i, o) in enumerate(((5, 300, 400), (1, 400, 300))):
+        a, g = draw(n, s, i), draw(n, k, s, o)
+        with sui_fast.use_backend("sketch=auto" if DRY else "sketch=cuda"):
+            sums = sums or TensorSums(n, k, rank, 0, a)
+        sums.outer(a, g, stream)
+        want = want + ops.sketch.op.body(a.double(), g.double(), rank, 0, stream)
+    check("sums of tensor sketches", sums.total(), want.float(), want)
 
 
 def small() -> int:
@@ -234,6 +273,7 @@ def small() -> int:
                 args = (a, g, rank, 0, 0, kind, route)
                 got, want = run(ops.sketch, *args, backend="cuda"), ops.sketch.op.body(*args)
                 check(f"sketch {kind} {route}", got, want, ops.sketch.op.body(*map(_double, args)))
+    layers_add_up()
     for op in (ops.converged_removal, ops.rational_removal):
         for args in op.op.examples(torch.device("cuda")):
             if op.op.refusal("cuda", args):
@@ -261,6 +301,9 @@ def main() -> int:
     parts += [(sketches, *sizes) for sizes in SKETCHES] + [(transformer,)]
     parts += [(removal, *sizes) for sizes in REMOVALS]
     for part, *arguments in parts:
+        if time.monotonic() - START > SECONDS:
+            FAILED.append(f"{part.__name__} {arguments}: no time left")
+            continue
         try:
             part(*arguments)
         except Exception as error:  # what is left can still be measured

@@ -6,13 +6,15 @@ from ._errors import ArgumentError, complaint, flag, number, one_of, path_of, wh
 from .loo import CONVENTIONS, make_filter
 from .losses import check_loss
 from .measures import MEASURES
+from .ops.sketching import KINDS
 from .planning import METHODS
 from .projections import MODES
 
 
 def check_arguments(
     *, measures, loss, sigma, method, rank, reg, time, lr, dynamics, convention, batch_size, seed, store, resume,
-    progress, output_mode, output_rank, sgd_batch_size, sgd_lr, sgd_jitter, **others,
+    progress, output_mode, output_rank, sgd_batch_size, sgd_lr, sgd_jitter, sketch,
+    **others,
 ) -> tuple[str, ...]:  # fmt: skip
     """The measures asked for, each once.
 
@@ -33,6 +35,10 @@ def check_arguments(
         if method == "dense":
             todo = "It belongs to methods of low rank."
             raise ArgumentError(complaint("rank", "None with an exact method", repr(rank), todo))
+    one_of("sketch", sketch, KINDS)
+    if sketch != "tensor" and method != "sketch":
+        todo = "Pass method='sketch' as well, or drop it."
+        raise ArgumentError(complaint("sketch", f"'tensor' with method={method!r}", repr(sketch), todo))
     automatic = isinstance(reg, str)
     if automatic and reg != "auto":
         raise ArgumentError(complaint("reg", "a number >= 0 or 'auto'", repr(reg), "Choose one."))

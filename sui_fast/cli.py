@@ -1,4 +1,4 @@
-"""Command line: sui-fast demo | score | merge | plan | report | compare | doctor."""
+"""Command line: sui-fast demo | score | merge | plan | report | compare | validate | doctor."""
 
 from __future__ import annotations
 
@@ -7,23 +7,34 @@ import importlib
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
 from . import __version__
 from ._errors import ArgumentError, SuiError, complaint
+from .apps import validate_linearization
 from .demo import run_demo
 from .demo_text import run_text_demo
 from .doctor import doctor
+from .losses import LOSSES
 from .measures import MEASURES
 from .merging import merge
+from .ops.sketching import KINDS
 from .parts import as_part
 from .planning import METHODS
+from .processes import Processes
+from .projections import MODES
 from .report import compare
 from .scores import Scores
 from .scoring import plan, score
-from .streaming import Processes
+
+COMMANDS = "demo | score | merge | plan | report | compare | validate | doctor"
+_DTYPES = {str(x).removeprefix("torch."): x for x in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sui-fast", description="What does each training sample teach the model?")
     parser.add_argument("--version", action="version", version=f"sui-fast {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
-    commands = parser.add_subparsers(required=True, metavar="demo | score | merge | plan | report | compare | doctor")
+    commands = parser.add_subparsers(required=True, metavar=COMMANDS)
 
     demo = commands.add_parser("demo", help="score scikit-learn's digits with wrong labels mixed in")
     demo.add_argument("--out", help="folder for scores.parquet and report.html (demo_out, demo_out_text)")
@@ -69,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
     plan_ = commands.add_parser("plan", help="what score would do: method, rank, passes, bytes, seconds")
     _add_method(plan_)
+    plan_.add_argument("--store", help="as score would be given it")
     plan_.set_defaults(run=_plan)
 
     report = commands.add_parser("report", help="draw a report from saved scores")
@@ -86,6 +98,21 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--measure", help="the one that ranks (default: fsi where both have it)")
     two.set_defaults(run=_compare)
 
+    judge = commands.add_parser("validate", help="real retraining without some samples, against the linearised model")
+    judge.add_argument("source", metavar="module:function", help="a function that returns (model, train, val)")
+    judge.add_argument("--samples", type=int, default=30, help="how many are left out, one after the other")
+    judge.add_argument("--time", type=int, default=1000, help="steps of full-batch gradient descent")
+    judge.add_argument("--lr", type=float, help="step size of the mean loss (default: half of what is stable)")
+    judge.add_argument("--reg", type=float, default=0.0, help="regularisation of the mean loss")
+    judge.add_argument("--influence", default="auto", help="auto, exact, cg, lissa: compared as well; none")
+    judge.add_argument("--params", nargs="+", help="parameter names or prefixes, or trainable, or all")
+    judge.add_argument("--outputs", metavar="module:function", help="f(model, batch) -> [b, k]")
+    judge.add_argument("--seed", type=int, default=0, help="of the choice of samples")
+    judge.add_argument("--out", default="validation.parquet", help="Parquet file to write")
+    judge.add_argument("--plot", help="picture to write as well (extra [report])")
+    judge.add_argument("--no-progress", action="store_true", help="no bars")
+    judge.set_defaults(run=_validate)
+
     commands.add_parser("doctor", help="versions, backends, self-tests").set_defaults(
         run=lambda a: 0 if doctor()["healthy"] else 1
     )
@@ -96,21 +123,33 @@ def _add_method(parser: argparse.ArgumentParser, method: str | None = "auto") ->
     parser.add_argument("source", metavar="module:function", help="a function that returns (model, train, val)")
     parser.add_argument("--method", default=method, help=", ".join(METHODS) if method else "as the parts had it")
     parser.add_argument("--rank", type=int, help="features of a method of low rank")
+    parser.add_argument("--sketch", default="tensor" if method else None, help=f"kind of sketch: {', '.join(KINDS)}")
     parser.add_argument("--params", nargs="+", help="parameter names or prefixes, or trainable, or all")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--outputs", metavar="module:function", help="f(model, batch) -> [b, k]")
+    parser.add_argument("--batch-size", type=int, default=64, help="samples per forward pass")
+    parser.add_argument("--dtype", choices=sorted(_DTYPES), help="of the Jacobian")
+    parser.add_argument("--groups", metavar="FILE", help="a label per sample, one a line: equal ones leave together")
 
 
 def _add_scores(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="scores.parquet", help="Parquet file to write")
     parser.add_argument("--report", help="HTML file to write as well")
     parser.add_argument("--measures", nargs="+", default=["si", "fsi"], help=f"of {', '.join(MEASURES)}")
+    parser.add_argument("--loss", default="mse", help=f"{', '.join(LOSSES)}, or module:function")
     parser.add_argument("--reg", default="0", help="regularisation of the mean loss, or auto")
     parser.add_argument("--time", type=float, help="training steps or time; left out: to convergence")
     parser.add_argument("--lr", type=float, help="step size of the mean loss")
     parser.add_argument("--dynamics", default="gd", help="gd or flow")
     parser.add_argument("--sigma", type=float, default=1.0, help="standard deviation of the noise")
     parser.add_argument("--convention", default="sum", help="sum, mean or iclr2021")
+    parser.add_argument("--compat", help="iclr2021: the definitions of the authors' code")
     parser.add_argument("--device", help="where to compute, as cuda:0")
+    parser.add_argument("--output-mode", default="all", help=f"for many outputs: {', '.join(MODES)}")
+    parser.add_argument("--output-rank", type=int, default=16, help="rows per sample in place of many outputs")
+    more = "a function that returns samples which are not trained on; scored as well, into --candidates-out"
+    parser.add_argument("--candidates", metavar="module:function", help=more)
+    parser.add_argument("--candidates-out", default="candidates.parquet", help="Parquet file to write")
+    parser.add_argument("--no-progress", action="store_true", help="no bars")
     parser.add_argument("--sgd-batch-size", type=int, default=1, help="noise of si_sgd")
     parser.add_argument("--sgd-lr", type=float, help="noise of si_sgd")
     parser.add_argument("--sgd-jitter", type=float, default=1e-9, help="noise of si_sgd")
@@ -130,13 +169,13 @@ def _demo(a: argparse.Namespace) -> int:
 
 def _plan(a: argparse.Namespace) -> int:
     model, train, val = _load(a.source)
-    print(plan(model, train, val, method=a.method, rank=a.rank, params=_params(a), batch_size=a.batch_size))
+    print(plan(model, train, val, **_asked(a), store=a.store))
     return 0
 
 
 def _score(a: argparse.Namespace) -> int:
-    given = dict(resume=not a.no_resume, part=a.part, store=a.store, method=a.method, rank=a.rank, seed=a.seed)
-    scores = score(*_load(a.source), **given, **_given(a))
+    given = dict(resume=not a.no_resume, part=a.part, store=a.store, seed=a.seed)
+    scores = score(*_load(a.source), **given, **_asked(a), **_given(a))
     if scores is None:
         part = as_part(a.part)
         print(f"part {part.number + 1} of {part.count} is in {a.store}; sui-fast merge scores when all are there")
@@ -145,9 +184,22 @@ def _score(a: argparse.Namespace) -> int:
 
 
 def _merge(a: argparse.Namespace) -> int:
-    given = dict(method=a.method, rank=a.rank, seed=a.seed)
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in dict(**_asked(a), seed=a.seed).items() if value is not None}
     return _write(a, merge(*_load(a.source), store=a.store, **given, **_given(a)))
+
+
+def _asked(a: argparse.Namespace) -> dict[str, Any]:
+    """What score, merge and plan are all told."""
+    return dict(
+        method=a.method,
+        rank=a.rank,
+        sketch=a.sketch,
+        params=_params(a),
+        outputs=_named(a.outputs, "--outputs"),
+        batch_size=a.batch_size,
+        dtype=None if a.dtype is None else _DTYPES[a.dtype],
+        groups=None if a.groups is None else _labels(a.groups),
+    )
 
 
 def _given(a: argparse.Namespace) -> dict[str, Any]:
@@ -158,15 +210,19 @@ def _given(a: argparse.Namespace) -> dict[str, Any]:
         raise ArgumentError(complaint("--reg", "a number or auto", repr(a.reg), "Pass one of them.")) from None
     return dict(
         measures=tuple(a.measures),
+        loss=_named(a.loss, "--loss") if ":" in a.loss else a.loss,
         reg=reg,
         time=a.time,
         lr=a.lr,
         dynamics=a.dynamics,
         sigma=a.sigma,
-        params=_params(a),
         convention=a.convention,
-        batch_size=a.batch_size,
+        compat=a.compat,
         device=a.device,
+        output_mode=a.output_mode,
+        output_rank=a.output_rank,
+        candidates=None if a.candidates is None else _named(a.candidates, "--candidates")(),
+        progress=not a.no_progress,
         sgd_batch_size=a.sgd_batch_size,
         sgd_lr=a.sgd_lr,
         sgd_jitter=a.sgd_jitter,
@@ -179,6 +235,9 @@ def _write(a: argparse.Namespace, scores: Scores) -> int:
         return 0
     print(scores)
     print(f"wrote {scores.save(a.out)}")
+    if scores.candidates is not None:
+        scores.candidates.diagnostics["command"] = a.command
+        print(f"wrote {scores.candidates.save(a.candidates_out)}")
     if a.report:
         print(f"wrote {scores.report(a.report)}")
     return 0
@@ -198,18 +257,56 @@ def _compare(a: argparse.Namespace) -> int:
     return 0
 
 
-def _load(source: str):
-    module, _, function = source.partition(":")
+def _validate(a: argparse.Namespace) -> int:
+    found = validate_linearization(
+        *_load(a.source),
+        samples=a.samples,
+        time=a.time,
+        lr=a.lr,
+        reg=a.reg,
+        influence=None if a.influence == "none" else a.influence,
+        params=_params(a),
+        outputs=_named(a.outputs, "--outputs"),
+        seed=a.seed,
+        progress=not a.no_progress,
+    )
+    print(found)
+    pq.write_table(found.table, a.out)
+    print(f"wrote {a.out}")
+    if a.plot:
+        found.plot(a.plot)
+        print(f"wrote {a.plot}")
+    return 0
+
+
+def _labels(path: str) -> np.ndarray:
+    """A label a line, as numbers where all of them are."""
+    labels = np.array(Path(path).read_text(encoding="utf-8").splitlines())
+    try:
+        return labels.astype(np.int64)
+    except ValueError:
+        return labels
+
+
+def _named(text: str | None, argument: str) -> Callable | None:
+    """The function that module:function names, modules of the present folder included."""
+    if text is None:
+        return None
+    module, _, function = text.partition(":")
     if not module or not function:
-        raise ArgumentError(complaint("source", "module:function", repr(source), "As in: sui-fast score my_task:build"))
+        raise ArgumentError(complaint(argument, "module:function", repr(text), "As in: sui-fast score my_task:build"))
     sys.path.insert(0, os.getcwd())
     try:
-        build = getattr(importlib.import_module(module), function, None)
+        found = getattr(importlib.import_module(module), function, None)
     finally:
         sys.path.remove(os.getcwd())
-    if not callable(build):
-        raise ArgumentError(complaint("source", f"a function {function} in {module}", repr(build), "Check the name."))
-    found = build()
+    if not callable(found):
+        raise ArgumentError(complaint(argument, f"a function {function} in {module}", repr(found), "Check the name."))
+    return found
+
+
+def _load(source: str):
+    found = _named(source, "source")()
     if not isinstance(found, tuple) or len(found) != 3:
         raise ArgumentError(
             complaint(

@@ -13,8 +13,8 @@ def merge(model: torch.nn.Module, train, val=None, *, store, **arguments) -> Sco
     """Scores from the features that ``score(..., store=store, part=(i, count))`` left, for i = 1 .. count.
 
     Args:
-        model, train, val, arguments: as each part had them; method, rank and seed are taken from the parts where they
-            are not given. What the features do not depend on (measures, reg, time, sigma, ...) may be chosen here.
+        model, train, val, arguments: as each part had them; method, rank, sketch and seed are those of the parts where
+            they are not given. What the features do not depend on (measures, reg, time, sigma, ...) may be chosen here.
         store: the folder of the parts, copied together where they ran on several machines.
     Returns:
         Scores, those of one process that does it all.

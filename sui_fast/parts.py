@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from ._errors import ArgumentError, StoreError, complaint
+from .processes import Processes, Source
 from .spectra import FeatureMap, Store
 from .spectra.store import read_fingerprint
-from .streaming import Processes, Source, features_of
+from .streaming import features_of
 
 ALONE = ("sketch", "nystrom")  # methods whose map every part fits by itself, the same one
 _FOLDER = re.compile(r"train-(\d{4,})-of-(\d{4,})")
@@ -80,7 +81,7 @@ def check_part(part: Any, method: str, store: Any) -> Part | Merged | None:
 
 
 def settings_of_parts(path: Any) -> tuple[int, dict[str, Any]]:
-    """(count, method, rank and seed) of the parts in a folder, as the first of them tells."""
+    """(count, method, rank, seed and kind of sketch) of the parts in a folder, as the first of them tells."""
     folder = Path(path)
     found = [match for x in sorted(folder.glob("train-*-of-*")) if (match := _FOLDER.fullmatch(x.name))]
     counts = sorted({int(match[2]) for match in found})
@@ -92,7 +93,10 @@ def settings_of_parts(path: Any) -> tuple[int, dict[str, Any]]:
     if held is None:
         raise _missing(folder / found[0][0], int(found[0][1]), counts[0])
     try:
-        return counts[0], dict(method=held["method"], rank=held["rank_asked"], seed=held["seed"])
+        settings = dict(method=held["method"], rank=held["rank_asked"], seed=held["seed"])
+        if held["method"] == "sketch":
+            settings["sketch"] = held["sketch"]
+        return counts[0], settings
     except KeyError as error:
         got, todo = f"no {error} in its fingerprint", "Name a folder that score(..., part=...) filled."
         raise StoreError(complaint("store", f"the parts of a run in {folder}", got, todo)) from None

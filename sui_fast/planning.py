@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time as clock
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +14,16 @@ from .jacobians import Jacobian
 
 DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs up to which an eigendecomposition is worth its time
 DEFAULT_RANK = 1024
-SHARD = 1 << 22  # features of a shard: 16 MB
+HELD = 1 << 30  # bytes of factors that may stay in memory between passes
+_LIBRARIES = 12_000_000  # bytes that libraries take on first use, and malloc keeps
+SHARD = 1 << 21  # features of a shard: 8 MB
 PORTION = 1 << 19  # float64 features at a time in pass 2: larger intermediates are fresh memory each time
 METHODS = ("auto", "dense", "nystrom", "subspace", "sketch")
+
+try:
+    _trim = ctypes.CDLL(None).malloc_trim
+except (OSError, AttributeError, TypeError):  # another C library
+    _trim = None
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,11 @@ class Plan:
 
     Attributes:
         method, rank, reason: the choice, and why. passes: over the training data.
-        disk_bytes: of the store. peak_bytes: of memory beyond the model and the data. seconds: rough, on this machine.
+        sketch: kind of random map of method "sketch", else None.
+        disk_bytes: of the store.
+        peak_bytes: the largest resident size of the process during ``score`` minus that just before it, with model and
+            data in memory (on CUDA: of the memory of the device).
+        seconds: rough, on this machine, from a short measurement of the model.
     """
 
     method: str
@@ -33,10 +46,12 @@ class Plan:
     disk_bytes: int
     peak_bytes: int
     seconds: float
+    sketch: str | None = None
 
     def __str__(self) -> str:
+        kind = f" ({self.sketch})" if self.sketch not in (None, "tensor") else ""
         return (
-            f"method {self.method}, rank {self.rank}: {self.reason}\n"
+            f"method {self.method}{kind}, rank {self.rank}: {self.reason}\n"
             f"passes over the training data {self.passes}, disk {_size(self.disk_bytes)}, "
             f"peak memory about {_size(self.peak_bytes)}, about {self.seconds:.3g} s"
         )
@@ -60,35 +75,121 @@ def choose_method(
 
 
 def make_plan(
-    first: Jacobian, seconds: float, n: int, m: int, method: str, rank: int, reason: str, stored: bool, given: int
+    first: Jacobian,
+    seconds: float,
+    n: int,
+    m: int,
+    method: str,
+    rank: int,
+    reason: str,
+    stored: bool,
+    given: int,
+    sketch: str = "tensor",
 ) -> Plan:
-    """Costs from the Jacobian of a few samples and the seconds its capture took.
+    """Costs from the Jacobian of a few samples and the seconds its capture took; products with it are timed here.
 
     Args:
         first: captured with the settings of the run. n, m: training and validation samples. stored: on disk.
+        sketch: kind of random map of method "sketch".
         given: bytes of an input where the scores keep it.
     """
-    k, rows, each = first.k, n * first.k, first.nbytes / max(first.n, 1)
-    capture = seconds / first.n * (n + m)
+    k, rows, each, d = first.k, n * first.k, first.nbytes / max(first.n, 1), first.shape[1]
+    capture, product = seconds / first.n, _product_seconds()
     if method == "dense":
-        product = _product_seconds()
-        peak = int((n + m) * each + 8 * rows * rows * 5 + 8 * rows * m * k)
-        work = 2 * rows * (rows + m * k) * sum(p.numel() ** 0.5 for p in first._shapes.values()) + 15 * rows**3
-        return Plan(method, rows, reason, 1, 0, peak, capture + work * product)
-    part = min(256, n) * each
-    held = 0 if stored else 4 * rank * (n + m) * k
-    shard, portion = min(n * k * rank, SHARD), min(n * k * rank, PORTION)
-    ahead = 3 * 4 * shard if stored else 0  # a shard read while another is worked on
-    columns = n * (given + 250 + 40 * k)  # inputs kept for the report, ids, scores, residuals
-    peak = int(held + ahead + part * 3 + shard * 4 + portion * 8 * 4 + 8 * rank * rank * 8 + columns)
+        if first.dtype == torch.float32:  # a dense run takes float64 where no dtype is named
+            each, capture = 2 * each, 2 * capture
+        peak = int(_LIBRARIES + 1.2 * (n + m) * each + 8 * rows * rows * 5.4 + 8 * rows * m * k)
+        gram = _seconds_of(lambda: first.gram(first)) / first.n**2 * (n * n / 2 + n * m)
+        return Plan(method, rows, reason, 1, 0, peak, capture * (n + m) + gram + 12 * rows**3 * product)
+    wide = min(rank + rank // 2 + 16, rows) if method == "subspace" else rank  # columns that come out
+    size = _low_rank_bytes(first, n, m, method, rank, wide, each, stored, given)
     passes = {"sketch": 1, "nystrom": 1, "subspace": 5}[method]
-    if method == "subspace":
-        peak += int(4 * first.shape[1] * rank * 3 + min(n * each, 1 << 30))
-    if method == "nystrom":
-        peak += int(min(n, max(2000, 4 * rank // k)) * (each + 8 * k * rank))
-    disk = (4 * rank + 8 + (8 * k if method != "sketch" else 0)) * n * k + 4 * rank * m * k
-    work = 2.0 * rows * rank * rank * 4 + 2.0 * rows * rank * (first.shape[1] if method == "subspace" else 0) * 6
-    return Plan(method, rank, reason, passes, disk, peak, capture * passes + work * _product_seconds())
+    disk = (4 * wide + 8 + (8 * k if method != "sketch" else 0)) * rows + 4 * wide * m * k
+    work = 2.0 * rows * wide**2 * (1.8 + 0.5 * (m > 0)) + m * k * wide**2 + 15.0 * wide**3 * (1 + (m > 0))
+    if method == "sketch":
+        each_map = _seconds_of(lambda: first.sketch(rank, 0, sketch)) / first.n
+        fit = min(n, 256) * (capture + each_map)
+    elif method == "nystrom":
+        pool, landmarks = min(n, max(2000, 4 * rank // k)), _landmarks(n, k, rank)
+        each_map = _seconds_of(lambda: first.gram(first)) / first.n**2 * landmarks
+        fit = pool * (capture + each_map) + 2.0 * k**2 * pool * landmarks**2 * product
+        work += 2.0 * (rows + m * k) * landmarks * k * rank
+    else:
+        few = min(wide, max(4, (1 << 24) // d))
+        tangents = first.outputs.new_ones(few, d)
+        forward = _seconds_of(lambda: first.jvp(tangents)) / (first.n * few)
+        back = _seconds_of(lambda: first.vjp(first.outputs.new_ones(first.n * k, few))) / (first.n * few)
+        each_map = forward * wide
+        again = 1 if n * each < HELD else 4
+        fit = n * (again * capture + 3 * wide * (forward + back)) + 5.0 * d * wide**2 * product
+    probes = min(n, max(64, 512 // k))
+    total = fit + (n + m) * (capture + each_map) + work * product + 0.2 + 2 * probes * capture
+    return Plan(method, rank, reason, passes, disk, size, total, sketch if method == "sketch" else None)
+
+
+def _landmarks(n: int, k: int, rank: int) -> int:
+    """Samples whose kernel columns method "nystrom" takes."""
+    rank = -(-rank // k) * k
+    return min(n, max(rank, min(8 * rank, 256 * k, 2048)) // k)
+
+
+def _low_rank_bytes(
+    first: Jacobian, n: int, m: int, method: str, rank: int, wide: int, each: float, stored: bool, given: int
+) -> int:
+    """Peak of a run of low rank: the largest of its stages, each with what it finds in memory and what it adds."""
+    k, d, rows, item = first.k, first.shape[1], n * first.k, first.outputs.element_size()
+    square, part = 8 * wide * wide, min(256, n)
+    shard = 4 * min(rows * wide, SHARD)
+    features = 0 if stored else 4 * wide * (n + m) * k + 8 * (1 + k * (method != "sketch")) * rows
+    capture = part * each + first.n * each * 2
+    if method == "sketch":
+        held, fit = 32 * item * d, min(n, 256) * (each + 8 * k * rank) + 64 * item * d
+        compute = first.n * (each * 3 + 20 * k * rank)
+    elif method == "nystrom":
+        landmarks, pool = _landmarks(n, k, rank), min(n, max(2000, 4 * rank // k))
+        held = landmarks * (each + 8 * k * rank)
+        fit = 1.2 * pool * each + 18 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
+        compute = capture + part * k * (12 * landmarks * k + 12 * rank)
+    else:
+        held = wide * d * item
+        fit = min(n * each, HELD) + 3 * held + part * (each + d * item)
+        compute = capture + part * (d * item + 16 * k * wide)
+    seen = 0 if m == 0 else 2 if m * k < wide else 5  # squares of the moment of the validation samples
+    after = (2.0 + 0.5 * seen) * square
+    probes = min(n, max(64, 512 // k))
+    stages = (
+        fit + held,
+        held + features + compute + (3.4 if stored else 2) * shard,
+        held + features + (6.5 + seen) * square + 3 * shard * stored + 8 * min(rows * wide, 1 << 20),
+        held + features + after + 1.5 * square * (m > 0) + 3 * shard * stored + 24 * min(rows * wide, PORTION),
+        held + features + after + probes * each + 40 * (probes * k) ** 2 + 64 * k * (each + 16 * wide),
+        2 * n * given + 60 * rows,
+    )
+    return int(_LIBRARIES + max(stages))
+
+
+def least_seconds(work: Callable[[], object], times: int = 3) -> float:
+    """Of several calls: what else the machine does meanwhile does not count."""
+    # processor time is that of a machine of one's own; on several threads, or a device, it is another thing
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    now, found = clock.process_time if alone else clock.perf_counter, []
+    for _ in range(times):
+        start = now()
+        work()
+        found.append(now() - start)
+    return min(found)
+
+
+def _seconds_of(work: Callable[[], object]) -> float:
+    """Of a call, the first of which does not count."""
+    work()
+    return least_seconds(work)
+
+
+def return_memory() -> None:
+    """Pages that the C library keeps for later go back to the system, so that stages do not pile up (glibc only)."""
+    if _trim is not None:
+        _trim(0)
 
 
 def free_memory(device: torch.device) -> int:
@@ -109,11 +210,7 @@ def free_memory(device: torch.device) -> int:
 def _product_seconds(size: int = 384) -> float:
     """Seconds of one multiplication and addition's half in a float64 matrix product here."""
     a = torch.ones(size, size, dtype=torch.float64)
-    a @ a
-    start = clock.perf_counter()
-    for _ in range(3):
-        a @ a
-    return (clock.perf_counter() - start) / 3 / (2 * size**3)
+    return _seconds_of(lambda: a @ a) / (2 * size**3)
 
 
 def _size(count: int) -> str:

@@ -32,7 +32,8 @@ from .loo import (
 from .losses import ROOTS, Goal
 from .measures import feature_neighbours, information, kernel_neighbours, sgd_information
 from .parts import Merged, Part, check_map, open_parts
-from .planning import METHODS
+from .planning import METHODS, return_memory
+from .processes import Processes, Source
 from .spectra import (
     PROJECTIONS,
     dense_spectrum,
@@ -43,9 +44,8 @@ from .spectra import (
 )
 from .streaming import (
     LowRank,
-    Processes,
-    Source,
     collect,
+    drawn,
     features_of,
     fit_map,
     kernel_error,
@@ -67,6 +67,7 @@ class Stages:
     @contextmanager
     def __call__(self, name: str):
         self._bar.set_description(f"score: {name}", refresh=False)
+        return_memory()
         start = clock.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + clock.perf_counter() - start
@@ -90,6 +91,7 @@ class Run:
         self.neighbours: dict[str, np.ndarray] | None = None
         self.sgd: dict[str, Any] = {}
         self.projection: tuple[str, int | None] | None = None
+        self.sketch = "tensor"  # kind of random map
         self.apart: Part | Merged | None = None  # one of several runs that never meet, or what joins them
 
     def dense(self, stages: Stages, common: dict[str, Any]):
@@ -212,9 +214,11 @@ class Run:
                 complaint("groups", "None in a run of several processes", "groups or 'si_sgd'", "Use one process.")
             )
         with stages(f"{method} map"):
-            fmap = fit_map(source, self.goal, method, rank, self.seed, processes)
+            fmap = fit_map(source, self.goal, method, rank, self.seed, processes, self.sketch)
         options = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(sorted(common.items(), key=str)))  # the same tomorrow
         about = dict(method=method, rank=fmap.rank, rank_asked=int(rank), seed=self.seed, options=options)
+        if method == "sketch":
+            about["sketch"] = self.sketch
         about["targets"] = fingerprint_of({"targets": self.goal.y})
         if self.goal.kind != "mse":
             about["loss"] = f"{self.goal.kind} {fingerprint_of({'outputs': self.goal.f0})}"
@@ -243,9 +247,12 @@ class Run:
                 moments.reduce(processes.total)
                 spectrum = feature_spectrum(moments)
                 if self.probes is not None:
-                    seen = moments_of(stores[1], fmap.rank, device)
+                    few = self.probes.n * self.goal.rows < fmap.rank and processes.count == 1
+                    seen = moments_of(stores[1], fmap.rank, device, few)
                     seen.reduce(processes.total)
-                    moment = spectrum.moment(seen.gram, seen.samples)
+                    moment = spectrum.moment(seen)
+                    seen = seen if self.candidates is not None else None
+                del moments
             with stages("leave one out"):
                 groups = self.groups if self.groups is not None or not whole else np.arange(n)
                 solver = LowRank(
@@ -302,8 +309,9 @@ class Run:
                         begin = part.stop
                     self.new_values = processes.gather(self._join(columns))
             with stages("error estimate"):
-                error = kernel_error(source, fmap, self.seed)
-                edf = max(kept, probed_dimension(source, phi, float(spectrum.s[-1]), self.seed))
+                probes = drawn(source, self.seed)
+                error = kernel_error(source, fmap, self.seed, probes)
+                edf = max(kept, probed_dimension(source, phi, float(spectrum.s[-1]), self.seed, probes))
                 if method != "sketch":  # features that lie below the kernel: the truth is between these two
                     edf = kept + missed if missed < 0.2 * kept else min(edf, kept + missed)
                 details["effective_dimension"] = edf
@@ -404,17 +412,9 @@ def _version() -> str:
 
 
 def _measure(
-    removal: Removal,
-    wanted,
-    sigma: float,
-    goal: Goal,
-    part: slice,
-    *,
-    shift: float,
-    lr: float,
-    batch_size: int,
-    jitter: float,
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    removal: Removal, wanted, sigma: float, goal: Goal, part: slice, *,
+    shift: float, lr: float, batch_size: int, jitter: float,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:  # fmt: skip
     """The columns asked for, in the order asked for, and what is to be said about them."""
     extra: dict[str, Any] = {}
 

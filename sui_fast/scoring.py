@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import platform
 import sys
-import time as clock
 from importlib import metadata
 from typing import Any
 
-import numpy as np
 import torch
 
 from ._errors import ArgumentError, complaint
 from .aims import aim, aim_at_few, check_mode
 from .aims import targets as targets_of
 from .checks import check_arguments
-from .jacobians import jacobian
-from .jacobians.data import as_samples
+from .jacobians import as_samples, jacobian, read_samples
 from .jacobians.engine import predict
 from .measures import UNITS
 from .parts import check_part
-from .planning import Plan, choose_method, make_plan
-from .previews import LARGEST, channels_first, image_shape, shrink
+from .planning import Plan, choose_method, least_seconds, make_plan
 from .projections import Signed
 from .runs import Run, Stages, authors_definitions
 from .scores import Scores
+from .showing import MOST_INPUTS, shown, small_inputs, texts_of
 from .spectra import fingerprint_of
 from .targets import loss_targets
 
@@ -35,9 +33,6 @@ try:
     import resource
 except ImportError:  # not on Windows
     resource = None
-
-MOST_INPUTS = 1 << 28  # bytes of inputs that scores keep
-TEXT_COLUMNS = ("text", "sentence", "content", "document", "question", "prompt")  # what a report shows of a sample
 
 
 def score(
@@ -54,6 +49,7 @@ def score(
     sigma: float = 1.0,
     method: str = "auto",
     rank: int | None = None,
+    sketch: str = "tensor",
     params="trainable",
     outputs=None,
     batch_size: int = 64,
@@ -86,8 +82,8 @@ def score(
 
     Args:
         model: any module with k outputs per sample.
-        train: Dataset, unshuffled DataLoader, (inputs, targets), Hugging Face Dataset or list of batches. Targets:
-            float [n, k] or [n], or integer classes (one-hot for k > 1, {0, 1} for k = 1).
+        train: Dataset, IterableDataset, unshuffled DataLoader, (inputs, targets), Hugging Face Dataset or list of
+            batches. Targets: float [n, k] or [n], or integer classes (one-hot for k > 1, {0, 1} for k = 1).
         val: the same, targets not needed; required by "fsi".
         measures: of "si", "fsi", "si_langevin", "si_sgd", "leverage", "loo_residual", "loo_margin".
         loss: "mse"; "cross_entropy" (logits, k > 1) and "binary_cross_entropy" (logits, each output for itself), or a
@@ -100,9 +96,12 @@ def score(
         sigma: standard deviation of the noise, in units of the weights (SI) or outputs (F-SI).
         method: "dense" (exact), "nystrom", "subspace", "sketch" (low rank, docs/math.md), or "auto".
         rank: features of a method of low rank (default 1024); a warning names a better one where it is too small.
-        store: folder for the features of a method of low rank, so that memory does not grow with the samples and a run
-            that was interrupted goes on (resume=True) with the same scores; resume=False begins anew. Under torchrun a
-            run of low rank shares the samples among the processes, and every process returns all scores.
+        sketch: the random map of method "sketch": "tensor" (default), "sjlt", "rademacher" (dense signs: the most
+            faithful, and the slowest by far) or "two_sided" (the cheapest, and by far the least faithful).
+        store: folder for the features of a method of low rank, so that memory does not grow with the samples
+            (Datasets and DataLoaders are read again for every pass) and a run that was interrupted goes on
+            (resume=True) with the same scores; resume=False begins anew. Under torchrun a run of low rank shares the
+            samples among the processes, and every process returns all scores.
         part: (i, count), i from 1: only the features of the i-th of ``count`` slices of the samples, into ``store``,
             without the other processes; returns None. ``merge`` scores from all parts ("sketch" and "nystrom").
         params: "trainable", "all", names, or a predicate: the parameters that count.
@@ -137,7 +136,7 @@ def score(
         measures=measures, loss=loss, sigma=sigma, method=method, rank=rank, reg=reg, time=time, lr=lr,
         dynamics=dynamics, convention=convention, batch_size=batch_size, seed=seed, store=store, resume=resume,
         progress=progress, output_mode=output_mode, output_rank=output_rank, sgd_batch_size=sgd_batch_size,
-        sgd_lr=sgd_lr, sgd_jitter=sgd_jitter,
+        sgd_lr=sgd_lr, sgd_jitter=sgd_jitter, sketch=sketch,
     )  # fmt: skip
     if candidates is not None and "si_sgd" in wanted:
         got, todo = "'si_sgd', whose noise depends on the sample", "Score them in two calls."
@@ -153,17 +152,19 @@ def score(
 
     stages = Stages(6 + ("fsi" in wanted) * 2, progress)
     run = Run(model, wanted, reg, dict(time=time, lr=lr, dynamics=dynamics), convention, groups, sigma, seed, progress)
-    run.projection, run.apart = projection, apart
+    run.projection, run.apart, run.sketch = projection, apart, sketch
     run.sgd = dict(lr=sgd_lr, batch_size=sgd_batch_size, jitter=sgd_jitter)
     try:
         with stages("data"):
             own = getattr(outputs, "target", None)  # language models predict their inputs
             need = True if own is None else None
-            run.samples = as_samples(train, with_targets=need, argument="train")
+            # with a store memory must not grow with the samples: what can be read again is not kept
+            read = as_samples if store is None else functools.partial(read_samples, progress=progress)
+            run.samples = read(train, with_targets=need, argument="train")
             if "fsi" in wanted:
-                run.probes = as_samples(val, with_targets=None, argument="val")
+                run.probes = read(val, with_targets=None, argument="val", **({} if store is None else {"named": False}))
             if candidates is not None:
-                run.candidates = as_samples(candidates, with_targets=need, argument="candidates")
+                run.candidates = read(candidates, with_targets=need, argument="candidates")
         common = dict(outputs=outputs, params=params, batch_size=batch_size)
         with stages("look"):
             k = predict(model, run.samples.slice(0, 1), dtype=dtype, **common).shape[1]
@@ -230,6 +231,7 @@ def score(
         dynamics=dynamics,
         sigma=sigma,
         method=chosen,
+        sketch=sketch if chosen == "sketch" else None,
         compat=compat,
         projection=projection,
         params=params if isinstance(params, str) else repr(params),
@@ -259,8 +261,8 @@ def score(
         ids=ids,
         values=values,
         labels=labels.cpu().numpy() if labels is not None and groups is None else None,
-        inputs=_small_inputs(inputs) if groups is None else None,
-        texts=_texts(train, inputs.n) if groups is None else None,
+        inputs=small_inputs(inputs) if groups is None else None,
+        texts=texts_of(train, inputs) if groups is None else None,
         left_out=run.left_out,
         suggested=run.suggested,
         neighbours=run.neighbours,
@@ -271,7 +273,7 @@ def score(
             ids=run.candidates.ids,
             values=run.new_values,
             labels=None if new_targets[1] is None else new_targets[1].cpu().numpy(),
-            inputs=_small_inputs(new),
+            inputs=small_inputs(new),
             **about,
         )
     return scores
@@ -294,20 +296,20 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     check_arguments(**{**bound.arguments, "convention": convention, "method": method, "rank": rank})
     known = ("outputs", "params", "batch_size", "dtype")
     options = {name: arguments[name] for name in known if name in arguments}
-    samples = as_samples(train, with_targets=None, argument="train")
-    m = 0 if val is None else as_samples(val, with_targets=None, argument="val").n
+    stored = arguments.get("store") is not None
+    read = functools.partial(read_samples, named=False) if stored else as_samples
+    samples = read(train, with_targets=None, argument="train")
+    m = 0 if val is None else read(val, with_targets=None, argument="val").n
     few = samples.slice(0, min(samples.n, bound.arguments["batch_size"]))
-    jacobian(model, few, **options)  # the first pass also proves the capture
-    start = clock.perf_counter()
-    first = jacobian(model, few, **options)
-    seconds = clock.perf_counter() - start
+    first = jacobian(model, few, **options)  # which also proves the capture
+    seconds = least_seconds(lambda: jacobian(model, few, **options))
     method, rank, reason = choose_method(
         samples.n, first.k, first.shape[1], method=method, rank=rank,
         device=first.device, groups=arguments.get("groups") is not None,
     )  # fmt: skip
-    stored, small = arguments.get("store") is not None, _small_inputs(few)
+    small = small_inputs(few) if shown(samples) else None
     given = 0 if small is None or samples.n * small[0].nbytes >= MOST_INPUTS else small[0].nbytes
-    return make_plan(first, seconds, samples.n, m, method, rank, reason, stored, given)
+    return make_plan(first, seconds, samples.n, m, method, rank, reason, stored, given, bound.arguments["sketch"])
 
 
 def _check_labels(labels, groups) -> None:
@@ -370,41 +372,3 @@ def _peak_bytes(device: torch.device) -> int:
     if resource is None:
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _small_inputs(samples, most: int = 16_384) -> np.ndarray | None:
-    """The inputs for the report, where they are one array: pictures made small, others of at most ``most`` numbers."""
-    parts = []
-    for batch in samples.batches(256):
-        if not isinstance(batch, torch.Tensor):  # several inputs: side by side where all are real numbers
-            several = list(batch.values()) if isinstance(batch, dict) else list(batch)
-            if not all(isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim <= 2 for x in several):
-                return None
-            batch = torch.cat([x.reshape(len(x), -1).cpu().to(torch.float32) for x in several], 1)
-        if batch[0].numel() > most:
-            if image_shape(tuple(batch.shape[1:])) is None:
-                return None
-            pixels = batch.detach().cpu().to(torch.float32)
-            first = channels_first(tuple(batch.shape[1:]))
-            pixels = pixels.movedim(1, -1) if first else pixels.reshape(*batch.shape[:3], -1)
-            parts.append(shrink(pixels.numpy(), LARGEST))
-        else:
-            parts.append(batch.detach().cpu().to(torch.float32).numpy())
-    if len({part.shape[1:] for part in parts}) != 1:
-        return None
-    stacked = np.concatenate(parts)
-    return stacked if stacked.nbytes < MOST_INPUTS else None
-
-
-def _texts(train, n: int) -> list[str] | None:
-    """The texts of a Hugging Face Dataset, alone or in a DataLoader, for the report."""
-    train = train.dataset if isinstance(train, torch.utils.data.DataLoader) else train
-    names = getattr(train, "column_names", None)
-    if not isinstance(names, list) or not hasattr(train, "with_format"):
-        return None
-    for name in TEXT_COLUMNS:
-        if name in names:
-            found = train.with_format(None)[name][:]
-            if len(found) == n and all(isinstance(text, str) for text in found):
-                return list(found)
-    return None

@@ -15,7 +15,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ._errors import StabilityError
-from .jacobians import Jacobian, jacobian, sketches
+from .jacobians import Jacobian, portions
 from .jacobians.data import Samples
 from .jacobians.layers import Outer
 from .loo import (
@@ -39,9 +39,9 @@ from .loo import (
     shard_blocks,
 )
 from .losses import Goal
-from .planning import PORTION, SHARD
+from .planning import HELD, PORTION, SHARD
+from .processes import Processes, Source
 from .spectra import (
-    POOL,
     RANK_FOR,
     FeatureMap,
     FeatureSpectrum,
@@ -50,81 +50,16 @@ from .spectra import (
     anchored_sketch_map,
     fingerprint_of,
     nystrom_map,
+    pool_size,
+    sketch_map,
+    sketch_rank,
     subspace_map,
 )
 
 _SHARD, _PORTION = SHARD, PORTION
 _PROBES = 64  # samples whose exact kernel the error estimate looks at
-_MOST_PROBES = 1024  # rows of the exact kernel that the effective dimension is estimated from
+_MOST_PROBES = 512  # rows of the exact kernel that the effective dimension is estimated from
 _MARGIN = 1.25  # of the rank that a warning names
-_HELD = 1 << 30  # bytes of factors that may stay in memory between passes
-
-
-@dataclass
-class Source:
-    """Samples, and how their Jacobian is captured.
-
-    Attributes:
-        model, samples, options: as ``jacobian`` takes them.
-        begin, end: the slice of this process.
-    """
-
-    model: torch.nn.Module
-    samples: Samples
-    options: dict[str, Any]
-    begin: int
-    end: int
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model computes."""
-        return next(self.model.parameters()).device
-
-    def part(self, begin: int, end: int) -> Jacobian:
-        """Jacobian of samples begin .. end."""
-        return jacobian(self.model, self.samples.slice(begin, end), **self.options)
-
-    def parts(self, size: int, begin: int | None = None) -> Iterator[tuple[int, Jacobian]]:
-        """(first sample, Jacobian) of portions of this process's slice."""
-        for first in range(self.begin if begin is None else begin, self.end, size):
-            yield first, self.part(first, min(first + size, self.end))
-
-    def some(self, numbers: np.ndarray) -> Jacobian:
-        """Jacobian of the samples with these numbers."""
-        return jacobian(self.model, self.samples.pick(numbers), **self.options)
-
-
-class Processes:
-    """torch.distributed where it is initialised or torchrun started the process, else one process."""
-
-    def __init__(self) -> None:
-        live = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not live and torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
-            torch.distributed.init_process_group()  # gloo for CPU tensors, nccl for CUDA tensors
-            live = True
-        self.count = torch.distributed.get_world_size() if live else 1
-        self.number = torch.distributed.get_rank() if live else 0
-
-    def slice(self, n: int) -> tuple[int, int]:
-        """First and last sample of this process."""
-        step = min(256, 1 << max(n // self.count, 1).bit_length() - 1)  # batches as in one process, so equal rounding
-        cut = lambda i: min(n, -(-n * i // (self.count * step)) * step)  # noqa: E731
-        return cut(self.number), cut(self.number + 1)
-
-    def total(self, x: Tensor) -> Tensor:
-        """Sum over processes."""
-        if self.count > 1:
-            x = x.clone()
-            torch.distributed.all_reduce(x)
-        return x
-
-    def gather(self, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Columns of all processes, in their order."""
-        if self.count == 1:
-            return values
-        found: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(found, values)
-        return {name: np.concatenate([part[name] for part in found]) for name in values}
 
 
 class _Memory(list):
@@ -141,15 +76,18 @@ class _Memory(list):
 
 
 def fit_map(
-    source: Source, goal: Goal, kind: str, rank: int, seed: int, processes: Processes, sketch_kind: str = "tensor"
+    source: Source, goal: Goal, kind: str, rank: int, seed: int, processes: Processes, sketch: str = "tensor"
 ) -> FeatureMap:
-    """The feature map of a method; the same on every process."""
+    """The feature map of a method; the same on every process. sketch: kind of random map of a "sketch"."""
     n = source.samples.n
     if kind == "sketch":
-        numbers = np.sort(np.random.default_rng(seed).choice(n, min(n, POOL), replace=False))
+        size = pool_size(source.part(0, 1), n, rank)
+        if not size:
+            return sketch_map(sketch_rank(rank, sketch), seed, sketch)
+        numbers = np.sort(np.random.default_rng(seed).choice(n, size, replace=False))
         pool = source.some(numbers)
         residual = goal.residual(torch.from_numpy(numbers), pool.outputs)
-        return anchored_sketch_map(pool, residual, rank, seed, sketch_kind)
+        return anchored_sketch_map(pool, residual, rank, seed, sketch)
     if kind == "nystrom":
         first = source.part(0, 1)
         pool = np.arange(n)
@@ -166,7 +104,7 @@ def fit_map(
         held.clear()
         keep = True
         for first, part in source.parts(256):
-            keep = keep and sum(p.nbytes for _, p in held) + part.nbytes < _HELD
+            keep = keep and sum(p.nbytes for _, p in held) + part.nbytes < HELD
             if keep:
                 held.append((first, part))
             yield first, part
@@ -200,9 +138,14 @@ def features_of(
 
 
 def _features(source: Source, fmap: FeatureMap, goal: Goal | None, begin: int, end: int) -> dict[str, Tensor]:
-    if fmap.sketch is not None:
-        own = None
-        outputs, features = sketches(source.model, source.samples.slice(begin, end), *fmap.sketch, **source.options)
+    if fmap.portion is not None:
+
+        def take(jac: Jacobian) -> tuple:
+            features, own, layers = fmap.portion(jac, goal is not None)
+            return (features, layers) if own is None else (features, own, layers)
+
+        outputs, features, *own = portions(source.model, source.samples.slice(begin, end), take, **source.options)
+        own = own[0] if own else None
     else:
         part = source.part(begin, end)
         outputs, (features, own) = part.outputs, fmap.both(part, goal is not None)
@@ -313,22 +256,30 @@ class LowRank:
         return np.array(regs), total(errors).numpy() / n
 
 
-def _drawn(source: Source, count: int, seed: int) -> Jacobian:
-    """Jacobian of random samples, the same for the same seed."""
-    return source.some(np.sort(np.random.default_rng(seed + 1).choice(source.samples.n, count, replace=False)))
+def drawn(source: Source, seed: int) -> tuple[Jacobian, Tensor]:
+    """Jacobian of random samples, the same for the same seed, and their exact kernel in float64."""
+    n, one = source.samples.n, source.part(0, 1)
+    layers = [factor for factor in one.factors() if isinstance(factor, Outer)]
+    positions = max((layer.a.shape[1] for layer in layers), default=1)
+    # with positions every entry of the kernel costs about as much as a sample's gradient: few against the run
+    most = _MOST_PROBES if positions == 1 else min(math.isqrt(int(0.15 * n * positions)), n // 32)
+    count = min(n, max(_PROBES, min(most, _MOST_PROBES // one.k)))
+    jac = source.some(np.sort(np.random.default_rng(seed + 1).choice(n, count, replace=False)))
+    return jac, jac.gram().to(torch.float64)
 
 
-def kernel_error(source: Source, fmap: FeatureMap, seed: int) -> float:
+def kernel_error(source: Source, fmap: FeatureMap, seed: int, probes: tuple[Jacobian, Tensor] | None = None) -> float:
     """Relative error of the kernel, from the exact kernel of a few random samples.
 
     ||Theta - Z Z^T|| / ||Theta|| (Frobenius) of the whole kernel, estimated from diagonal and off-diagonal blocks of
     the probes, plus two standard deviations of that estimate (jackknife over the probes): the error lies below what is
     returned in at least 95% of draws of probes and features.
     """
-    n = source.samples.n
-    m = min(n, _PROBES)
-    jac = _drawn(source, m, seed)
-    exact = jac.gram().to(torch.float64)
+    n, (jac, exact) = source.samples.n, probes or drawn(source, seed)
+    m = min(jac.n, _PROBES)
+    some = np.sort(np.random.default_rng(seed + 3).choice(jac.n, m, replace=False))
+    rows = (torch.from_numpy(some)[:, None] * jac.k + torch.arange(jac.k)).reshape(-1).to(exact.device)
+    jac, exact = jac.select(some.tolist()), exact[rows][:, rows]
     z = fmap.features(jac).flatten(0, 1).to(torch.float64)
     size = lambda x: x.square().reshape(m, jac.k, m, jac.k).sum((1, 3))  # noqa: E731
     wrong, whole = size(exact - z @ z.T), size(exact)
@@ -355,7 +306,9 @@ def kernel_error(source: Source, fmap: FeatureMap, seed: int) -> float:
     return estimate
 
 
-def probed_dimension(source: Source, phi: TrainingFilter, top: float, seed: int) -> float:
+def probed_dimension(
+    source: Source, phi: TrainingFilter, top: float, seed: int, probes: tuple[Jacobian, Tensor] | None = None
+) -> float:
     """Effective dimension sum_l s_l phi(s_l) of the whole kernel from that of random samples, and of half of them.
 
     The eigenvalues of a part, times n over its size, stand for those of all; what grows from the half to the whole part
@@ -363,14 +316,10 @@ def probed_dimension(source: Source, phi: TrainingFilter, top: float, seed: int)
 
     Args:
         phi: the training. top: largest eigenvalue of the features, beyond which a step size may not be stable.
+        probes: what ``drawn`` returned.
     """
-    n, one = source.samples.n, source.part(0, 1)
-    layers = [factor for factor in one.factors() if isinstance(factor, Outer)]
-    positions = max((layer.a.shape[1] for layer in layers), default=1)
-    # with positions every entry of the kernel costs about as much as a sample's gradient: few against the run
-    most = _MOST_PROBES if positions == 1 else math.isqrt(int(0.15 * n * positions))
-    m = min(n, max(_PROBES, min(most, _MOST_PROBES // one.k)))
-    exact, found = _drawn(source, m, seed).gram().to(torch.float64), []
+    n, (one, exact) = source.samples.n, probes or drawn(source, seed)
+    m, found = one.n, []
     pick = torch.from_numpy(np.random.default_rng(seed + 2).permutation(m)).to(exact.device)
     for part in (m // 2, m):
         rows = (pick[:part, None] * one.k + torch.arange(one.k, device=exact.device)).reshape(-1)

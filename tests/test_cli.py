@@ -1,10 +1,13 @@
 """The command line and the demo's parts."""
 
+import inspect
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import sui_fast
-from sui_fast.cli import main
+from sui_fast.cli import _parser, main
 from sui_fast.demo import auroc, digits_problem
 
 TASK = """
@@ -15,6 +18,19 @@ def build():
     return torch.nn.Linear(3, 2), (x, torch.arange(8) % 2), (x[:4], torch.arange(4) % 2)
 def broken():
     return 1
+def wide():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5))
+    return model, (torch.randn(30, 3), torch.arange(30) % 5), None
+def twice(model, batch):
+    return 2 * model(batch)
+def huber(outputs, targets):
+    return torch.nn.functional.smooth_l1_loss(outputs, targets, reduction="none", beta=100.0).sum(1)
+def numbers():
+    torch.manual_seed(0)
+    return torch.nn.Linear(3, 2), (torch.randn(8, 3), torch.randn(8, 2)), None
+def new():
+    return torch.ones(3, 3), torch.tensor([0, 1, 1])
 """
 
 
@@ -51,6 +67,64 @@ def test_report_with_texts_and_names_and_compare(task, capsys):
     assert "8 common samples" in out and "si: Spearman" in out and (task / "c.html").exists()
 
 
+def test_every_argument_of_score_has_an_option():
+    options = vars(_parser().parse_args(["score", "a:b"]))
+    known = {"model": "source", "train": "source", "val": "source", "resume": "no_resume", "progress": "no_progress"}
+    for name in inspect.signature(sui_fast.score).parameters:
+        assert known.get(name, name) in options, name
+
+
+def run_score(task, *arguments, source="my_task:build"):
+    assert main(["score", source, "--measures", "si", "--out", "out.parquet", *map(str, arguments)]) == 0
+    return sui_fast.Scores.load("out.parquet")
+
+
+@pytest.mark.filterwarnings("ignore:sui_fast")
+def test_options_do_what_the_arguments_do(task, monkeypatch):
+    monkeypatch.syspath_prepend(str(task))
+    import my_task as given
+
+    (task / "groups.txt").write_text("a\nb\nb\na\nc\nc\na\nb\n")
+    (task / "numbers.txt").write_text("\n".join("01201201"))
+    low = ["--method", "sketch", "--rank", 16]
+    cases = [
+        (["--loss", "cross_entropy"], dict(loss="cross_entropy"), "build"),
+        (["--loss", "my_task:huber"], dict(loss=given.huber), "numbers"),
+        (["--outputs", "my_task:twice"], dict(outputs=given.twice), "build"),
+        (["--dtype", "float32"], dict(dtype=given.torch.float32), "build"),
+        (["--groups", "groups.txt"], dict(groups=list("abbaccab")), "build"),
+        (["--groups", "numbers.txt"], dict(groups=[0, 1, 2, 0, 1, 2, 0, 1]), "build"),
+        (["--convention", "mean"], dict(convention="mean"), "build"),
+        (["--compat", "iclr2021"], dict(compat="iclr2021"), "build"),
+        ([*low, "--sketch", "sjlt", "--seed", 3], dict(method="sketch", rank=16, sketch="sjlt", seed=3), "build"),
+        (
+            ["--output-mode", "top", "--output-rank", 2, "--loss", "cross_entropy", "--no-progress"],
+            dict(output_mode="top", output_rank=2, loss="cross_entropy"),
+            "wide",
+        ),
+    ]
+    for arguments, same, function in cases:
+        found = run_score(task, "--reg", "0.1", *arguments, source=f"my_task:{function}")
+        want = sui_fast.score(*getattr(given, function)(), reg=0.1, measures=("si",), **same)
+        assert np.array_equal(found["si"], want["si"]), arguments
+        assert np.array_equal(found.ids, want.ids)
+        for name in set(same) - {"loss", "rank", "outputs", "groups", "dtype", "output_rank"}:
+            assert found.settings[name] == same[name]
+    plain = run_score(task, "--reg", "0.1")
+    assert not np.array_equal(plain["si"], run_score(task, "--reg", "0.1", "--outputs", "my_task:twice")["si"])
+
+
+def test_candidates_are_written_apart(task, capsys):
+    found = run_score(task, "--reg", "0.1", "--candidates", "my_task:new", "--candidates-out", "new.parquet")
+    assert "wrote new.parquet" in capsys.readouterr().out
+    import my_task
+
+    want = sui_fast.score(*my_task.build(), reg=0.1, measures=("si",), candidates=my_task.new())
+    new = sui_fast.Scores.load("new.parquet")
+    assert np.array_equal(new["si"], want.candidates["si"]) and len(new) == 3
+    assert np.array_equal(found["si"], want["si"])
+
+
 @pytest.mark.filterwarnings("ignore:sui_fast")
 def test_plan_and_a_store_that_resumes(task, capsys):
     assert main(["plan", "my_task:build", "--method", "sketch", "--rank", "16"]) == 0
@@ -74,6 +148,14 @@ def test_plan_and_a_store_that_resumes(task, capsys):
         ["score", "my_task:build", "--reg", "x"],
         ["score", "my_task:build", "--reg", "-1"],
         ["score", "my_task:build", "--measures", "wrong"],
+        ["score", "my_task:build", "--loss", "wrong"],
+        ["score", "my_task:build", "--loss", "my_task:nothing"],
+        ["score", "my_task:build", "--outputs", "my_task"],
+        ["score", "my_task:build", "--candidates", "no_such_module:f"],
+        ["score", "my_task:build", "--groups", "missing.txt"],
+        ["score", "my_task:build", "--sketch", "sjlt"],
+        ["score", "my_task:build", "--method", "sketch", "--sketch", "gauss"],
+        ["plan", "my_task:build", "--outputs", "my_task:nothing"],
         ["report", "missing.parquet"],
         ["compare", "missing.parquet", "missing.parquet"],
     ],
@@ -113,3 +195,14 @@ def test_demo_finds_flipped_labels_on_a_part():
         model, (x[part], y[part]), (xv[:50], yv[:50]), reg=0.05, progress=False, measures=("fsi", "loo_margin")
     )
     assert auroc(scores["fsi"], flipped[part]) > 0.9 and auroc(-scores["loo_margin"], flipped[part]) > 0.95
+
+
+def test_validate(task, capsys):
+    few = ["--samples", "3", "--time", "20", "--lr", "0.1", "--no-progress"]
+    assert main(["validate", "my_task:build", *few, "--out", "v.parquet", "--plot", "v.png"]) == 0
+    said = capsys.readouterr().out
+    assert "3 of 8 samples left out by real retraining" in said and (task / "v.png").stat().st_size > 1000
+    columns = pq.read_table("v.parquet").to_pydict()
+    assert columns["linear_weights"] == pytest.approx(columns["real_weights"], rel=1e-4)  # the model is linear
+    assert main(["validate", "my_task:numbers", *few]) == 2
+    assert "val: expected" in capsys.readouterr().err

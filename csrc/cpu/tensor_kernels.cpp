@@ -41,11 +41,24 @@ SUI_FN Vector<T> magnitude(Vector<T> x) {
 
 // Count sketch --------------------------------------------------------------------------------------------------------
 
-// to[place[j]] += sign[j] x[lane, j] for the live lanes; returns sum_j |x|.
+// Sum and largest of |x|. Their geometric mean is near the norm, which is the size of a transform, and no square of a
+// small or large number is formed.
+template <class T>
+struct Size {
+  Vector<T> sum, most;
+};
+template <class T>
+SUI_FN void measure(Vector<T> x, Size<T>& size) {
+  const Vector<T> here = magnitude<T>(x);
+  size.sum += here;
+  size.most = here > size.most ? here : size.most;
+}
+
+// to[place[j]] += sign[j] x[lane, j] for the live lanes.
 template <class T, class E>
-Vector<T> hash_lanes(const E* const* from, int live, Index feature, const Side<T>& side, T* to) {
+Size<T> hash_lanes(const E* const* from, int live, Index feature, const Side<T>& side, T* to) {
   constexpr int lanes = Simd<T>::lanes;
-  Vector<T> size = {};
+  Size<T> size{};
   if (feature == 1) {
     Index j = 0;
     for (; j + lanes <= side.length; j += lanes) {
@@ -55,14 +68,14 @@ Vector<T> hash_lanes(const E* const* from, int live, Index feature, const Side<T
       transpose<T>(v);
 #pragma GCC unroll 16
       for (int l = 0; l < lanes; ++l) {
-        size += magnitude<T>(v[l]);
+        measure<T>(v[l], size);
         at(to + Index(side.place[j + l]) * lanes) += v[l] * side.sign[j + l];
       }
     }
     for (; j < side.length; ++j) {
       Vector<T> v = {};
       for (int l = 0; l < live; ++l) v[l] = one(from[l] + j);
-      size += magnitude<T>(v);
+      measure<T>(v, size);
       at(to + Index(side.place[j]) * lanes) += v * side.sign[j];
     }
   } else {  // neighbouring lanes are neighbours in memory
@@ -73,40 +86,17 @@ Vector<T> hash_lanes(const E* const* from, int live, Index feature, const Side<T
         v = load(p);
       else
         for (int l = 0; l < live; ++l) v[l] = one(p + l);
-      size += magnitude<T>(v);
+      measure<T>(v, size);
       at(to + Index(side.place[j]) * lanes) += v * side.sign[j];
     }
   }
   if (side.ones) {
     Vector<T> v = {};
     for (int l = 0; l < live; ++l) v[l] = 1;
-    size += v;
+    measure<T>(v, size);
     at(to + Index(side.place[side.length]) * lanes) += v * side.sign[side.length];
   }
   return size;
-}
-
-// Positions begin .. begin + live of samples laid end to end, s a sample, of output c.
-template <class T, class E>
-Vector<T> hash_as(const Side<T>& side, Index begin, int live, Index s, Index c, T* to) {
-  const E* from[Simd<T>::lanes];
-  for (int l = 0; l < live; ++l) {
-    const Index n = (begin + l) / s, t = (begin + l) % s;
-    from[l] = static_cast<const E*>(side.x) + n * side.sample + c * side.output + t * side.position;
-  }
-  return hash_lanes<T, E>(from, live, side.feature, side, to);
-}
-
-template <class T>
-Vector<T> hash(const Side<T>& side, Index begin, int live, Index s, Index c, T* to);
-template <>
-Vector<float> hash(const Side<float>& side, Index begin, int live, Index s, Index c, float* to) {
-  return side.kind == Kind::bfloat16 ? hash_as<float, Bfloat16>(side, begin, live, s, c, to)
-                                     : hash_as<float, float>(side, begin, live, s, c, to);
-}
-template <>
-Vector<double> hash(const Side<double>& side, Index begin, int live, Index s, Index c, double* to) {
-  return hash_as<double, double>(side, begin, live, s, c, to);
 }
 
 template <class T>
@@ -134,6 +124,36 @@ SUI_FN T power_of_two(int e) {
   T x;
   __builtin_memcpy(&x, &bits, sizeof(T));
   return x;
+}
+
+// Positions begin .. begin + live of samples laid end to end, s a sample, of output c; returns their sizes, powers of two.
+template <class T, class E>
+Vector<T> hash_as(const Side<T>& side, Index begin, int live, Index s, Index c, T* to) {
+  const E* from[Simd<T>::lanes];
+  for (int l = 0; l < live; ++l) {
+    const Index n = (begin + l) / s, t = (begin + l) % s;
+    from[l] = static_cast<const E*>(side.x) + n * side.sample + c * side.output + t * side.position;
+  }
+  const Size<T> found = hash_lanes<T, E>(from, live, side.feature, side, to);
+  Vector<T> size = {};
+  for (int l = 0; l < live; ++l) {
+    int e = (exponent<T>(found.sum[l]) + exponent<T>(found.most[l])) / 2;
+    e = e > -Exponent<T>::bias ? e : 1 - Exponent<T>::bias;  // subnormal numbers are no zeros
+    if (found.sum[l] != 0) size[l] = power_of_two<T>(e < Exponent<T>::bias ? e : Exponent<T>::bias);
+  }
+  return size;
+}
+
+template <class T>
+Vector<T> hash(const Side<T>& side, Index begin, int live, Index s, Index c, T* to);
+template <>
+Vector<float> hash(const Side<float>& side, Index begin, int live, Index s, Index c, float* to) {
+  return side.kind == Kind::bfloat16 ? hash_as<float, Bfloat16>(side, begin, live, s, c, to)
+                                     : hash_as<float, float>(side, begin, live, s, c, to);
+}
+template <>
+Vector<double> hash(const Side<double>& side, Index begin, int live, Index s, Index c, double* to) {
+  return hash_as<double, double>(side, begin, live, s, c, to);
 }
 
 // u and 1 / u, so that u a and g / u are about equal in size; zeros where the product is zero.

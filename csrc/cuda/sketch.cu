@@ -3,8 +3,10 @@
 //
 //   tensor_fft       one block of threads for every (sample, output): for each position both count sketches are
 //                    scattered into one complex array in shared memory (a real, g imaginary, bit-reversed places),
-//                    transformed once, separated by symmetry and multiplied; the products of all positions add up in
-//                    registers, and one transform goes back. rank is a power of two.
+//                    transformed once, separated by symmetry and multiplied; a power of two u of every position makes
+//                    u a and g / u equal in size, or the smaller would drown in the rounding of the larger. The products
+//                    of all positions add up in registers, to those of earlier layers where there are any, and are
+//                    kept for later ones or go back by one transform. rank is a power of two.
 //   scatter_formed   a chunk of `group` formed rows is read, hashed once for all of them and added up in shared memory;
 //                    the sums of the chunks meet by atomics.
 //   scatter_factors  the same with entries formed on the way, as sums over positions of g a.
@@ -106,34 +108,54 @@ __device__ inline void transform(Pair<T>* x, int rank, const Pair<T>* roots) {
   __syncthreads();
 }
 
-// Places of the tables are slots of bit-reversed places.
+// Places of the tables are slots of bit-reversed places. ones: one more input, 1 everywhere. u [rows, s], 0 where a or g
+// is. sums [rows, rank / 2 + 1] of earlier layers or null; the new ones where out is null.
 template <class Stored, class T = Wide<Stored>>
 __device__ inline void tensor_fft(const Stored* a, const Stored* g, long long k, long long s, long long i, long long o,
-                                  int bits, const Tables<T>& tables, const Pair<T>* roots, T* out, Pair<T>* x) {
+                                  bool ones, int bits, const Tables<T>& tables, const T* u, const Pair<T>* roots,
+                                  Pair<T>* sums, T* out, Pair<T>* x) {
   const int rank = 1 << bits;
   const long long row = blockIdx.x;  // (sample, output)
   const Stored *left = a + row / k * s * i, *right = g + row * s * o;
   T* numbers = reinterpret_cast<T*>(x);
+  Pair<T>* const own = sums ? sums + row * (rank / 2 + 1) : nullptr;
   Pair<T> total[kMostFrequencies] = {};
+#pragma unroll
+  for (int c = 0; c < kMostFrequencies; ++c) {
+    const int f = threadIdx.x + c * blockDim.x;
+    if (own && f <= rank / 2) total[c] = own[f];
+  }
   for (long long p = 0; p < s; ++p, left += i, right += o) {
+    const T scale = u[row * s + p];
+    if (scale == 0) continue;  // for all threads
+    const T inverse = T(1) / scale;
     for (int b = threadIdx.x; b < 2 * (rank + rank / 8); b += blockDim.x) numbers[b] = 0;
     __syncthreads();
     for (long long j = threadIdx.x; j < i; j += blockDim.x)
-      atomicAdd(numbers + 2 * tables.place_a[j], wide(left[j]) * tables.sign_a[j]);
+      atomicAdd(numbers + 2 * tables.place_a[j], wide(left[j]) * scale * tables.sign_a[j]);
+    if (ones && threadIdx.x == 0) atomicAdd(numbers + 2 * tables.place_a[i], scale * tables.sign_a[i]);
     for (long long j = threadIdx.x; j < o; j += blockDim.x)
-      atomicAdd(numbers + 2 * tables.place_g[j] + 1, wide(right[j]) * tables.sign_g[j]);
+      atomicAdd(numbers + 2 * tables.place_g[j] + 1, wide(right[j]) * inverse * tables.sign_g[j]);
     transform(x, rank, roots);
 #pragma unroll
     for (int c = 0; c < kMostFrequencies; ++c) {  // a = (z + conj z') / 2, g = (z - conj z') / 2i, z' at -f
       const int f = threadIdx.x + c * blockDim.x;
       if (f > rank / 2) break;
       const Pair<T> z = x[slot(f)], mirror = x[slot((rank - f) & (rank - 1))];
-      const Pair<T> u{(z.re + mirror.re) / 2, (z.im - mirror.im) / 2};
-      const Pair<T> v{(z.im + mirror.im) / 2, (mirror.re - z.re) / 2};
-      total[c].re += u.re * v.re - u.im * v.im;
-      total[c].im += u.re * v.im + u.im * v.re;
+      const Pair<T> v{(z.re + mirror.re) / 2, (z.im - mirror.im) / 2};
+      const Pair<T> w{(z.im + mirror.im) / 2, (mirror.re - z.re) / 2};
+      total[c].re += v.re * w.re - v.im * w.im;
+      total[c].im += v.re * w.im + v.im * w.re;
     }
     __syncthreads();
+  }
+  if (!out) {
+#pragma unroll
+    for (int c = 0; c < kMostFrequencies; ++c) {
+      const int f = threadIdx.x + c * blockDim.x;
+      if (own && f <= rank / 2) own[f] = total[c];
+    }
+    return;
   }
 #pragma unroll
   for (int c = 0; c < kMostFrequencies; ++c) {  // conjugated, so that the same transform goes back
@@ -279,11 +301,13 @@ struct ReadFactors {
 
 #define SUI_KERNELS(Stored, T, NAME)                                                                                  \
   extern "C" __global__ void __launch_bounds__(256, 2) tensor_fft_##NAME(                                             \
-      const Stored* a, const Stored* g, long long k, long long s, long long i, long long o, long long bits,           \
-      const int* place_a, const T* sign_a, const int* place_g, const T* sign_g, const sui::Pair<T>* roots, T* out) {  \
+      const Stored* a, const Stored* g, long long k, long long s, long long i, long long o, long long ones,           \
+      long long bits, const int* place_a, const T* sign_a, const int* place_g, const T* sign_g, const T* u,           \
+      const sui::Pair<T>* roots, sui::Pair<T>* sums, T* out) {                                                        \
     extern __shared__ double2 shared[];                                                                               \
-    sui::tensor_fft(a, g, k, s, i, o, static_cast<int>(bits), sui::Tables<T>{place_a, sign_a, place_g, sign_g},       \
-                    roots, out, reinterpret_cast<sui::Pair<T>*>(shared));                                             \
+    sui::tensor_fft(a, g, k, s, i, o, ones != 0, static_cast<int>(bits),                                              \
+                    sui::Tables<T>{place_a, sign_a, place_g, sign_g}, u, roots, sums, out,                            \
+                    reinterpret_cast<sui::Pair<T>*>(shared));                                                         \
   }                                                                                                                   \
   extern "C" __global__ void __launch_bounds__(256, 3) scatter_formed_##NAME(                                         \
       const Stored* x, long long rows, long long i, long long length, long long first, const int* place_a,            \

@@ -1,8 +1,27 @@
 """The Jacobian engine: the only room that knows models."""
 
+from .anchored import Anchors, goes_by_kernel, make_anchors, project, sketched_anchors
 from .capture import Evaluator
 from .data import Samples, as_samples, to_device
-from .engine import jacobian, ntk, sketches
+from .engine import jacobian, ntk, portions, sketches
 from .jacobian import Jacobian
+from .reading import Read, read_samples
 
-__all__ = ["Evaluator", "Jacobian", "Samples", "as_samples", "jacobian", "ntk", "sketches", "to_device"]
+__all__ = [
+    "Anchors",
+    "Evaluator",
+    "Jacobian",
+    "Read",
+    "Samples",
+    "as_samples",
+    "goes_by_kernel",
+    "jacobian",
+    "make_anchors",
+    "ntk",
+    "portions",
+    "project",
+    "read_samples",
+    "sketched_anchors",
+    "sketches",
+    "to_device",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import register_pytree_node
-from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 from torch.utils.data import default_collate as collate
 
 from .._errors import DataError, complaint
@@ -19,6 +27,7 @@ from .._errors import DataError, complaint
 _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 _ID_KEYS = ("id", "ids", "idx", "index")
 _SHUFFLED = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+GATHERED = 256  # rows of a data set that make a batch
 
 
 class Fields(dict):
@@ -73,7 +82,7 @@ class Samples:
         for chunk in self._chunks:
             length = batch_length(chunk)
             for begin in range(0, length, batch_size):
-                yield _map(lambda x, b=begin: x[b : b + batch_size], chunk)
+                yield map_batch(lambda x, b=begin: x[b : b + batch_size], chunk)
 
     def beside(self, known: Tensor) -> Samples:
         """The same inputs, every batch of them a ``Known`` with its rows of ``known`` [n, ...]."""
@@ -91,7 +100,7 @@ class Samples:
             length = batch_length(chunk)
             first, last = max(begin - offset, 0), min(end - offset, length)
             if first < last:
-                parts.append(_map(lambda x, a=first, b=last: x[a:b], chunk))
+                parts.append(map_batch(lambda x, a=first, b=last: x[a:b], chunk))
             offset += length
         return Samples(parts, None, self.ids[begin:end], self.argument)
 
@@ -102,7 +111,7 @@ class Samples:
             length = batch_length(chunk)
             own = torch.from_numpy(numbers[(numbers >= offset) & (numbers < offset + length)] - offset)
             if len(own):
-                parts.append(_map(lambda x, own=own: x[own.to(x.device)], chunk))
+                parts.append(map_batch(lambda x, own=own: x[own.to(x.device)], chunk))
             offset += length
         return Samples(parts, None, self.ids[numbers], self.argument)
 
@@ -123,24 +132,28 @@ def as_samples(data: Any, *, with_targets: bool | None, argument: str = "train")
     if isinstance(data, Samples):
         return data
     if isinstance(data, DataLoader):
-        _refuse_shuffled(data, argument)
-        items = [_split(batch, with_targets, argument) for batch in data]
+        refuse_shuffled(data, argument)
+        items = [split(batch, with_targets, argument) for batch in quietly(data)]
+    elif type(data) is TensorDataset:
+        items = [split(data.tensors, with_targets, argument)]
+    elif is_stream(data):
+        items = [split(batch, with_targets, argument) for batch in rows_in_batches(data, argument)]
     elif isinstance(data, Tensor | np.ndarray):
         items = [(_tensor(data, argument), None, None)]
     elif isinstance(data, Mapping):
-        items = [_split(data, with_targets, argument)]
+        items = [split(data, with_targets, argument)]
     elif _named(data) is not data:
-        items = [_split(data, with_targets, argument)]
+        items = [split(data, with_targets, argument)]
     elif isinstance(data, tuple) and with_targets is not False and len(data) == 2 and _is_arrays(data):
-        items = [_split(data, with_targets, argument)]
+        items = [split(data, with_targets, argument)]
     elif isinstance(data, tuple) and with_targets is False and _is_arrays(data):
-        items = [(_map(lambda x: _tensor(x, argument), data), None, None)]
+        items = [(map_batch(lambda x: _tensor(x, argument), data), None, None)]
     elif isinstance(data, list) and data and not np.isscalar(data[0]):
-        items = [_split(batch, with_targets, argument) for batch in data]
-    elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, str | bytes | list | tuple):
+        items = [split(batch, with_targets, argument) for batch in data]
+    elif is_dataset(data):
         items = [
-            _split(_gather(data, begin, min(begin + 256, len(data)), argument), with_targets, argument)
-            for begin in range(0, len(data), 256)
+            split(gather(data, range(begin, min(begin + GATHERED, len(data))), argument), with_targets, argument)
+            for begin in range(0, len(data), GATHERED)
         ]
     else:
         raise DataError(
@@ -152,11 +165,33 @@ def as_samples(data: Any, *, with_targets: bool | None, argument: str = "train")
             )
         )
     chunks = [inputs for inputs, _, _ in items]
-    samples = Samples(chunks, _join([t for _, t, _ in items]), _ids([i for _, _, i in items]), argument)
+    samples = Samples(chunks, join_targets([t for _, t, _ in items]), join_ids([i for _, _, i in items]), argument)
     if with_targets and samples.targets is None:
         raise DataError(complaint(argument, "samples with targets", "inputs only", "Pass (inputs, targets)."))
-    _check(samples)
+    offset = 0
+    for chunk in chunks:
+        numbers = range(offset, offset + batch_length(chunk))
+        check_inputs(chunk, numbers, argument)
+        offset = numbers.stop
+    check_targets(samples.targets, argument)
     return samples
+
+
+def quietly(loader: DataLoader) -> Iterator[Any]:
+    """The batches of a DataLoader, whose start draws from the user's random numbers, which are put back."""
+    with torch.random.fork_rng(devices=[]):
+        return iter(loader)
+
+
+def is_dataset(data: Any) -> bool:
+    """Whether rows can be had by number."""
+    plain = isinstance(data, str | bytes | list | tuple | Mapping | Tensor | np.ndarray)
+    return not plain and not is_stream(data) and hasattr(data, "__getitem__") and hasattr(data, "__len__")
+
+
+def is_stream(data: Any) -> bool:
+    """Whether rows come in their order only: an IterableDataset of PyTorch or of Hugging Face."""
+    return isinstance(data, IterableDataset) or type(data).__name__ == "IterableDataset" and hasattr(data, "__iter__")
 
 
 def batch_length(batch: Any) -> int:
@@ -186,19 +221,19 @@ def to_device(batch: Any, device: torch.device, dtype: torch.dtype | None) -> An
         return x.to(device, dtype) if dtype is not None and x.is_floating_point() else x.to(device)
 
     if isinstance(batch, Known):
-        return Known(_map(move, batch.inputs), batch.known.to(device))
-    return _map(move, batch)
+        return Known(map_batch(move, batch.inputs), batch.known.to(device))
+    return map_batch(move, batch)
 
 
-def _map(function, batch: Any) -> Any:
+def map_batch(function, batch: Any) -> Any:
     if isinstance(batch, Tensor | np.ndarray):
         return function(batch)
     if isinstance(batch, Mapping):
-        return Fields((key, _map(function, value)) for key, value in batch.items())
+        return Fields((key, map_batch(function, value)) for key, value in batch.items())
     if isinstance(batch, Known):
-        return Known(*(_map(function, value) for value in batch))
+        return Known(*(map_batch(function, value) for value in batch))
     if isinstance(batch, tuple | list):
-        return tuple(_map(function, value) for value in batch)
+        return tuple(map_batch(function, value) for value in batch)
     return batch
 
 
@@ -210,11 +245,23 @@ def _is_nested(x: Any) -> bool:
     return isinstance(x, Sequence) and not isinstance(x, str) and len(x) > 0 and np.asarray(x).dtype.kind in "fiub"
 
 
-def _gather(data: Any, begin: int, end: int, argument: str) -> Any:
-    """Rows begin .. end of a data set as one batch; sequences of several lengths are padded to the longest of them."""
+def gather(data: Any, numbers: Sequence[int], argument: str) -> Any:
+    """Rows of a data set as one batch; sequences of several lengths are padded to the longest of them."""
     if hasattr(data, "column_names") and hasattr(data, "features"):  # a Hugging Face Dataset
-        return _columns(data[begin:end], argument)
-    rows = [_named(data[i]) for i in range(begin, end)]
+        part = slice(numbers.start, numbers.stop) if isinstance(numbers, range) else list(numbers)
+        return _columns(data[part], argument)
+    return _one_batch([data[i] for i in numbers], argument)
+
+
+def rows_in_batches(rows: Iterable[Any], argument: str, size: int = GATHERED) -> Iterator[Any]:
+    """Rows as they come, ``size`` of them a batch."""
+    rows = iter(rows)
+    while some := list(islice(rows, size)):
+        yield _one_batch(some, argument)
+
+
+def _one_batch(rows: list[Any], argument: str) -> Any:
+    rows = [_named(row) for row in rows]
     if isinstance(rows[0], Mapping):
         return _columns({key: [row[key] for row in rows] for key in rows[0]}, argument)
     try:
@@ -269,7 +316,7 @@ def _named(batch: Any) -> Any:
     return batch
 
 
-def _split(batch: Any, with_targets: bool | None, argument: str) -> tuple[Any, Tensor | None, Any]:
+def split(batch: Any, with_targets: bool | None, argument: str) -> tuple[Any, Tensor | None, Any]:
     """(inputs, targets, ids) of one batch."""
     ids = target = None
     batch = _named(batch)
@@ -298,7 +345,7 @@ def _split(batch: Any, with_targets: bool | None, argument: str) -> tuple[Any, T
         inputs = batch
     if isinstance(inputs, list):
         inputs = _array(inputs, argument)
-    inputs = _map(lambda x: _tensor(x, argument), inputs)
+    inputs = map_batch(lambda x: _tensor(x, argument), inputs)
     batch_length(inputs)
     target = None if target is None else _tensor(target, argument)
     if target is not None and target.ndim == 0:
@@ -333,7 +380,7 @@ def _tensor(x: Any, argument: str) -> Tensor:
     return x.detach()
 
 
-def _refuse_shuffled(loader: DataLoader, argument: str) -> None:
+def refuse_shuffled(loader: DataLoader, argument: str) -> None:
     samplers = [loader.sampler, getattr(loader.batch_sampler, "sampler", None)]
     if any(isinstance(sampler, _SHUFFLED) for sampler in samplers):
         raise DataError(
@@ -350,43 +397,37 @@ def _refuse_shuffled(loader: DataLoader, argument: str) -> None:
         )
 
 
-def _join(parts: list[Tensor | None]) -> Tensor | None:
+def join_targets(parts: list[Tensor | None]) -> Tensor | None:
     found = [part for part in parts if part is not None]
     return torch.cat([part.cpu() for part in found]) if len(found) == len(parts) and found else None
 
 
-def _ids(parts: list[Any]) -> np.ndarray | None:
+def join_ids(parts: list[Any]) -> np.ndarray | None:
     found = [part.cpu().numpy() if isinstance(part, Tensor) else np.asarray(part) for part in parts if part is not None]
     return np.concatenate(found) if len(found) == len(parts) and found else None
 
 
-def _check(samples: Samples) -> None:
-    offset = 0
-    for chunk in samples._chunks:
-        length = batch_length(chunk)
+def check_inputs(chunk: Any, numbers: Sequence[int], argument: str) -> None:
+    """DataError where an input of a batch of samples with these numbers is not finite."""
 
-        def look(x: Tensor, offset=offset) -> None:
-            if x.is_floating_point() and not torch.isfinite(x.sum()):
-                bad = torch.nonzero(~torch.isfinite(x.reshape(len(x), -1)).all(1)).flatten()
-                if len(bad):
-                    raise DataError(
-                        complaint(
-                            samples.argument,
-                            "finite inputs",
-                            f"NaN or infinity in the input of sample {offset + int(bad[0])}",
-                            "Remove or repair that sample.",
-                        )
-                    )
+    def look(x: Tensor) -> None:
+        if x.is_floating_point() and not torch.isfinite(x.sum()):
+            bad = torch.nonzero(~torch.isfinite(x.reshape(len(x), -1)).all(1)).flatten()
+            if len(bad):
+                got = f"NaN or infinity in the input of sample {numbers[int(bad[0])]}"
+                raise DataError(complaint(argument, "finite inputs", got, "Remove or repair that sample."))
 
-        _map(look, chunk)
-        offset += length
-    targets = samples.targets
+    map_batch(look, chunk)
+
+
+def check_targets(targets: Tensor | None, argument: str) -> None:
+    """DataError where a target is not finite."""
     if targets is not None and targets.is_floating_point():
         bad = torch.nonzero(~torch.isfinite(targets.reshape(len(targets), -1)).all(1)).flatten()
         if len(bad):
             raise DataError(
                 complaint(
-                    samples.argument,
+                    argument,
                     "finite targets",
                     f"NaN or infinity in the target of sample {int(bad[0])}",
                     "Remove or repair that sample.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 from tqdm.auto import tqdm
 
 from .._errors import CoverageError, SpectrumError, complaint, whole
+from .arriving import LARGE, Ways, sketch_arriving, ways_of
 from .capture import Captured, Evaluator
 from .data import Samples, as_samples, batch_length, to_device
 from .jacobian import Jacobian
@@ -73,9 +75,43 @@ def sketches(
     Returns:
         (outputs [n, k], sketches [n, k, rank]).
     """
-    make = functools.partial(_Sketches, rank, seed, kind)
+    common = dict(outputs=outputs, params=params, batch_size=batch_size, dtype=dtype, progress=progress)
+
+    return portions(model, data, _Sketch(rank, seed, kind), **common)
+
+
+@dataclass(frozen=True)
+class _Sketch:
+    rank: int
+    seed: int
+    kind: str
+
+    def __call__(self, jac: Jacobian) -> tuple[Tensor, list]:
+        return jac.sketch_of_uses(self.rank, self.seed, self.kind)
+
+
+def portions(
+    model: nn.Module,
+    data: Any,
+    function: Callable[[Jacobian], tuple],
+    *,
+    outputs: Callable | None = None,
+    params: Any = "trainable",
+    batch_size: int = 64,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> tuple[Tensor, ...]:
+    """What a function makes of the Jacobian of each batch, whose factors go with it.
+
+    Args:
+        function: Jacobian -> (tensors with a row per sample ..., layers); layers must be equal in all batches.
+        model, data and the others: as in ``jacobian``.
+    Returns:
+        (outputs [n, k], tensors [n, ...] ...).
+    """
+    make = functools.partial(_Portions, function)
     store, _, _ = _pass(model, data, make, outputs, params, batch_size, dtype, progress)
-    return torch.cat(store.outputs), torch.cat(store.features)
+    return tuple(map(torch.cat, zip(*store.found, strict=True)))
 
 
 def _pass(model, data, make, outputs, params, batch_size, dtype, progress):
@@ -91,6 +127,9 @@ def _pass(model, data, make, outputs, params, batch_size, dtype, progress):
         if key not in known or known[key].samples < batch_length(batch):  # one sample cannot show that others mix in
             known[key] = prove(evaluator, batch, _collect)
         for _ in range(2):
+            sketched = make is not _Store and isinstance(make.args[0], _Sketch)
+            if sketched and known[key].outputs == 1 and known[key].ways is None:
+                known[key].ways = _ways(evaluator, batch, known[key])
             store = _run(evaluator, make(samples.n), samples, batch_size, known[key], progress)
             if not isinstance(store, dict):
                 break
@@ -132,8 +171,8 @@ def predict(
 
 
 def _run(
-    evaluator: Evaluator, store: _Store | _Sketches, samples: Samples, batch_size: int, plan: Plan, progress: bool
-) -> _Store | _Sketches | dict[str, str]:
+    evaluator: Evaluator, store: _Store | _Portions, samples: Samples, batch_size: int, plan: Plan, progress: bool
+) -> _Store | _Portions | dict[str, str]:
     """All batches; or the parameters that turned out to need the general path."""
     total = -(-samples.n // batch_size)
     bar = tqdm(samples.batches(batch_size), total=total, desc="jacobian", delay=2, leave=False, disable=not progress)
@@ -143,8 +182,16 @@ def _run(
         if captured.unruled:
             return captured.unruled
         rows = evaluator.general_rows(batch, list(plan.general)) if plan.general else {}
-        store.add(captured, rows, evaluator)
+        store.add(captured, rows, evaluator, plan)
     return store
+
+
+def _ways(evaluator: Evaluator, batch: Any, plan: Plan) -> Ways | None:
+    captured = evaluator.capture(batch, 0, plan.calls, set(plan.general))
+    if captured.unruled:
+        return None
+    rows = evaluator.general_rows(batch, list(plan.general)) if plan.general else {}
+    return ways_of(_collect(evaluator, captured, rows))
 
 
 def _collect(evaluator: Evaluator, captured: Captured, rows: dict[str, Tensor]) -> Jacobian:
@@ -165,23 +212,29 @@ def _refuse(sample: int) -> None:
     )
 
 
-class _Sketches:
-    """Sketches of all batches; the factors of a batch go with it."""
+class _Portions:
+    """What a function makes of every batch; the factors of a batch go with it."""
 
-    def __init__(self, rank: int, seed: int, kind: str, n: int):
-        self.arguments, self.filled = (rank, seed, kind), 0
-        self.outputs: list[Tensor] = []
-        self.features: list[Tensor] = []
-        self._layers: list | None = None
+    def __init__(self, function: Callable[[Jacobian], tuple], n: int):
+        self.function, self.filled = function, 0
+        self.found: list[tuple[Tensor, ...]] = []
+        self._layers: tuple | None = None
 
-    def add(self, captured: Captured, rows: dict[str, Tensor], evaluator: Evaluator) -> None:
-        jac = _collect(evaluator, captured, rows)
-        features, layers = jac.sketch_of_uses(*self.arguments)
-        if self._layers is not None and (layers != self._layers or jac.k != self.outputs[0].shape[1]):
+    def add(self, captured: Captured, rows: dict[str, Tensor], evaluator: Evaluator, plan: Plan) -> None:
+        (n, k), known = captured.outputs.shape, plan.ways
+        sketch = self.function if isinstance(self.function, _Sketch) and self.function.kind == "tensor" else None
+        if sketch and k == 1 and known and n * known.numbers > LARGE and known.fits(captured.uses):
+            shapes = {name: p.shape for name, p in evaluator.parameters.items()}
+            jac = Jacobian(captured.outputs, shapes, [], rows, {}, None, evaluator.dtype)
+            tensors = [sketch_arriving(jac, captured.uses, captured.arriving, known, sketch.rank, sketch.seed)]
+            layers = known.order
+        else:
+            jac = _collect(evaluator, captured, rows)
+            *tensors, layers = self.function(jac)
+        if self._layers not in (None, (jac.k, layers)):
             _refuse(self.filled)
-        self._layers = layers
-        self.outputs.append(jac.outputs)
-        self.features.append(features)
+        self._layers = jac.k, layers
+        self.found.append((jac.outputs, *tensors))
         self.filled += jac.n
 
 
@@ -196,7 +249,13 @@ class _Store:
         self._grads: list[Tensor] = []
         self._rows: dict[str, Tensor] = {}
 
-    def add(self, captured: Captured, rows: dict[str, Tensor], evaluator: Evaluator | None = None) -> None:
+    def add(
+        self,
+        captured: Captured,
+        rows: dict[str, Tensor],
+        evaluator: Evaluator | None = None,
+        plan: Plan | None = None,
+    ) -> None:
         out, uses = captured.outputs, captured.uses
         b, k = out.shape
         whole = b == self.n and k == 1  # one batch, one backward pass: what it returns is kept, nothing is copied

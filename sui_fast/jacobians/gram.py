@@ -9,8 +9,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._errors import ArgumentError, complaint
-from ..ops import ntk_gram
-from .layers import Factor, Index, Rows
+from ..ops import ntk_gram, ntk_gram_sum
+from ..ops.gram import long_product
+from .layers import Factor, Index, Outer, Rows
 
 if TYPE_CHECKING:
     from .jacobian import Jacobian
@@ -72,6 +73,8 @@ def _tile(left: Jacobian, right: Jacobian, memory: int) -> int:
     widest = max([1, *(shape.numel() for shape in left._shapes.values())])
     per_sample = 4 * left.k * widest * left.outputs.element_size()
     rows = 2048 if positions else 640
+    if left.outputs.device.type != "cpu":  # as many as keep a GPU busy
+        rows = max(rows, min(4096, int((memory / (4 * left.outputs.element_size())) ** 0.5)))
     return int(max(1, min(rows // max(left.k, right.k), memory // per_sample if positions else rows)))
 
 
@@ -79,13 +82,18 @@ def _product(mine: list[Factor], theirs: list[Factor], tile: Tensor, scratch: _S
     """Sum of the layers' Gram blocks, written into ``tile``; products of a serve all pairs of outputs at once."""
     fresh = True
     explicit: list[tuple[Tensor, Tensor]] = []
+    fused: list[tuple[Outer, Outer]] = []
+    in_place = tile.device.type == "cpu" and ntk_gram_sum.op.named() != "triton"  # nothing there fuses the layers
     for one, two in zip(mine, theirs, strict=True):
         if isinstance(one, Rows):
             explicit.append((one.rows.flatten(0, 1), two.rows.flatten(0, 1)))
             continue
         if isinstance(one, Index):
             block = _index_gram(one, two)
-        elif one.a.shape[1] == 1 and tile.device.type == "cpu":
+        elif not in_place:
+            fused.append((one, two))
+            continue
+        elif one.a.shape[1] == 1:
             (b, k, _, o), (c, m, _, _) = one.g.shape, two.g.shape
             inner = one.a[:, 0] @ two.a[:, 0].T
             inner = (inner + 1 if "bias" in one.names else inner).repeat_interleave(m, 1)[:, None]
@@ -97,15 +105,42 @@ def _product(mine: list[Factor], theirs: list[Factor], tile: Tensor, scratch: _S
                 tile.view(b, k, c * m).addcmul_(outer.view(b, k, c * m), inner)
             fresh = False
             continue
+        elif one is two and (block := _by_rows(one)) is not None:
+            pass
         else:
             block = ntk_gram(one.augmented(), one.g.contiguous(), two.augmented(), two.g.contiguous())
         tile = tile.copy_(block) if fresh else tile.add_(block)
         fresh = False
+    if fused:
+        a1, g1, a2, g2 = map(list, zip(*((one.a, one.g, two.a, two.g) for one, two in fused), strict=True))
+        block = ntk_gram_sum(a1, g1, a2, g2, ["bias" in one.names for one, _ in fused])
+        tile, fresh = block if fresh else tile.add_(block), False
     if fresh:
         tile.zero_()
     if explicit:
-        tile.addmm_(torch.cat([a for a, _ in explicit], 1), torch.cat([b for _, b in explicit], 1).T)
+        tile += long_product(torch.cat([a for a, _ in explicit], 1), torch.cat([b for _, b in explicit], 1))
     return tile
+
+
+def _by_rows(one: Outer) -> Tensor | None:
+    """Gram matrix [n k, n k] of a layer with itself from its rows, formed once; None where that costs more."""
+    (n, k, s, o), i = one.g.shape, one.a.shape[2]
+    if 0 in (n, s, i, o) or o * i > s * s * (o + i / (k * k) + 2):
+        return None
+    rows = torch.bmm(one.g.transpose(2, 3).reshape(n, k * o, s), one.a).view(n * k, o * i)
+    block = rows @ rows.T
+    if "bias" in one.names:
+        bias = one.g.sum(2).view(n * k, o)
+        block.addmm_(bias, bias.T)
+    return block
+
+
+def flat_gram(one: Outer, two: Outer) -> Tensor:
+    """Gram block [b k, c m] of a layer of one position on both sides."""
+    (b, k, _, o), (c, m, _, _) = one.g.shape, two.g.shape
+    inner = one.a[:, 0] @ two.a[:, 0].T
+    inner = (inner + 1 if "bias" in one.names else inner).repeat_interleave(m, 1)[:, None]
+    return ((one.g.reshape(b * k, o) @ two.g.reshape(c * m, o).T).view(b, k, c * m) * inner).view(b * k, c * m)
 
 
 def _index_gram(one: Index, two: Index) -> Tensor:

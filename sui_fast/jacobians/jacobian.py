@@ -15,6 +15,9 @@ from ..ops.sketching.sums import TensorSums
 from .gram import gram
 from .joining import by_map, join_factors
 from .layers import Factor, Index, Outer, Rows, Use, dense_index, make_factors
+from .streams import add_sketch, as_read, layer_order, streams_of
+
+_ELEMENTS = 1 << 21  # of one intermediate, at least
 
 
 def _unrounded(method: Callable) -> Callable:
@@ -80,11 +83,24 @@ class Jacobian:
     @_unrounded
     def factors(self, start: int = 0, stop: int | None = None) -> list[Factor]:
         """Factors of samples start..stop, uses of one parameter joined so that their rows add up exactly."""
+        return join_factors(self._apart(start, stop), self._shapes)
+
+    def _apart(self, start: int = 0, stop: int | None = None) -> list[Factor]:
+        """Factors of samples start..stop, use by use: enough for what is linear in the rows."""
         part = slice(start, self.n if stop is None else stop)
         found: list[Factor] = [Rows({"rows": name}, rows[part].to(self.dtype)) for name, rows in self._rows.items()]
         for use, g in self._uses:
             found += make_factors(self._typed(use.at(part)), g[part].to(self.dtype))
-        return join_factors(found, self._shapes)
+        return found
+
+    def _portion(self, most: int, memory: int = 1 << 28) -> int:
+        """Samples at a time, at most ``most``, so that dense rows of tables (embeddings, tied weights) fit."""
+        counts: dict[str, int] = {}
+        for use, _ in self._uses:
+            for name in use.parameters:
+                counts[name] = counts.get(name, 0) + (2 if use.rule == "embedding" else 1)
+        dense = sum(self._shapes[name].numel() for name, count in counts.items() if count > 1)
+        return max(1, min(most, memory // max(1, self.k * dense * self.outputs.element_size())))
 
     def select(self, samples: Sequence[int]) -> Jacobian:
         """The Jacobian of some of the samples, in the order given; a range of step 1 copies nothing."""
@@ -98,10 +114,11 @@ class Jacobian:
     def own_blocks(self, step: int = 64) -> Tensor:
         """Theta of every sample with itself, [n, k, k]: the diagonal blocks of ``gram()``, without the rest."""
         total = self.outputs.new_zeros(self.n, self.k, self.k)
+        step = self._portion(step)
         for begin in range(0, self.n, step):
             part = total[begin : begin + step]
             for factor in self.factors(begin, min(begin + step, self.n)):
-                part += _own_block(factor)
+                part += own_block(factor)
         return total
 
     @_unrounded
@@ -125,20 +142,24 @@ class Jacobian:
         flat = tangent.to(self.outputs)
         flat = flat[None] if tangent.ndim == 1 else flat
         total = self.outputs.new_zeros(self.n, self.k, len(flat))
-        for factor in self.factors():
-            total += self._along(flat, factor)
+        for factor in self._apart():
+            total += self.along(flat, factor)
         result = total.reshape(self.n * self.k, -1)
         return result[:, 0] if tangent.ndim == 1 else result
 
-    def _along(self, flat: Tensor, factor: Factor) -> Tensor:
+    def along(self, flat: Tensor, factor: Factor) -> Tensor:
         """Rows of a factor times tangents [r, d], [n, k, r]."""
-        parts = {role: self._part(flat, factor, role).flatten(1) for role in factor.names}
+        parts = {role: self.part_of(flat, factor, role).flatten(1) for role in factor.names}
         if isinstance(factor, Rows):
             return factor.rows @ parts["rows"].T
         if isinstance(factor, Index):
             weight = parts["weight"].unflatten(1, (-1, factor.g.shape[3]))
-            held = torch.where((factor.token >= 0)[..., None], weight[:, factor.token.clamp(min=0)], 0)
-            return torch.einsum("nkso,rnso->nkr", factor.g, held)
+            found = factor.g.new_empty(*factor.g.shape[:2], len(flat))
+            for part in _portions(factor, len(flat)):
+                token = factor.token[part]
+                held = torch.where((token >= 0)[..., None], weight[:, token.clamp(min=0)], 0)
+                found[part] = torch.einsum("nkso,rnso->nkr", factor.g[part], held)
+            return found
         weight = parts["weight"].reshape(len(flat), factor.g.shape[3], -1)
         if "bias" in parts:
             weight = torch.cat([weight, parts["bias"][:, :, None]], 2)
@@ -148,33 +169,39 @@ class Jacobian:
     def jvp_and_own_blocks(self, tangents: Tensor, step: int = 64) -> tuple[Tensor, Tensor]:
         """``jvp`` [N, r] of tangents [r, d] and ``own_blocks`` [n, k, k], the rows of a layer formed once for both."""
         flat, total = tangents.to(self.outputs), self.outputs.new_zeros(self.n, self.k, len(tangents))
-        own = self.outputs.new_zeros(self.n, self.k, self.k)
-        for factor in self.factors():
-            if not isinstance(factor, Outer) or factor.a.shape[1] <= self.k:
-                total += self._along(flat, factor)
-                own += _own_block(factor)
-                continue
-            weight, a = self._part(flat, factor, "weight").flatten(1), factor.a
-            if "bias" in factor.names:
-                bias = factor.g.sum(2)
-                total += bias @ self._part(flat, factor, "bias").flatten(1).T
-                own += bias @ bias.transpose(1, 2)
-            for part in (slice(begin, begin + step) for begin in range(0, self.n, step)):
-                rows = (factor.g[part].transpose(2, 3) @ a[part, None]).flatten(2)
-                total[part] += rows @ weight.T
-                own[part] += rows @ rows.transpose(1, 2)
+        own, portion = self.outputs.new_zeros(self.n, self.k, self.k), self._portion(self.n)
+        for begin in range(0, self.n, portion):
+            there = slice(begin, begin + portion)
+            for factor in self.factors(begin, min(begin + portion, self.n)):
+                self._along_and_own(flat, factor, total[there], own[there], step)
         return total.flatten(0, 1), own
+
+    def _along_and_own(self, flat: Tensor, factor: Factor, total: Tensor, own: Tensor, step: int) -> None:
+        """Add a factor's part to both results of ``jvp_and_own_blocks``."""
+        if not isinstance(factor, Outer) or factor.a.shape[1] <= self.k or _pairs_are_cheaper(factor):
+            total += self.along(flat, factor)
+            own += own_block(factor)
+            return
+        weight, a = self.part_of(flat, factor, "weight").flatten(1), factor.a
+        if "bias" in factor.names:
+            bias = factor.g.sum(2)
+            total += bias @ self.part_of(flat, factor, "bias").flatten(1).T
+            own += bias @ bias.transpose(1, 2)
+        for part in (slice(begin, begin + step) for begin in range(0, len(a), step)):
+            rows = (factor.g[part].transpose(2, 3) @ a[part, None]).flatten(2)
+            total[part] += rows @ weight.T
+            own[part] += rows @ rows.transpose(1, 2)
 
     @_unrounded
     def vjp(self, cotangent: Tensor) -> Tensor:
         """J^T c: [d] for a cotangent [N], [r, d] for cotangents [N, r]."""
         c = cotangent.to(self.outputs).reshape(self.n, self.k, -1)
         flat = c.new_zeros(c.shape[2], self.shape[1])
-        for factor in self.factors():
-            self._write_vjp(flat, factor, c)
+        for factor in self._apart():
+            self._add_vjp(flat, factor, c)
         return flat[0] if cotangent.ndim == 1 else flat
 
-    def _write_vjp(self, flat: Tensor, factor: Factor, c: Tensor) -> None:
+    def _add_vjp(self, flat: Tensor, factor: Factor, c: Tensor) -> None:
         if isinstance(factor, Outer):
             found = vjp(factor.augmented(), factor.g.contiguous(), c)
             i = factor.a.shape[2]
@@ -185,22 +212,27 @@ class Jacobian:
         if isinstance(factor, Rows):
             self._put(flat, factor, "rows", torch.einsum("nkp,nkr->rp", factor.rows, c))
             return
-        keep = (factor.token >= 0).reshape(-1)
-        target = self._part(flat, factor, "weight").unflatten(1, (-1, factor.g.shape[3]))
-        given = torch.einsum("nkso,nkr->rnso", factor.g, c).flatten(1, 2)
-        target.index_add_(1, factor.token.reshape(-1)[keep], given[:, keep])
+        target = self.part_of(flat, factor, "weight").unflatten(1, (-1, factor.g.shape[3]))
+        for part in _portions(factor, c.shape[2]):
+            token = factor.token[part].reshape(-1)
+            given = torch.einsum("nkso,nkr->rnso", factor.g[part], c[part]).flatten(1, 2)
+            target.index_add_(1, token[token >= 0], given[:, token >= 0])
 
-    def _part(self, flat: Tensor, factor: Factor, role: str) -> Tensor:
+    def part_of(self, flat: Tensor, factor: Factor, role: str) -> Tensor:
         """View of the entries [..., *] that a factor speaks of, in a tensor [..., d]."""
         columns = flat[..., self.columns(factor.names[role])]
         return factor.places[role].of(columns) if role in factor.places else columns
 
     def _put(self, flat: Tensor, factor: Factor, role: str, values: Tensor) -> None:
-        target = self._part(flat, factor, role)
-        target.copy_(values.reshape(target.shape))
+        target = self.part_of(flat, factor, role)
+        target += values.reshape(target.shape)
+
+    def vocabulary(self, factor: Index) -> int:
+        """Rows of an embedding."""
+        return self._shapes[factor.names["weight"]][0]
 
     def _dense(self, factor: Index) -> Tensor:
-        return dense_index(factor.token, factor.g, self._shapes[factor.names["weight"]][0])
+        return dense_index(factor.token, factor.g, self.vocabulary(factor))
 
     def _typed(self, use: Use) -> Use:
         """The use with its input in the dtype of the factors (models in bfloat16, autocast)."""
@@ -234,7 +266,7 @@ class Jacobian:
         step = max(1, min(self.n, (3 << 19) // size)) if samples is None else samples
         pitch = -(-self.shape[1] // 16) * 16
         buffer = self.outputs.new_empty(step, self.k, pitch)[:, :, : self.shape[1]]
-        block = step * max(1, 256 // step)
+        block = step * max(1, self._portion(256) // step)
         for begin in range(0, self.n, block):
             end = min(begin + block, self.n)
             factors = self.factors(begin, end)
@@ -288,7 +320,7 @@ class Jacobian:
         if begin is not None:
             pieces.append(Piece(begin, rows))
             return
-        target = self._part(view, factor, role)
+        target = self.part_of(view, factor, role)
         shaped = rows.reshape(*rows.shape[:2], *target.shape[2:])
 
         def write(number: int) -> None:
@@ -299,7 +331,7 @@ class Jacobian:
 
     def _write_outer(self, view: Tensor, factor: Outer) -> Callable[[int], None]:
         step, (_, k, s, o), i = len(view), factor.g.shape, factor.a.shape[2]
-        target = self._part(view, factor, "weight")
+        target = self.part_of(view, factor, "weight")
         target = target.unflatten(2, (o, i)) if target.ndim == 3 else target
         if k == 1 and target.ndim == 4:  # the row itself is the result of the product
             products = list(zip(factor.g[:, 0].transpose(1, 2).unbind(), factor.a.unbind(), strict=True))
@@ -332,7 +364,7 @@ class Jacobian:
         """``sketch``, and the layers in the order of their streams: portions whose lists are equal have equal maps."""
         if kind == "tensor":
             return self._tensor_sketch(rank, seed)
-        total, factors = self.outputs.new_zeros(self.n, self.k, rank), sorted(self.factors(), key=_order)
+        total, factors = self.outputs.new_zeros(self.n, self.k, rank), sorted(self.factors(), key=layer_order)
         for stream, factor in enumerate(factors):
             if isinstance(factor, Outer):
                 a, g = factor.augmented(), factor.g
@@ -340,27 +372,16 @@ class Jacobian:
                 dense = factor.rows if isinstance(factor, Rows) else self._dense(factor)
                 a, g = dense.new_ones(self.n, 1, 1), dense[:, :, None]
             total += sketch(a.contiguous(), g.contiguous(), rank, seed, stream, kind)
-        return total, [_order(factor) for factor in factors]
+        return total, [layer_order(factor) for factor in factors]
 
     def _tensor_sketch(self, rank: int, seed: int) -> tuple[Tensor, list]:
         found: list[Factor] = [Rows({"rows": name}, rows.to(self.dtype)) for name, rows in self._rows.items()]
         for use, g in self._uses:
-            # linear layers and embeddings are read in half precision as they lie; other rules compute
-            if use.rule not in ("linear", "embedding"):
-                use, g = self._typed(use.at(slice(None))), g.to(self.dtype)
-            found += make_factors(use, g)
+            found += make_factors(*as_read(use, g, self.dtype))
         found = by_map(found, self._shapes)
-        order = sorted(map(_order, found))
-        order = [key for i, key in enumerate(order) if i == 0 or key != order[i - 1]]
-        sums = TensorSums(self.n, self.k, rank, seed, self.outputs)
+        order, sums = streams_of(found), TensorSums(self.n, self.k, rank, seed, self.outputs)
         for factor in found:
-            stream = order.index(_order(factor))
-            if isinstance(factor, Outer):
-                sums.outer(factor.a, factor.g, stream, "bias" in factor.names)
-            elif isinstance(factor, Index):
-                sums.index(factor.token, factor.g, self._shapes[factor.names["weight"]][0], stream)
-            else:
-                sums.rows(factor.rows, stream)
+            add_sketch(sums, factor, order, self._shapes)
         return sums.total(), order
 
     def columns(self, name: str) -> slice:
@@ -368,20 +389,35 @@ class Jacobian:
         return slice(self._begin[name], self._begin[name] + self._shapes[name].numel())
 
 
-def _own_block(factor: Factor) -> Tensor:
+def _portions(factor: Index, r: int) -> list[slice]:
+    """Samples at a time, so that r gradients of each are no more than the factor holds, or a few megabytes."""
+    n, _, s, o = factor.g.shape
+    step = max(1, max(_ELEMENTS, factor.g.numel()) // max(1, r * s * o))
+    return [slice(begin, begin + step) for begin in range(0, n, step)]
+
+
+def own_block(factor: Factor) -> Tensor:
     """Gram matrix of the rows of each sample, [n, k, k]."""
     if isinstance(factor, Index):
         same = (factor.token[:, :, None] == factor.token[:, None]) & (factor.token >= 0)[:, None]
         return torch.einsum("nkso,nlto,nst->nkl", factor.g, factor.g, same.to(factor.g.dtype))
     if isinstance(factor, Rows):
+        if factor.rows.shape[1] == 1:
+            return torch.linalg.vector_norm(factor.rows, dim=2, keepdim=True).square()
         return factor.rows @ factor.rows.transpose(1, 2)
     a, g = factor.augmented(), factor.g
     if a.shape[1] == 1:
         return (g[:, :, 0] @ g[:, :, 0].transpose(1, 2)) * a.square().sum(2)[:, :, None]
+    if _pairs_are_cheaper(factor):
+        k, s = g.shape[1:3]
+        both = g.flatten(1, 2)
+        pairs = (both @ both.transpose(1, 2)).unflatten(2, (k, s)).unflatten(1, (k, s))
+        return torch.einsum("nkslt,nst->nkl", pairs, a @ a.transpose(1, 2))
     rows = (g.transpose(2, 3) @ a[:, None]).flatten(2)
     return rows @ rows.transpose(1, 2)
 
 
-def _order(factor: Factor) -> tuple:
-    """Factors in an order that does not depend on the data: the stream of a sketch is a factor's number in it."""
-    return sorted(factor.names.values()), sorted((p.offset, p.stride) for p in factor.places.values())
+def _pairs_are_cheaper(factor: Outer) -> bool:
+    """Whether products of pairs of positions take fewer operations than the rows [o, i] of a sample."""
+    (_, k, s, o), i = factor.g.shape, factor.a.shape[2]
+    return s * s * (i + k * k * o) < k * o * i * (s + k)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
@@ -50,9 +49,11 @@ class SpectralRemoval(Removal):
         self._missed = self.missed_leverage = u.new_zeros(())
         self._left_out = torch.full_like(residual.reshape(-1), float("nan"))
         self._held = u.new_empty(0, len(s))
-        self._later: Callable[[], None] | None = None  # what fills _held, where the sums over it are known without
+        # where the sums over the changes are known without them (no closures: cycles would keep the rows alive):
+        self._row: tuple[Tensor, Tensor] | None = None  # (v, w): the change of sample i is -v_i (w u_i)
+        self._light: tuple[Tensor, Rational, Tensor] | None = None  # (rows, fit, base)
         self._sqnorm: Tensor | None = None
-        self._form: Callable[[], Tensor] | None = None
+        self._form: Tensor | None = None
         light = gain is not None and blocks.single and u.device.type == "cpu"
         fit_error, pole_count, settled = 0.0, 0, phi.converged
         self._scale = _on(s, phi(s.cpu().numpy())) if phi.converged is False or phi.shift > 0 else _pseudo_inverse(s)
@@ -177,15 +178,18 @@ class SpectralRemoval(Removal):
                 v[part] = pull / kernel
             else:
                 v[part] = (pull + (own - reached) / shift) / (kernel + (1 - norm) / shift)
-        change = torch.where(idle, 0.0, v)  # of sample i: -change_i (w u_i)
-        self._sqnorm = change.square() * squares
-        self._form = lambda: _form(self._moment * w, self.spectrum.u) * change.square()
-        self._later = lambda: self._put(np.arange(len(v)), (self.spectrum.u * w).mul_(-change[:, None]))
+        change = torch.where(idle, 0.0, v)
+        self._sqnorm, self._row = change.square() * squares, (change, w)
 
     @property
     def _change(self) -> Tensor:
-        if self._later is not None and len(self._held) == 0:
-            self._later()
+        if self._row is not None and len(self._held) == 0:
+            v, w = self._row
+            self._held = (self.spectrum.u * w).mul_(-v[:, None])
+        if self._light is not None and len(self._held) == 0:
+            rows, fit, base = self._light
+            self._remove_rational(np.arange(len(self)), rows, fit)
+            self._held += base
         return self._held
 
     def _remove_converged(self, numbers: np.ndarray, rows: Tensor, shift: float) -> None:
@@ -230,19 +234,11 @@ class SpectralRemoval(Removal):
         s, g, numbers = self.spectrum.s, self._gain, np.arange(len(self))
         base = (_on(s, beyond(s.cpu().numpy())) - self._scale) * g if changed != self._phi else torch.zeros_like(g)
         factor = g.new_zeros(0, len(g)) if self._moment is None else self._moment
-        sums = [
-            rational_sums(*arguments, base, factor) for _, arguments in self._rational_parts(numbers, rows, fit)
-        ]
+        sums = [rational_sums(*arguments, base, factor) for _, arguments in self._rational_parts(numbers, rows, fit)]
         reached, self._sqnorm, form = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*sums, strict=True))
         fitted = self.spectrum.u @ (s * self._scale * g)
         self._left_out = self.residual.reshape(-1) - fitted - reached.reshape(-1)
-        self._form = lambda: form
-
-        def later() -> None:
-            self._remove_rational(numbers, rows, fit)
-            self._held += base
-
-        self._later = later
+        self._form, self._light = form, (rows, fit, base)
 
     def _residual_after(self, numbers: np.ndarray, rows: Tensor) -> Tensor:
         """r0 - Theta (alpha + D_b), removed rows."""
@@ -300,7 +296,10 @@ class SpectralRemoval(Removal):
     def _prediction_sqnorm(self) -> Tensor:
         if self._moment is None:
             return super()._prediction_sqnorm()
-        return _form(self._moment, self._held) if self._form is None else self._form()
+        if self._row is not None:
+            v, w = self._row
+            return _form(self._moment * w, self.spectrum.u) * v.square()
+        return _form(self._moment, self._held) if self._form is None else self._form
 
     def _predict(self, begin: int, end: int) -> Tensor:
         change = self._change[begin:end]

@@ -4,7 +4,7 @@ from ._backends import BACKENDS
 from ._explain import backends, explain, self_test
 from ._op import OPS, use_backend
 from .forms import triangular_sqnorm
-from .gram import ntk_gram
+from .gram import ntk_gram, ntk_gram_sum
 from .products import jvp, vjp
 from .removal import converged_removal, rational_removal, rational_sums
 from .sketching import sketch
@@ -17,6 +17,7 @@ __all__ = [
     "explain",
     "jvp",
     "ntk_gram",
+    "ntk_gram_sum",
     "rational_removal",
     "rational_sums",
     "self_test",

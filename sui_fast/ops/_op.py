@@ -3,7 +3,8 @@
     @op(shapes={"a": "n s i", "g": "n k s o"}, result="n k", examples=examples)
     def name(a: Tensor, g: Tensor) -> Tensor: ...
 
-The signature is the schema, the docstring the contract and the body the reference. What a call does:
+The signature is the schema, the docstring the contract and the body the reference. An argument may be a list of tensors
+(of the layers, say), then letters with a star belong to one place in the lists only. What a call does:
 
 - arguments are checked at the border: kind, layout, device, dtype and the sizes that share a letter;
 - the first kernel that accepts the arguments runs, else the body. CUDA tensors try triton, then cuda; CPU tensors
@@ -47,6 +48,7 @@ _log = logging.getLogger("sui_fast")
 _named: ContextVar[str] = ContextVar("sui_fast_backend", default="")
 _lock = threading.RLock()
 _ENVIRONMENT = "SUI_FAST_BACKEND"
+_LIST = "list[Tensor]"
 _AUTOMATIC = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 OPS: dict[str, Op] = {}
@@ -125,6 +127,7 @@ class Op:
         self.tensors = [
             (self.parameters.index(name), name, spec.split(), dtypes.get(name)) for name, spec in shapes.items()
         ]
+        self._lists = {place for place, *_ in self.tensors if body.__annotations__[self.parameters[place]] == _LIST}
         self._result = [shape.split() for shape in result.split(",")]
         self._result_dtype = result_dtype
         self._package = sys.modules[body.__module__].__package__
@@ -142,13 +145,52 @@ class Op:
     def complain(self, argument: str, expected: str, got: object, todo: str) -> ArgumentError:
         return ArgumentError(complaint(f"{argument} of {self.name}", expected, got, todo))
 
+    def pieces(self, args: tuple) -> list[tuple]:
+        """(tensor, name, letters, dtypes) of every tensor, those of a list one after the other."""
+        found, length = [], None
+        for place, name, letters, dtypes in self.tensors:
+            value = args[place]
+            if place not in self._lists:
+                found.append((value, name, letters, dtypes))
+                continue
+            if not isinstance(value, list | tuple):
+                raise self.complain(name, "a list of tensors", type(value).__name__, "Pass one tensor for each layer.")
+            length = len(value) if length is None else length
+            if len(value) != length or not length:
+                raise self.complain(
+                    name, f"{length or 'one or more'} tensors", f"{len(value)}", "Pass one tensor for each layer."
+                )
+            for number, tensor in enumerate(value):
+                own = [f"{letter[1:]}[{number}]" if letter[0] == "*" else letter for letter in letters]
+                found.append((tensor, f"{name}[{number}]", own, dtypes))
+        return found
+
+    def flat(self, values: tuple | list) -> list:
+        """Of one value (or list of values) for each argument those that belong to tensors, lists laid end to end."""
+        found: list = []
+        for place, *_ in self.tensors:
+            found += values[place] if place in self._lists else [values[place]]
+        return found
+
+    def refill(self, args: tuple | list, tensors: list) -> list:
+        """The arguments with other tensors, given as ``flat`` would give them."""
+        args, parts = list(args), iter(tensors)
+        for place, *_ in self.tensors:
+            args[place] = [next(parts) for _ in args[place]] if place in self._lists else next(parts)
+        return args
+
+    def device(self, args: tuple) -> torch.device:
+        first = args[self.tensors[0][0]]
+        return first.device if isinstance(first, Tensor) else first[0].device
+
     def border(self, args: tuple) -> bool:
         """Check the arguments; True when all tensors are ordinary (no subclass such as a fake tensor)."""
         sizes: dict[str, int] = {}
         device = dtype = None
-        ordinary = True
-        for position, name, letters, dtypes in self.tensors:
-            tensor = args[position]
+        ordinary, lists = True, self._lists
+        for tensor, name, letters, dtypes in self.pieces(args) if lists else self.tensors:
+            if not lists:
+                tensor = args[tensor]
             kind = type(tensor)
             if kind is not Tensor and kind is not torch.nn.Parameter:
                 if not isinstance(tensor, Tensor):
@@ -224,7 +266,7 @@ class Op:
             return None
         if backend not in self.kernels:
             return f"{self.name} has no {backend} kernel"
-        device = args[self.tensors[0][0]].device
+        device = self.device(args)
         reason = refuse_backend(backend, device.type)
         if reason is not None:
             return reason
@@ -274,7 +316,7 @@ class Op:
         """(backend, function) for these arguments; BackendError when a named backend refuses them."""
         backend = self.named()
         if backend is None:
-            for candidate in self._automatic.get(args[self.tensors[0][0]].device.type, ()):
+            for candidate in self._automatic.get(self.device(args).type, ()):
                 if self.refusal(candidate, args) is None:
                     backend = candidate
                     break
@@ -310,12 +352,12 @@ class Op:
             return self.registered(*args)
         backend, function = self.choose(args)
         if backend != "reference" and torch.is_grad_enabled():
-            if any(args[position].requires_grad for position, *_ in self.tensors):
+            if any(tensor.requires_grad for tensor in self.flat(args)):
                 return self.registered(*args)
         return self._run(function, args)
 
     def _run(self, function: Callable, args: tuple) -> Any:
-        device = args[self.tensors[0][0]].device.type
+        device = self.device(args).type
         if torch.is_autocast_enabled(device):  # the accumulation dtype is part of the contract
             with torch.autocast(device, enabled=False):
                 return function(*args)
@@ -334,7 +376,8 @@ def op(
     """Declare the decorated function as an op.
 
     Args:
-        shapes: {argument: "letters"} of every tensor argument; equal letters are equal sizes.
+        shapes: {argument: "letters"} of every tensor argument; equal letters are equal sizes. In lists of tensors,
+            which are equally long, a letter with a star ("*s") is a size of its own at every place.
         result: shapes of the results, a comma between two; letters, integer arguments, products like "n1*k1".
         examples: device -> argument tuples for the self-test of kernels, milliseconds of work.
         dtypes: {argument: dtypes} of arguments outside the rule "all of one real floating dtype".

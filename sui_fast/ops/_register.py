@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 def register(declared: Any) -> Callable:
@@ -26,9 +25,9 @@ def register(declared: Any) -> Callable:
             for name, value in zip(declared.parameters, args, strict=True)
             if isinstance(value, int | torch.SymInt)
         }
-        for position, _, letters, _ in declared.tensors:
-            sizes.update(zip(letters, args[position].shape, strict=True))
-        first = args[declared.tensors[0][0]]
+        for tensor, _, letters, _ in declared.pieces(args):
+            sizes.update(zip(letters, tensor.shape, strict=True))
+        first = declared.flat(args)[0]
         dtype = declared._result_dtype or wide_dtype(first.dtype)
         outputs = [
             first.new_empty([_product(size, sizes) for size in shape], dtype=dtype) for shape in declared._result
@@ -36,28 +35,24 @@ def register(declared: Any) -> Callable:
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*(inputs[position] for position, *_ in declared.tensors))
-        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+        tensors = declared.flat(inputs)
+        ctx.save_for_backward(*tensors)
+        ctx.others = declared.refill(inputs, [None] * len(tensors))
 
     def backward(ctx, *gradients):
-        args = list(ctx.others)
-        for (position, *_), tensor in zip(declared.tensors, ctx.saved_tensors, strict=True):
-            args[position] = tensor
-        needs = [bool(ctx.needs_input_grad[position]) for position, *_ in declared.tensors]
+        args = declared.refill(ctx.others, list(ctx.saved_tensors))
+        needs = [bool(needed) for needed in declared.flat(ctx.needs_input_grad)]
         parts = iter(backward_op(list(gradients), needs, *args))
-        result = [None] * len(args)
-        for (position, *_), needed in zip(declared.tensors, needs, strict=True):
-            result[position] = next(parts) if needed else None
-        return tuple(result)
+        found = declared.refill(args, [next(parts) if needed else None for needed in needs])
+        tensors = {place for place, *_ in declared.tensors}
+        return tuple(value if place in tensors else None for place, value in enumerate(found))
 
     def backward_implementation(gradients, needs, *args):
-        args = list(args)
         with _autograd_again(), torch.enable_grad():
-            inputs = []
-            for (position, *_), needed in zip(declared.tensors, needs, strict=True):
-                args[position] = args[position].detach().requires_grad_(needed)
-                inputs += [args[position]] if needed else []
-            outputs = [output for output in as_tuple(declared._run(declared.body, tuple(args)))]
+            pairs = zip(declared.flat(args), needs, strict=True)
+            tensors = [tensor.detach().requires_grad_(needed) for tensor, needed in pairs]
+            inputs = [tensor for tensor in tensors if tensor.requires_grad]
+            outputs = [output for output in as_tuple(declared._run(declared.body, declared.refill(args, tensors)))]
             pairs = [
                 (output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if output.requires_grad
             ]
@@ -75,8 +70,8 @@ def register(declared: Any) -> Callable:
 
     def backward_fake(gradients, needs, *args):
         return [
-            torch.empty_like(args[position], memory_format=torch.contiguous_format)
-            for (position, *_), needed in zip(declared.tensors, needs, strict=True)
+            torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            for tensor, needed in zip(declared.flat(args), needs, strict=True)
             if needed
         ]
 

@@ -1,15 +1,14 @@
 """The kernel matrix seen as a spectrum."""
 
-from .anchors import POOL, anchored_sketch_map
+from .anchors import anchored_sketch_map, pool_size
 from .dense import Spectrum, dense_spectrum
-from .maps import RANK_FOR, FeatureMap, nystrom_map, sketch_map, subspace_map
+from .maps import RANK_FOR, FeatureMap, nystrom_map, sketch_map, sketch_rank, subspace_map
 from .moments import FeatureSpectrum, Moments, feature_spectrum
 from .projections import PROJECTIONS, project, projection_matrix
 from .store import Store, fingerprint_of
 
 __all__ = [
     "PROJECTIONS",
-    "POOL",
     "RANK_FOR",
     "FeatureMap",
     "FeatureSpectrum",
@@ -21,8 +20,10 @@ __all__ = [
     "feature_spectrum",
     "fingerprint_of",
     "nystrom_map",
+    "pool_size",
     "project",
     "projection_matrix",
     "sketch_map",
+    "sketch_rank",
     "subspace_map",
 ]

@@ -14,15 +14,26 @@ from math import log2
 import torch
 from torch import Tensor
 
-from ..jacobians import Jacobian
+from ..jacobians import Anchors, Jacobian, goes_by_kernel, make_anchors, project, sketched_anchors
 from ..jacobians.layers import Outer
-from .maps import FeatureMap, sketch_map, smooth_rank
+from .maps import FeatureMap, sketch_map, sketch_rank
 
-POOL = 256  # samples that the directions are taken from
+_POOL = 256  # samples that the directions are taken from
 _ANCHORS = 32
 _SOLUTIONS = (1e-1, 1e-2, 1e-3, 1e-4)  # ridge of the pool's solutions, in units of its largest eigenvalue
-_SHARE = {True: 2.0, False: 0.75}  # of the operations of the pass that anchors may take; few in all without positions
-_MOST = 1 << 28  # bytes of B
+_MOMENTS = {False: 2.0, True: 6.0}  # operations that anchors may add, in those of Z^T Z; True: no layer has positions
+_MOST = 1 << 28  # bytes of B; of the explicit rows of a pool
+
+
+def pool_size(first: Jacobian, n: int, rank: int) -> int:
+    """Samples of a pool for ``anchored_sketch_map``; 0 where anchors would cost more than they are worth.
+
+    Args:
+        first: Jacobian of one sample or more. n: samples to draw from. rank: columns of the sketch.
+    """
+    size = min(n, _POOL)
+    count = min(_ANCHORS, rank // 4, size * first.k - 1)
+    return size if count > len(_SOLUTIONS) and _worth_it(first, rank, count, size) else 0
 
 
 def anchored_sketch_map(pool: Jacobian, residual: Tensor, rank: int, seed: int = 0, kind: str = "tensor") -> FeatureMap:
@@ -34,14 +45,13 @@ def anchored_sketch_map(pool: Jacobian, residual: Tensor, rank: int, seed: int =
     Source: docs/math.md, section 10; anchors are a control variate (Nystrom part exact, remainder sketched).
     """
     count = min(_ANCHORS, rank // 4, pool.shape[0] - 1)
-    layers = [factor for factor in pool.select(range(1)).factors() if isinstance(factor, Outer)]
-    flat = all(layer.a.shape[1] == 1 for layer in layers)
-    if count <= len(_SOLUTIONS) or not _worth_it(layers, pool, rank, count, flat):
-        return sketch_map(smooth_rank(rank), seed, kind)
-    theta = pool.gram().to(torch.float64)
+    if count <= len(_SOLUTIONS) or not _worth_it(pool, rank, count, pool.n):
+        return sketch_map(sketch_rank(rank, kind), seed, kind)
+    rows = pool.rows() if _explicit(pool, pool.shape[0]) else None
+    theta = (pool.gram() if rows is None else rows @ rows.T).to(torch.float64)
     s, u = torch.linalg.eigh((theta + theta.T) / 2)
     if not float(s[-1]) > 0:
-        return sketch_map(smooth_rank(rank), seed, kind)
+        return sketch_map(sketch_rank(rank, kind), seed, kind)
     pull = u.T @ residual.reshape(-1).to(s)
     solved = torch.stack([u @ (pull / (s.clamp_min(0) + share * s[-1])) for share in _SOLUTIONS], 1)
     lead = u[:, len(_SOLUTIONS) - count :]
@@ -50,33 +60,51 @@ def anchored_sketch_map(pool: Jacobian, residual: Tensor, rank: int, seed: int =
     size, turn = torch.linalg.eigh(chosen.T @ theta @ chosen)
     keep = size > 1e-6 * size[-1]
     chosen = chosen @ (turn[:, keep] / size[keep].sqrt())  # B = chosen^T J
-    columns = smooth_rank(rank - chosen.shape[1])
-    sketched = chosen.T @ pool.sketch(columns, seed, kind).flatten(0, 1).to(torch.float64)
-    basis = None if flat else pool.vjp(chosen.to(pool.dtype))
+    columns = sketch_rank(rank - chosen.shape[1], kind)
+    if rows is not None and kind == "tensor":
+        anchors = Anchors(chosen, chosen.to(rows).T @ rows, [])
+        sketched = sketched_anchors(pool, anchors.rows, columns, seed)
+    else:
+        anchors = make_anchors(pool, chosen)
+        sketched = project(pool, anchors, columns, seed, kind, False)[0].flatten(0, 1).to(torch.float64)
+        sketched = (chosen.T @ sketched).to(pool.dtype)
 
-    def both(jac: Jacobian, own: bool) -> tuple[Tensor, Tensor | None]:
-        if basis is None:
-            along, blocks = jac.gram(pool).to(torch.float64) @ chosen, jac.own_blocks() if own else None
-        else:
-            along, blocks = jac.jvp_and_own_blocks(basis) if own else (jac.jvp(basis), None)
-        along = along.to(torch.float64)
-        rest = jac.sketch(columns, seed, kind).flatten(0, 1).to(torch.float64) - along @ sketched
-        return torch.cat([along, rest], 1).reshape(jac.n, jac.k, -1), blocks
+    def portion(jac: Jacobian, own: bool) -> tuple[Tensor, Tensor | None, list]:
+        found, along, blocks, layers = project(jac, anchors, columns, seed, kind, own)
+        rest = torch.addmm(found.flatten(0, 1), along.flatten(0, 1), sketched, alpha=-1)
+        return torch.cat([along, rest.view(jac.n, jac.k, -1)], 2), blocks, layers
 
-    return FeatureMap("sketch", len(sketched) + columns, both, {"anchors": chosen})
+    state = {"anchors": chosen}
+    both = lambda jac, own: portion(jac, own)[:2]  # noqa: E731
+    return FeatureMap("sketch", len(sketched) + columns, both, state, portion)
 
 
-def _worth_it(layers: list[Outer], pool: Jacobian, rank: int, count: int, flat: bool) -> bool:
-    """Whether the anchors' operations are few against those of capture and a sketch of 1024 columns or more."""
-    rank = max(rank, 1024)
-    if not flat and 4 * count * pool.shape[1] > _MOST:
+def _explicit(jac: Jacobian, rows: int) -> bool:
+    """Whether so many rows may be formed, and save work: a layer of one position does without."""
+    positions = any(layer.a.shape[1] > 1 for layer in _layers(jac))
+    return positions and jac.outputs.element_size() * rows * jac.shape[1] <= _MOST
+
+
+def _layers(jac: Jacobian) -> list[Outer]:
+    return [factor for factor in jac.select(range(1)).factors() if isinstance(factor, Outer)]
+
+
+def _worth_it(first: Jacobian, rank: int, count: int, pool: int) -> bool:
+    """Whether the operations that anchors add are few against those of the moment of a rank of 1024 or more."""
+    rank, layers = max(rank, 1024), _layers(first)
+    explicit = _explicit(first, pool * first.k)
+    kernel = lambda layer: not explicit and goes_by_kernel(layer, pool, count)  # noqa: E731
+    if not all(map(kernel, layers)) and 4 * count * first.shape[1] > _MOST:
         return False
-    anchors = own = 0.0  # operations of a sample; those of a transform count three times
+    flat, added = True, 0.0  # a sample; operations of a transform count three times
     for layer in layers:
         (_, k, positions, o), i = layer.g.shape, layer.a.shape[2]
-        if flat:
-            anchors += 2.0 * min(pool.n, POOL) * (i + k * o)
+        transforms, rows = 6.0 * k * positions * rank * log2(rank), 2.0 * k * o * i * (positions + 2)
+        if positions > 1:  # rows are formed for all, and scattered
+            flat = False
+            added += rows + 2.0 * k * o * i * count - min(transforms, rows)
+        elif kernel(layer):
+            added += 2.0 * pool * (i + k * k * o)
         else:
-            anchors += 2.0 * k * o * i * (2 * positions + count)
-        own += 2.0 * positions * i * o * (1 + k) + 6.0 * k * positions * rank * log2(rank)
-    return anchors <= _SHARE[flat] * own
+            added += 2.0 * k * o * i * count
+    return added <= _MOMENTS[flat] * 2 * first.k * rank**2

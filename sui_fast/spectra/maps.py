@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import isqrt
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from torch import Tensor
 from .._errors import ArgumentError, complaint
 from ..jacobians import Jacobian
 from ..ops.sketching._random import signs
+from .moments import add_upper, mirrored
 
+_WIDE = 1 << 21  # float64 numbers of one intermediate
 RANK_FOR = {"sketch": 40.0, "nystrom": 5.0, "subspace": 2.0}  # ranks per effective dimension, measured (docs/math.md)
 
 
@@ -28,25 +31,33 @@ class FeatureMap:
 
     own: whether the blocks are wanted. state: what it was fitted to, by name.
 
-    sketch: (rank, seed, kind) where that function is a sketch, which needs no Jacobian of more than a batch.
+    portion: for sketches the same, batch by batch, with the layers as ``Jacobian.sketch_of_uses`` returns them: whoever
+        reads them needs no Jacobian of more than a batch.
     """
 
     kind: str
     rank: int
     both: Callable[[Jacobian, bool], tuple[Tensor, Tensor | None]]
     state: dict[str, Tensor] = field(default_factory=dict)
-    sketch: tuple[int, int, str] | None = None
+    portion: Callable[[Jacobian, bool], tuple[Tensor, Tensor | None, list]] | None = None
 
     def features(self, jac: Jacobian) -> Tensor:
         """Features [n, k, r] alone."""
         return self.both(jac, False)[0]
 
 
-def smooth_rank(rank: int) -> int:
-    """The next power of two where it is near, else the next number without prime factors above 7.
+def sketch_rank(rank: int, kind: str) -> int:
+    """Columns, ``rank`` at least, of a kind of sketch.
 
-    A transform of another length takes several times as long.
+    tensor: the next power of two where it is near, else the next number without prime factors above 7; a transform of
+    another length takes several times as long. two_sided: a product of two numbers that are nearly equal, as the
+    smaller side makes the variance.
     """
+    if kind == "two_sided":
+        side = isqrt(rank)
+        return side * -(-rank // side)
+    if kind != "tensor":
+        return rank
     power = 1 << (rank - 1).bit_length()
     if power <= 1.1 * rank:
         return power
@@ -67,7 +78,12 @@ def sketch_map(rank: int, seed: int = 0, kind: str = "tensor") -> FeatureMap:
         rank: columns. seed: of the random numbers. kind: "tensor", "sjlt", "rademacher" or "two_sided".
     Source: Pham and Pagh 2013; docs/math.md, section 10.
     """
-    return FeatureMap("sketch", rank, lambda jac, own: (jac.sketch(rank, seed, kind), None), sketch=(rank, seed, kind))
+
+    def portion(jac: Jacobian, own: bool) -> tuple[Tensor, None, list]:
+        found, layers = jac.sketch_of_uses(rank, seed, kind)
+        return found, None, layers
+
+    return FeatureMap("sketch", rank, lambda jac, own: portion(jac, own)[:2], portion=portion)
 
 
 def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
@@ -108,6 +124,7 @@ def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
         used += columns.shape[1]
         diagonal = diagonal - columns.square().sum(1).reshape(n, k)
         chosen += fresh
+    del factor, block, columns  # as large as what follows
     landmarks = pool.select(chosen)
     inner = landmarks.gram().to(torch.float64)
     s, u = torch.linalg.eigh(inner)
@@ -151,15 +168,14 @@ def subspace_map(
                 left = part.jvp(basis)
             pulled = part.vjp(left)
             total = pulled if total is None else total.add_(pulled)
-        basis = _orthonormal(reduce(total))
+        basis = _even(reduce(total))
     # Rayleigh-Ritz: what oversampling found beyond the rank costs nothing more, and stays
     gram = None
     for _, part in passes():
         z = part.jvp(basis).to(torch.float64)
-        own = z.T @ z
-        gram = own if gram is None else gram + own
-    s, turn = torch.linalg.eigh(reduce(gram))
-    basis = turn.to(basis.dtype).T @ basis
+        gram = z.new_zeros(len(basis), len(basis)) if gram is None else gram
+        add_upper(gram, z)
+    basis = _ritz(mirrored(reduce(gram)), basis)
 
     def both(jac: Jacobian, own: bool) -> tuple[Tensor, Tensor | None]:
         along, blocks = jac.jvp_and_own_blocks(basis) if own else (jac.jvp(basis), None)
@@ -168,20 +184,25 @@ def subspace_map(
     return FeatureMap("subspace", len(basis), both, {"basis": basis})
 
 
-def _orthonormal(rows: Tensor) -> Tensor:
-    """Orthonormal basis [r', d] of the span of rows [r, d]: Cholesky of the Gram matrix, twice."""
-    for _ in range(2):
-        gram = (rows @ rows.T).to(torch.float64)
-        scale = float(gram.diagonal().max())
-        if not scale > 0:
-            got = "gradients that are all zero"
-            raise ArgumentError(complaint("model", "parameters that act on the outputs", got, "Check params=."))
-        factor, info = torch.linalg.cholesky_ex(gram / scale)
-        if int(info) == 0 and float(factor.diagonal().min()) > 1e-5:
-            solved = torch.linalg.solve_triangular(factor, (rows / scale**0.5).to(torch.float64), upper=False)
-            rows = solved.to(rows.dtype)
-        else:
-            s, u = torch.linalg.eigh(gram / scale)
-            keep = s > 1e-10 * float(s[-1])
-            rows = ((u[:, keep] / s[keep].sqrt()).T @ (rows / scale**0.5).to(torch.float64)).to(rows.dtype)
-    return rows
+def _even(rows: Tensor) -> Tensor:
+    """Another basis [r', d] of the span of rows [r, d], close to orthonormal.
+
+    The Gram matrix adds up in float64: in float32 it would hide directions of a few thousandths of the largest.
+    """
+    gram, step = rows.new_zeros(len(rows), len(rows), dtype=torch.float64), max(1, _WIDE // len(rows))
+    for begin in range(0, rows.shape[1], step):
+        add_upper(gram, rows[:, begin : begin + step].to(torch.float64).T)
+    s, u = torch.linalg.eigh(mirrored(gram))
+    if not float(s[-1]) > 0:
+        got = "gradients that are all zero"
+        raise ArgumentError(complaint("model", "parameters that act on the outputs", got, "Check params=."))
+    keep = s > s[-1] * 1e-13
+    return (u[:, keep] / s[keep].sqrt()).T.to(rows.dtype) @ rows
+
+
+def _ritz(image: Tensor, basis: Tensor) -> Tensor:
+    """Orthonormal rows that span the basis [r, d] and diagonalise J^T J, from J on the basis: image = B J^T J B^T."""
+    s, u = torch.linalg.eigh((basis @ basis.T).to(torch.float64))
+    white = u[:, s > 1e-6 * s[-1]] / s[s > 1e-6 * s[-1]].sqrt()
+    turn = white @ torch.linalg.eigh(white.T @ image @ white)[1]
+    return turn.to(basis.dtype).T @ basis

@@ -11,6 +11,23 @@ from torch import Tensor
 from .._errors import SpectrumError, complaint
 from .dense import Spectrum
 
+_BLOCK = 128  # columns of a block of a symmetric product
+_ROWS = 256  # of features made float64 at a time
+_PORTION = 1 << 20  # numbers made float64 at a time for a sum
+
+
+def add_upper(total: Tensor, x: Tensor) -> None:
+    """total += x^T x [r, r], its upper triangle at least: the blocks of it, half the work."""
+    for begin in range(0, x.shape[1], _BLOCK):
+        block = slice(begin, begin + _BLOCK)
+        total[block, begin:].addmm_(x[:, block].T, x[:, begin:])
+
+
+def mirrored(upper: Tensor) -> Tensor:
+    """The symmetric matrix with this upper triangle."""
+    return upper.triu() + upper.triu(1).T
+
+
 _ROWS = 256  # of features made float64 at a time
 
 
@@ -18,32 +35,44 @@ class Moments:
     """Sums over samples, float64, whatever the dtype of the features.
 
     Attributes:
-        gram: Z^T Z [r, r]. pull: Z^T r0 [r]. samples: n. energy: ||r0||^2.
-        rows: the rows of Z themselves, float64, where they are kept; gram is then zero.
+        pull: Z^T r0 [r]. samples: n. energy: ||r0||^2.
+        rows: the rows of Z themselves, float64, where they are kept.
     """
 
     def __init__(self, rank: int, device: torch.device | str = "cpu", keep_rows: bool = False):
         self.rows: list[Tensor] | None = [] if keep_rows else None
-        self.gram = torch.zeros(rank, rank, dtype=torch.float64, device=device)
+        self._upper = torch.zeros(rank, rank, dtype=torch.float64, device=device)
         self.pull = torch.zeros(rank, dtype=torch.float64, device=device)
         self.samples, self.energy = 0, 0.0
 
     def add(self, features: Tensor, residual: Tensor | None = None) -> None:
         """features [n, k, r], residual [n, k] (None for validation samples)."""
-        flat = features.flatten(0, 1).to(torch.float64)
-        if self.rows is None:
-            self.gram.addmm_(flat.T, flat)
-        else:
-            self.rows.append(flat)
+        step = max(1, _PORTION // max(1, features[0].numel())) if len(features) else 1
+        for begin in range(0, len(features), step):
+            part = slice(begin, begin + step)
+            flat = features[part].flatten(0, 1).to(torch.float64)
+            if self.rows is None:
+                add_upper(self._upper, flat)
+            else:
+                self.rows.append(flat)
+            if residual is not None:
+                self.pull.addmv_(flat.T, residual[part].reshape(-1).to(torch.float64))
         self.samples += len(features)
         if residual is not None:
-            self.pull.addmv_(flat.T, residual.reshape(-1).to(torch.float64))
             self.energy += float(residual.to(torch.float64).square().sum())
+
+    @property
+    def gram(self) -> Tensor:
+        """Z^T Z [r, r]."""
+        if self.rows is not None:
+            rows = torch.cat(self.rows)
+            return rows.T @ rows
+        return mirrored(self._upper)
 
     def reduce(self, total: Callable[[Tensor], Tensor]) -> None:
         """Replace every sum by its total over processes."""
-        counts = torch.tensor([self.samples, self.energy], dtype=torch.float64, device=self.gram.device)
-        self.gram, self.pull, counts = total(self.gram), total(self.pull), total(counts)
+        counts = torch.tensor([self.samples, self.energy], dtype=torch.float64, device=self.pull.device)
+        self._upper, self.pull, counts = total(self._upper), total(self.pull), total(counts)
         self.samples, self.energy = int(counts[0]), float(counts[1])
 
 
@@ -78,15 +107,18 @@ class FeatureSpectrum:
         """Spectrum with the rows of these samples."""
         return Spectrum(self.rows(features), self.s, 0.0, complete=False)
 
-    def moment(self, gram: Tensor, samples: int) -> Tensor:
+    def moment(self, seen: Moments) -> Tensor:
         """Upper triangular C [p, r'], ||C c||^2 the mean over validation samples of ||df||^2 for a change c on the
         eigenvectors.
 
         Args:
-            gram: Z^T Z of the validation samples. samples: how many they are.
+            seen: sums over the validation samples; fewer rows than columns may have been kept.
         """
         turned = self.turn * self.s
-        values, vectors = torch.linalg.eigh(turned.T @ gram @ turned / samples)
+        if seen.rows is not None:
+            root = (torch.cat(seen.rows) @ turned) / seen.samples**0.5
+            return torch.linalg.qr(root, mode="r").R.contiguous()
+        values, vectors = torch.linalg.eigh(turned.T @ seen.gram @ turned / seen.samples)
         keep = values > 1e-16 * values[-1].clamp_min(0)
         root = vectors[:, keep] * values[keep].sqrt()
         return torch.linalg.qr(root.T, mode="r").R.contiguous()
@@ -104,7 +136,7 @@ def feature_spectrum(moments: Moments, precision: float = 2.0**-24) -> FeatureSp
     gram = moments.gram if rows is None else rows @ rows.T
     if not torch.isfinite(gram).all():
         raise SpectrumError(complaint("features", "finite numbers", "NaN or infinity", "Check the model's outputs."))
-    s, v = torch.linalg.eigh((gram + gram.T) / 2)
+    s, v = torch.linalg.eigh((gram + gram.T) / 2 if rows is not None else gram)
     top = float(s[-1]) if len(s) else 0.0
     if not top > 0:
         raise SpectrumError(complaint("features", "some that are not zero", "zeros", "Check params=."))

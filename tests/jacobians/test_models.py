@@ -169,6 +169,48 @@ def test_names_may_carry_the_wrapper():
         assert jac.parameter_names == ["head.weight", "head.bias"]
 
 
+class Casts(nn.Module):
+    """Moves a module in its forward pass and routes samples: under torch.func that ended the process."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.experts = nn.Linear(3, 2), nn.ModuleList(nn.Linear(3, 2) for _ in range(2))
+
+    def forward(self, x):
+        self.router = self.router.to(x.dtype)
+        weight, chosen = self.router(x).softmax(1).max(1)
+        out = x.new_zeros(len(x), 2)
+        for number, expert in enumerate(self.experts):
+            rows = torch.where(chosen == number)[0]
+            out = out.index_add(0, rows, expert(x[rows]) * weight[rows, None])
+        return out
+
+
+def test_modules_moved_in_the_forward_pass():
+    torch.manual_seed(0)
+    model, x = Casts().double(), torch.randn(6, 3).double()
+    jac = jacobian(model, x)
+    true = zoo.autograd_rows(model, x, None, jac.parameter_names)
+    assert "one by one" in jac.engines.values() and float((jac.rows() - true).abs().max()) < 1e-12
+
+
+def test_a_table_that_is_also_the_output_layer_needs_little_memory():
+    """What adds up needs no dense rows [V, d]; others are formed a few samples at a time."""
+    model, batch, outputs = build("GPT-2")
+    jac = jacobian(model, batch, outputs=outputs)
+    theta, rows = jac.gram(), jac.rows()
+    t = torch.randn(3, jac.shape[1]).double()
+    assert jac._portion(4, memory=1) == 1
+    jac._portion = lambda most, memory=0: 1
+    torch.testing.assert_close(jac.jvp(t), rows @ t.T)
+    torch.testing.assert_close(jac.vjp(t[:, : len(rows)].T), t[:, : len(rows)] @ rows)
+    torch.testing.assert_close(torch.block_diag(*jac.own_blocks()), theta * torch.block_diag(*torch.ones(4, 3, 3)))
+    along, own = jac.jvp_and_own_blocks(t)
+    torch.testing.assert_close(along, rows @ t.T)
+    torch.testing.assert_close(own, jac.own_blocks())
+    torch.testing.assert_close(torch.cat([part.clone() for part in jac.iter_rows()]), rows)
+
+
 class Outside(nn.Module):
     """Uses a tensor made of its parameter when it was built."""
 

@@ -384,6 +384,19 @@ def mixtral(implementation="eager"):
     )  # fmt: skip
 
 
+def whisper():
+    return hf(
+        "WhisperConfig", "WhisperModel", d_model=8, encoder_layers=2, encoder_attention_heads=2, decoder_layers=1,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, num_mel_bins=6, max_source_positions=10,
+        vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    ).encoder  # fmt: skip
+
+
+def mean_state(model, batch):
+    """Three features of the mean of the last hidden states."""
+    return model(**batch).last_hidden_state.mean(1)[:, :3]
+
+
 def other(module, name, *args, **options):
     """A model of torchvision or timm, where they are installed."""
     return getattr(importlib.import_module(module), name)(*args, **options)
@@ -454,6 +467,118 @@ MODELS = {
         hf("GPT2Config", "GPT2LMHeadModel", vocab_size=VOCABULARY, n_positions=16, n_embd=8, n_layer=2, n_head=2),
         padded(),
         last_logits,
+    ),  # fmt: skip
+    "RoBERTa": lambda: (
+        hf(
+            "RobertaConfig",
+            "RobertaForSequenceClassification",
+            vocab_size=VOCABULARY,
+            max_position_embeddings=20,
+            pad_token_id=0,
+            **SMALL,
+        ),
+        padded(),
+        None,
+    ),  # fmt: skip
+    "ModernBERT": lambda: (
+        hf(
+            "ModernBertConfig",
+            "ModernBertForSequenceClassification",
+            vocab_size=VOCABULARY,
+            pad_token_id=0,
+            cls_token_id=1,
+            sep_token_id=2,
+            bos_token_id=1,
+            eos_token_id=2,
+            **SMALL,
+        ),
+        padded(),
+        None,
+    ),  # fmt: skip
+    "DeBERTa-v2": lambda: (
+        hf(
+            "DebertaV2Config",
+            "DebertaV2ForSequenceClassification",
+            relative_attention=True,
+            position_buckets=4,
+            pos_att_type=["p2c", "c2p"],
+            max_relative_positions=-1,
+            norm_rel_ebd="layer_norm",
+            **SMALL,
+            **TEXT,
+        ),
+        padded(),
+        None,
+    ),  # fmt: skip
+    "XLNet": lambda: (
+        hf(
+            "XLNetConfig",
+            "XLNetForSequenceClassification",
+            vocab_size=VOCABULARY,
+            d_model=8,
+            n_layer=2,
+            n_head=2,
+            d_inner=16,
+            num_labels=3,
+        ),
+        padded(),
+        None,
+    ),  # fmt: skip
+    "Mamba": lambda: (
+        hf(
+            "MambaConfig",
+            "MambaForCausalLM",
+            vocab_size=VOCABULARY,
+            hidden_size=8,
+            state_size=4,
+            num_hidden_layers=2,
+            time_step_rank=2,
+        ),
+        {"input_ids": tokens()},
+        lambda model, batch: model(**batch).logits[:, -1, :3],
+    ),  # fmt: skip
+    "Swin": lambda: (
+        hf(
+            "SwinConfig",
+            "SwinForImageClassification",
+            image_size=IMAGE,
+            patch_size=4,
+            embed_dim=6,
+            depths=[2, 2],
+            num_heads=[2, 2],
+            window_size=4,
+            num_labels=3,
+        ),
+        images(),
+        None,
+    ),  # fmt: skip
+    "BEiT, relative positions": lambda: (
+        hf(
+            "BeitConfig",
+            "BeitForImageClassification",
+            image_size=IMAGE,
+            patch_size=8,
+            use_relative_position_bias=True,
+            **SMALL,
+        ),
+        images(),
+        None,
+    ),  # fmt: skip
+    "Whisper, encoder": lambda: (whisper(), {"input_features": torch.randn(SAMPLES, 6, 20)}, mean_state),
+    "wav2vec 2.0": lambda: (
+        hf(
+            "Wav2Vec2Config",
+            "Wav2Vec2ForSequenceClassification",
+            conv_dim=(4, 4),
+            conv_stride=(4, 2),
+            conv_kernel=(8, 3),
+            num_conv_pos_embeddings=4,
+            num_conv_pos_embedding_groups=2,
+            classifier_proj_size=6,
+            **SMALL,
+        ),
+        {"input_values": torch.randn(SAMPLES, 400)},
+        None,
     ),  # fmt: skip
     "Llama": lambda: (llama(), padded(), last_logits),
     "T5": lambda: (t5(), padded(), t5_outputs),

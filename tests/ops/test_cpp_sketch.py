@@ -122,6 +122,17 @@ def test_rows_of_another_dtype_are_left_to_pytorch():
     torch.testing.assert_close(out[:, 0], torch.einsum("no,ni->noi", pieces[0].g[:, 0], pieces[0].a).flatten(1).float())
 
 
+def test_more_than_two_to_the_31_numbers():
+    """Memory that nobody wrote to costs nothing: all numbers are zero but the last."""
+    size = 2**31 + 1030
+    g = torch.from_numpy(np.zeros((1, 1, 1, size), np.float32))
+    g[0, 0, 0, -1] = 3
+    got = sketches.sketch(torch.ones(1, 1, 1), g, 4096, 0, 0, "sjlt")[0, 0]
+    place, sign = torch.empty(1, dtype=torch.int32), torch.empty(1)
+    _cpu.hash_float32(2, 0, 0, size - 1, 1, 4096, place.data_ptr(), sign.data_ptr())
+    assert got[place.item()] == 3 * sign.item() and int((got != 0).sum()) == 1
+
+
 OTHER_SETS = """
 import torch
 from sui_fast import ops

@@ -21,6 +21,7 @@ from sui_fast.ops import _nvrtc
 from sui_fast.ops.removal import _cuda as removal_kernels
 from sui_fast.ops.sketching import _cuda as sketch_kernels
 from sui_fast.ops.sketching import _random
+from sui_fast.ops.sketching.sums import TensorSums
 
 ROOT = Path(__file__).parents[2] / "csrc"
 FILES = sorted((ROOT / "cuda").glob("*.cu"))
@@ -162,7 +163,58 @@ def check_sketch(n, k, s, i, o, rank, kind, route, dtype, device="cpu", kernel=s
         assert mine <= (1e-13 if dtype == torch.float64 else 2 * theirs + 16 * torch.finfo(got.dtype).eps)
 
 
-@pytest.mark.parametrize("rank", [2**p for p in range(1, 13)])
+@pytest.mark.parametrize("size_a, size_g", [(1e15, 1e-25), (1e-30, 1e20), (0.0, 1.0), (1.0, 0.0), (1.0, 1e-9)])
+def test_sizes_far_apart_lose_no_digits(on_cpu, size_a, size_g):
+    check_sizes(size_a, size_g, "cpu", sketch_kernels.sketch)
+
+
+def check_sizes(size_a, size_g, device, kernel):
+    a, g = (size_a * draw(2, 5, 30)).float().to(device), (size_g * draw(2, 1, 5, 40)).float().to(device)
+    got = kernel(a, g, 64, 0, 0, "tensor", "fft")
+    want = ops.sketch.op.body(a.double(), g.double(), 64, 0, 0, "tensor", "fft")
+    assert float((got - want).abs().max()) <= 2e-5 * float(want.abs().max())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_visible(on_cpu, bad):
+    a, g = draw(4, 3, 1).float(), draw(4, 1, 3, 1).float()
+    a[1, 1, 0] = g[2, 0, 2, 0] = bad
+    finite = sketch_kernels.sketch(a, g, 64, 0, 0, "tensor", "fft").isfinite().all(2)[:, 0]
+    assert finite.tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [64, 100, 3000])
+def test_layers_add_up_in_the_fourier_domain(on_cpu, monkeypatch, dtype, rank):
+    back = []
+    finish = sketch_kernels.finish
+    monkeypatch.setattr(sketch_kernels, "finish", lambda *args: back.append(1) or finish(*args))
+    monkeypatch.setattr(sketch_kernels, "_cheap_fft", lambda a, g: a.shape[1] < 9)
+    check_sums(dtype, rank, "cpu", sketch_kernels)
+    assert len(back) == (rank < 3000)  # one way back for all layers
+
+
+def check_sums(dtype, rank, device, kernels=None):
+    sums = TensorSums(3, 2, rank, 5, torch.empty(0, dtype=dtype, device=device))
+    sums.kernels = kernels or sums.kernels
+    want = torch.zeros(3, 2, rank, dtype=torch.float64, device=device)
+    for stream, (s, i, o, ones) in enumerate([(1, 7, 5, True), (4, 17, 9, False), (9, 5, 6, True), (3, 0, 6, True)]):
+        a = draw(4, i, s).to(device, dtype)[1:].transpose(1, 2)
+        g = draw(3, s, 2, 2 * o).to(device, dtype)[..., ::2].transpose(1, 2)
+        sums.outer(a, g, stream, ones)
+        wide = torch.cat([a, a.new_ones(3, s, 1)], 2) if ones else a
+        want += ops.sketch.op.body(wide.double(), g.double(), rank, 5, stream)
+    token = torch.tensor([[0, 2, -1], [1, 1, 5], [3, 0, 0]], device=device)
+    g = draw(3, 2, 3, 11).to(device, dtype)
+    sums.index(token, g, 6, 7)
+    one_hot = torch.nn.functional.one_hot(token + 1, 7)[..., 1:].double()
+    for c in range(2):
+        want[:, c] += ops.sketch.op.body(g[:, c].double(), one_hot[:, None], rank, 5, 7)[:, 0]
+    bound = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}[dtype]
+    assert float((sums.total() - want).abs().max()) <= bound * float(want.abs().max())
+
+
+@pytest.mark.parametrize("rank", [1, 3, 100, 1025, 2047, *(2**p for p in range(1, 13))])
 def test_every_length_of_transform(on_cpu, rank):
     for dtype in (torch.float64, torch.float32):
         check_sketch(1, 1, 2, 3, 5, rank, "tensor", "fft", dtype)
@@ -229,7 +281,7 @@ def test_a_singular_block_is_an_error(on_cpu):
 
 def test_refusals():
     a, g = draw(2, 1, 3), draw(2, 1, 1, 4)
-    assert "powers of two" in sketch_kernels.refuse_sketch(a, g, 100, 0, 0, "tensor", "fft")
+    assert "powers of two" in sketch_kernels.refuse_sketch(a, g, 3000, 0, 0, "tensor", "fft")
     assert "rank" in sketch_kernels.refuse_sketch(a, g, 1 << 20, 0, 0, "sjlt")
     assert "triton" in sketch_kernels.refuse_sketch(a, g, 64, 0, 0, "two_sided")
     torch.use_deterministic_algorithms(True)
@@ -292,12 +344,22 @@ def test_on_a_gpu():
         for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             for shape in ((2, 3, 5, 17, 9, 64), (3, 1, 2, 33, 65, 4096)):
                 check_sketch(*shape, "tensor", "fft", dtype, "cuda", ops.sketch)
+            check_sums(dtype, 64, "cuda")
+            check_sums(dtype, 100, "cuda")
             for shape in ((5, 2, 3, 7, 31, 65), (64, 1, 64, 300, 200, 1024), (3, 1, 1, 7, 31, 12_000)):
                 check_sketch(*shape, "tensor", "scatter", dtype, "cuda", ops.sketch)
                 check_sketch(*shape, "sjlt", "auto", dtype, "cuda", ops.sketch)
             for length in (1_000_003, 1_000_000):
                 check_sketch(9, 1, 1, 1, length, 4096, "sjlt", "auto", dtype, "cuda", ops.sketch)
             check_sketch(300_001, 1, 1, 1, 8, 16, "sjlt", "auto", dtype, "cuda", ops.sketch)
+        for sizes in ((1e15, 1e-25), (0.0, 1.0), (1.0, 1e-9)):
+            check_sizes(*sizes, "cuda", ops.sketch)
+        g = torch.zeros(215, 1, 1, 10_000_000, dtype=torch.float16, device="cuda")  # more than 2^31 numbers
+        g[-1, 0, 0] = draw(10_000_000).half()
+        args = (128, 0, 0, "sjlt", "auto")
+        want = ops.sketch.op.body(g.new_ones(1, 1, 1), g[-1:], *args)
+        torch.testing.assert_close(ops.sketch(g.new_ones(215, 1, 1), g, *args)[-1:], want, rtol=1e-4, atol=1e-2)
+        del g
         for single in (False, True):
             for shape in ((300, 1, 1000, 13), (50, 3, 257, 7), (20, 10, 300, 13), (4, 32, 400, 5), (0, 2, 9, 3)):
                 check_removal(*shape, single, "cuda", ops.converged_removal, ops.rational_removal)

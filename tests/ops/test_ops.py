@@ -1,10 +1,13 @@
 """Bodies against plain formulas, and everything a custom op has to survive."""
 
 import math
+import time
 
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 import sui_fast
 from sui_fast import ops
@@ -14,7 +17,8 @@ from sui_fast.ops.sketching._random import philox
 CPU = torch.device("cpu")
 EXAMPLES = [(name, number) for name, op in ops.OPS.items() for number in range(len(list(op.examples(CPU))))]
 SMOOTH = [
-    "jvp", "vjp", "ntk_gram", "sketch", "converged_removal", "rational_removal", "rational_sums", "triangular_sqnorm"
+    "jvp", "vjp", "ntk_gram", "ntk_gram_sum", "sketch", "converged_removal", "rational_removal", "rational_sums",
+    "triangular_sqnorm",
 ]  # fmt: skip
 
 
@@ -25,8 +29,22 @@ def draw(*shape, seed=0, dtype=torch.float64):
 
 
 def example(name, number=0, dtype=torch.float64):
-    real = lambda x: isinstance(x, torch.Tensor) and x.is_floating_point()  # noqa: E731
-    return [x.to(dtype) if real(x) else x for x in list(ops.OPS[name].examples(CPU))[number]]
+    convert = lambda x: x.to(dtype) if x.is_floating_point() else x  # noqa: E731
+    return tree_map_only(torch.Tensor, convert, list(list(ops.OPS[name].examples(CPU))[number]))
+
+
+def flattened(name):
+    """An op as a function of its real tensors alone, and those."""
+    values, spec = tree_flatten(example(name))
+    real = [j for j, x in enumerate(values) if torch.is_tensor(x) and x.is_floating_point()]
+
+    def function(*tensors):
+        given = list(values)
+        for j, tensor in zip(real, tensors, strict=True):
+            given[j] = tensor
+        return getattr(ops, name)(*tree_unflatten(given, spec))
+
+    return function, [values[j] for j in real]
 
 
 @pytest.mark.parametrize(
@@ -41,6 +59,32 @@ def test_products(n, k, s, i, o, r):
     torch.testing.assert_close(left, right)
 
 
+class Largest(TorchDispatchMode):
+    """Numbers of the largest tensor that any operation returned."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.size = max([self.size, *(x.numel() for x in tree_leaves(found) if torch.is_tensor(x))])
+        return found
+
+
+@pytest.mark.parametrize("n,k,s,i,o,r", [(40, 5, 3, 6, 7, 30), (60, 2, 9, 4, 5, 40), (90, 1, 1, 8, 9, 50)])
+def test_products_hold_no_more_than_their_arguments(n, k, s, i, o, r, monkeypatch):
+    monkeypatch.setattr(ops.products, "_ELEMENTS", 1)
+    a, g, t, c = draw(n, s, i), draw(n, k, s, o), draw(r, o, i), draw(n, k, r, seed=3)
+    most = max(x.numel() for x in (a, g, t, c))
+    assert most < n * s * r * o / 4
+    for op, last in ((ops.jvp, t), (ops.vjp, c)):
+        with Largest() as largest:
+            got = op.op.body(a, g, last)
+        assert largest.size <= most
+        rows = torch.einsum("nkso,nsi->nkoi", g, a)
+        want = torch.einsum("nkoi,roi->nkr" if op is ops.jvp else "nkoi,nkr->roi", rows, last)
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("s,t,i,o", [(0, 2, 3, 4), (3, 2, 40, 30), (1, 1, 5, 3), (3, 2, 2, 1), (5, 7, 3, 2)])
 def test_gram(s, t, i, o):
     a1, g1, a2, g2 = draw(4, s, i), draw(4, 2, s, o), draw(3, t, i), draw(3, 5, t, o)
@@ -50,6 +94,26 @@ def test_gram(s, t, i, o):
     assert wide.dtype == torch.float32
     exact = ops.ntk_gram(*(x.bfloat16().double() for x in (a1, g1, a2, g2)))
     assert float((wide - exact).abs().max()) <= 1e-5 * float(exact.abs().max())
+
+
+def test_gram_of_several_layers():
+    sizes, n, m = [(3, 2, 40, 30), (1, 1, 5, 3), (5, 7, 3, 2), (0, 0, 4, 2)], 4, 3
+    a1, g1 = [draw(n, s, i) for s, _, i, _ in sizes], [draw(n, 2, s, o) for s, _, _, o in sizes]
+    a2, g2 = [draw(m, t, i) for _, t, i, _ in sizes], [draw(m, 5, t, o) for _, t, _, o in sizes]
+    bias = [True, False, True, True]
+    want = sum(map(ops.ntk_gram, a1, g1, a2, g2))
+    for left, right in ((g1[j].sum(2), g2[j].sum(2)) for j, one in enumerate(bias) if one):
+        want = want + left.flatten(0, 1) @ right.flatten(0, 1).T
+    torch.testing.assert_close(ops.ntk_gram_sum(a1, g1, a2, g2, bias), want)
+    for change, word in [
+        (lambda: (a1[:2], g1, a2, g2, bias), "g1 of ntk_gram_sum"),
+        (lambda: (a1, g1, a2, g2, bias[:2]), "bias of ntk_gram_sum"),
+        (lambda: ([], [], [], [], []), "one or more"),
+        (lambda: (a1[0], g1, a2, g2, bias), "a list of tensors"),
+        (lambda: (a1, g1, [a2[0][:2], *a2[1:]], g2, bias), r"a2\[1\] of ntk_gram_sum"),
+    ]:
+        with pytest.raises(ArgumentError, match=word):
+            ops.ntk_gram_sum(*change())
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -105,9 +169,8 @@ def test_opcheck_on_a_gpu(name, number):
 
 @pytest.mark.parametrize("name", SMOOTH)
 def test_gradcheck(name):
-    arguments = example(name)
-    inputs = [x.clone().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in arguments]
-    assert torch.autograd.gradcheck(getattr(ops, name), inputs, atol=1e-5)
+    function, tensors = flattened(name)
+    assert torch.autograd.gradcheck(function, [x.clone().requires_grad_() for x in tensors], atol=1e-5)
 
 
 @pytest.mark.parametrize("name,number", EXAMPLES)
@@ -119,7 +182,7 @@ def test_whole_graph_compiles(name, number):
 
 @pytest.mark.parametrize("name", SMOOTH)
 def test_forward_mode_is_not_silently_zero(name):
-    arguments, op = example(name), getattr(ops, name)
+    op, arguments = flattened(name)
     step = draw(*arguments[0].shape, seed=9)
     h = 1e-6
     first = lambda x: x[0] if isinstance(x, tuple) else x  # noqa: E731
@@ -219,6 +282,40 @@ def test_sketch_arguments():
     for bad in ((0, 0, 0, "tensor", "auto"), (4, 0, 0, "x", "auto"), (4, 0, 0, "tensor", "x")):
         with pytest.raises(ArgumentError):
             ops.sketch(a, g, *bad)
+
+
+@pytest.mark.parametrize("fault", ["wrong", "fails", "dtype"])
+def test_a_kernel_that_disagrees_is_put_aside(fault, monkeypatch):
+    pytest.importorskip("sui_fast._cpu")
+    op, arguments = ops.sketch.op, example("sketch")
+    kernel = op.kernel("cpu")
+    good = kernel.sketch
+
+    def bad(*args):
+        if fault == "fails":
+            raise RuntimeError("no such instruction")
+        found = good(*args)
+        return found * 1.001 if fault == "wrong" else found.double()
+
+    monkeypatch.setattr(op, "_trusted", {})
+    monkeypatch.setattr(kernel, "sketch", bad)
+    with pytest.warns(RuntimeWarning, match="the cpu kernel of sketch is put aside"):
+        got = ops.sketch(*arguments)
+    assert torch.equal(got, op.body(*arguments)) and ops.explain("sketch", *arguments).backend == "reference"
+    with sui_fast.use_backend("cpu"), pytest.raises(BackendError):
+        ops.sketch(*arguments)
+
+
+def test_self_tests_are_short():
+    for op in ops.OPS.values():
+        for backend in op.kernels:
+            if ops.backends()[backend] is None and not isinstance(op.kernel(backend), str):
+                times = []
+                for _ in range(3):
+                    start = time.process_time()
+                    assert op._compare(backend, CPU if backend == "cpu" else torch.device("cuda", 0)) is None
+                    times.append(time.process_time() - start)
+                assert min(times) <= 0.02, (op.name, backend, times)
 
 
 def test_self_test_and_backends():

@@ -20,12 +20,14 @@ import torch
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
+from torch.utils._pytree import tree_map_only  # noqa: E402
 
+import sui_fast  # noqa: E402
 from sui_fast import ops  # noqa: E402
 from sui_fast.ops.sketching import _random  # noqa: E402
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-FAMILIES = {"ntk_gram": "gram", "jvp": "products", "vjp": "products", "sketch": "sketching"}
+FAMILIES = {"ntk_gram": "gram", "ntk_gram_sum": "gram", "jvp": "products", "vjp": "products", "sketch": "sketching"}
 DEVICE = "cpu"
 
 
@@ -65,16 +67,16 @@ def compare(name, *args):
     with poisoned():
         got = getattr(kernels, name)(*args)
     plain = body(*args)
-    exact = body(*(x.double() if torch.is_tensor(x) else x for x in args))
+    exact = body(*tree_map_only(torch.Tensor, torch.Tensor.double, args))
     assert got.shape == exact.shape and got.dtype == plain.dtype, (name, got.shape, exact.shape)
     if got.numel():
         size = float(exact.abs().max()) + 1e-300
         mine, theirs = float((got - exact).abs().max()) / size, float((plain - exact).abs().max()) / size
         if got.dtype == torch.float64:  # the body errs as much as in float32, in units of the last place
-            single = body(*(x.float() if torch.is_tensor(x) else x for x in args))
+            single = body(*tree_map_only(torch.Tensor, torch.Tensor.float, args))
             theirs = float((single - exact).abs().max()) / size * 2.0**-29
-        shapes = [list(x.shape) if torch.is_tensor(x) else x for x in args]
-        assert mine <= 2 * theirs + 4 * torch.finfo(got.dtype).eps, (name, args[0].dtype, shapes, mine, theirs)
+        shapes = tree_map_only(torch.Tensor, lambda x: (list(x.shape), x.dtype), args)
+        assert mine <= 2 * theirs + 4 * torch.finfo(got.dtype).eps, (name, shapes, mine, theirs)
 
 
 def compare_gram():
@@ -90,9 +92,49 @@ def compare_gram():
     kernels = module("gram")
     none = draw(torch.float32, 3, 1, 4)[:, :0], draw(torch.float32, 3, 2, 1, 4)[:, :, :0]
     assert torch.equal(kernels.ntk_gram(*none, *none), torch.zeros(6, 6, device=DEVICE))
-    assert kernels.pairs(1, 1, 9, 9) == (1, 1) and kernels.pairs(4, 4, 9, 9) == (4, 4)
+    assert kernels.pairs(1, 1, [(1, 9, 9)])[0] == (1, 1) and kernels.pairs(4, 4, [(1, 9, 9)])[0] == (4, 4)
     many = draw(torch.float32, 2, 64, 3), draw(torch.float32, 2, 1, 64, 3)
     assert "rows" in kernels.refuse_ntk_gram(*many, *many)
+    compare_gram_sum(kernels)
+    if DEVICE == "cpu":
+        compare_large(70, 33, 40)  # that what runs on a GPU alone does run
+
+
+def compare_gram_sum(kernels):
+    """Layers of different sizes, some in the launch, some with one of their own, some as rows."""
+    cases = [  # n1 k1 n2 k2, then s1 s2 i o of every layer
+        ((5, 1, 3, 1), [(1, 1, 17, 9), (3, 2, 7, 13), (1, 1, 1, 1), (2, 5, 33, 31)]),
+        ((7, 3, 6, 2), [(1, 1, 15, 4), (2, 2, 16, 8), (64, 64, 3, 3)]),
+        ((3, 5, 4, 4), [(1, 1, 40, 5), (1, 1, 3000, 2), (3, 1, 9, 63)]),
+        ((67, 1, 65, 1), [(1, 1, 65, 31), (1, 1, 0, 3), (1, 1, 3, 5)]),
+        ((2, 4, 3, 3), [(1, 1, 4000, 2)]),
+        ((2, 2, 2, 2), [(64, 64, 3, 3), (64, 64, 3, 4)]),
+        ((0, 2, 3, 2), [(1, 1, 4, 4), (2, 2, 3, 3)]),
+        ((3, 2, 4, 2), [(0, 0, 4, 4), (1, 1, 3, 0)]),
+    ]  # fmt: skip
+    seen, kernels._ONCE_MORE = set(), 10  # so that small layers show every way
+    for (n1, k1, n2, k2), layers in cases:
+        for dtype in DTYPES:
+            a1 = [draw(dtype, n1, i, s).transpose(1, 2) for s, _, i, _ in layers]
+            g1 = [draw(dtype, n1, s, k1, o).transpose(1, 2) for s, _, _, o in layers]
+            a2 = [draw(dtype, n2, t, i) for _, t, i, _ in layers]
+            g2 = [draw(dtype, n2, k2, t, o) for _, t, _, o in layers]
+            bias = [j % 2 == 0 for j in range(len(layers))]
+            compare("ntk_gram_sum", a1, g1, a2, g2, bias)
+            _, together, apart, rows = kernels._layers(a1, g1, a2, g2)
+            seen |= {name for name, part in (("one", together), ("own", apart), ("rows", rows)) if part}
+            refused = kernels.refuse_ntk_gram_sum(a1, g1, a2, g2, bias)
+            assert (refused is None) == bool(together or apart)
+    assert seen == {"one", "own", "rows"}
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(2, 3, 3), torch.nn.Flatten(), torch.nn.Linear(27, 7, bias=False), torch.nn.LayerNorm(7),
+        torch.nn.Linear(7, 2),
+    ).to(DEVICE, torch.float64)  # fmt: skip
+    found = sui_fast.jacobian(model, torch.randn(9, 2, 5, 5, dtype=torch.float64, device=DEVICE))
+    rows = found.rows()
+    with sui_fast.use_backend("ntk_gram_sum=triton"):
+        torch.testing.assert_close(found.gram(), rows @ rows.T)
+        torch.testing.assert_close(found.gram(found.select(range(2, 5)), memory=1), rows @ rows[4:10].T)
 
 
 def compare_products():
@@ -106,6 +148,12 @@ def compare_products():
             a, g = draw(dtype, n, i, s).transpose(1, 2), draw(dtype, n, s, k, o).transpose(1, 2)
             compare("jvp", a, g, draw(dtype, r, i, o).transpose(1, 2))
             compare("vjp", a, g, draw(dtype, n, r, k).transpose(1, 2))
+    fresh, made = torch.Tensor.new_empty, []
+    torch.Tensor.new_empty = lambda *args, **kwargs: made.append(fresh(*args, **kwargs)) or made[-1]
+    a, g, t, c = (draw(torch.float32, *size) for size in ((70, 3, 5), (70, 2, 3, 40), (9, 40, 5), (70, 2, 9)))
+    module("products").jvp(a, g, t), module("products").vjp(a, g, c)
+    torch.Tensor.new_empty = fresh  # results and partial sums of them are all that is made
+    assert max(x.numel() for x in made) < 70 * 3 * 9 * 40 / 4, [x.shape for x in made]
 
 
 @triton.jit
@@ -133,13 +181,39 @@ def compare_sketch():
     shapes = [  # n k s i o rank
         (1, 1, 1, 1, 1, 1), (3, 2, 1, 17, 9, 127), (2, 3, 5, 7, 13, 64), (5, 1, 1, 33, 7, 257), (1, 2, 2, 65, 5, 36),
         (0, 2, 3, 4, 5, 8), (3, 2, 0, 4, 5, 8), (3, 2, 1, 4, 0, 8),
+        (2, 3, 17, 9, 33, 64), (1, 1, 131, 5, 7, 4224), (3, 2, 64, 3, 17, 31),
     ]  # fmt: skip
+    assert kernels._is_fused(torch.float32, 131, 7, 4224) and kernels._outer_plan(torch.float32, 1, 131, 66, 64)[3] > 1
     for n, k, s, i, o, rank in shapes:
         for dtype in DTYPES:
             a, g = draw(dtype, n, i, s).transpose(1, 2), draw(dtype, n, s, k, o).transpose(1, 2)
-            for kind in ("two_sided", "rademacher"):
+            for kind in ("two_sided", "rademacher") if s < 16 else ("two_sided",):
                 compare("sketch", a, g, rank, 1 << 40 | 3, 11, kind, "auto")
     assert kernels.refuse_sketch(a, g, 8, 0, 0, "sjlt") and kernels.refuse_sketch(a, g, 8, 0, 0)
+
+
+def compare_large(n=1 << 16, m=32_769, i=16_400):
+    """Results and arguments of more than 2^31 numbers, compared where the last of them lie."""
+    left = draw(torch.bfloat16, n, 1, 16), draw(torch.bfloat16, n, 1, 1, 16)
+    right = draw(torch.bfloat16, m, 1, 16), draw(torch.bfloat16, m, 1, 1, 16)
+    last = slice(n - 3, n)
+    want = ops.ntk_gram.op.body(*(x[last] for x in left), *right)
+    torch.testing.assert_close(module("gram").ntk_gram(*left, *right)[last], want, rtol=1e-4, atol=1e-4)
+    sums = module("gram").ntk_gram_sum(*([x] for x in (*left, *right)), [False])
+    torch.testing.assert_close(sums[last], want, rtol=1e-4, atol=1e-4)
+    del sums
+    count = (n * m) // i + 5
+    a = torch.zeros(count, 1, i, dtype=torch.bfloat16, device=DEVICE)
+    g, t = draw(torch.bfloat16, count, 1, 1, 2), draw(torch.bfloat16, 1, 2, i)
+    a[-3:] = draw(torch.bfloat16, 3, 1, i)
+    got = module("products").jvp(a, g, t)
+    torch.testing.assert_close(got[-3:], ops.jvp.op.body(a[-3:], g[-3:], t), rtol=1e-4, atol=1e-2)
+    got, c = module("products").vjp(a, g, g[:, :, 0]), g[-3:, :, 0]
+    torch.testing.assert_close(got, ops.vjp.op.body(a[-3:], g[-3:], c), rtol=1e-4, atol=1e-2)
+    for kind in ("two_sided", "rademacher"):
+        got = module("sketching").sketch(a, g, 4, 0, 0, kind)
+        want = ops.sketch.op.body(a[-3:], g[-3:], 4, 0, 0, kind)
+        torch.testing.assert_close(got[-3:], want, rtol=1e-4, atol=1e-1)
 
 
 def exact_solve(kernel, right):
@@ -222,6 +296,12 @@ def launches():
                 if dtype == torch.bfloat16 or p == q and dtype != torch.float16:
                     constants = common | {"PAIR1": p, "PAIR2": q, "SINGLE": single} | sizes
                     yield gram.gram_kernel, dtype, constants, warps, stages, even, alone
+    for (dtype, kind), (m, n, c, warps, stages) in gram.SUM_BLOCKS.items():
+        for p, q in [(1, 1), (4, 4)]:
+            common = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_C": c, "PRECISION": kind, "PAIR1": p, "PAIR2": q}
+            if dtype != torch.float16 and (p == 1 or dtype == torch.bfloat16):
+                constants = common | {"ALIGNED": 16 // dtype.itemsize}
+                yield gram.gram_sum_kernel, dtype, constants, warps, stages, (), p == 1
     for (dtype, kind), (p, o, c, warps, stages) in products.JVP_BLOCKS.items():
         for s, k in [(1, 1), (p, 16)]:
             constants = {"BLOCK_P": p, "BLOCK_S": s, "BLOCK_O": o, "BLOCK_C": c, "OUTPUTS": k, "PRECISION": kind}
@@ -248,6 +328,12 @@ def launches():
             constants = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_C": c, "PARTS": parts, "TIMES_G": times_g}
             divisible = (*even, "x_row", "x_step", "columns")
             yield sketching.project_kernel, dtype, constants, warps, stages, divisible, True
+    for dtype, (most, x, y, c, parts, warps, stages) in sketching.OUTER.items():
+        for s in (16, most):
+            constants = {"BLOCK_S": s, "BLOCK_X": x, "BLOCK_Y": y, "BLOCK_C": c, "PARTS": parts}
+            if s == most or dtype == torch.bfloat16:
+                divisible = ("o_size", "side", "width", "s_span")
+                yield sketching.two_sided_kernel, dtype, constants, warps if s > 16 else 4, stages, divisible, True
     for dtype in (torch.float64, torch.float32):
         for matrix in (True, False):
             m, n, c, warps, stages = removal.MOMENTS[matrix]
@@ -277,7 +363,10 @@ def compile_all(arch, ones=False):
             sizes = [x for x in parameters if not x.startswith("p_") and not x.isupper() and x not in words]
             constants = constants | dict.fromkeys(sizes, 1)
         types = {x: "*" + (wide if removal and x != "p_u" else names[dtype]) for x in parameters if x.startswith("p_")}
-        types |= {"p_out": "*" + wide} | dict.fromkeys(constants, "constexpr")
+        special = {"p_out": wide, "p_right": wide, "p_table": "i64"}
+        special["p_signs"] = "bf16" if dtype == torch.float32 else names[dtype]
+        types |= {x: "*" + special[x] for x in special if x in types}
+        types |= dict.fromkeys(constants, "constexpr")
         signature = {x: types.get(x, "i32") for x in parameters}
         places = [
             (j,) for j, x in enumerate(parameters) if signature[x][0] == "*" or (x in even and x not in constants)
@@ -293,6 +382,7 @@ def compile_all(arch, ones=False):
         assert len(built.asm["ptx"]) > 1000 and shared <= {80: 160, 90: 220}[arch] * 1024, (constants, shared)
         print(kernel.fn.__name__, names[dtype], arch, constants, "shared", shared, "stack", stack)
         allowed = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 160  # older: a few registers
+        assert "tf32" in constants.get("PRECISION", "") or "tf32" not in built.asm["ptx"]  # only when asked for
         assert not clean or ones or stack is None or stack <= allowed, (kernel.fn.__name__, dtype, constants, stack)
     print("launches", count)
 
@@ -334,10 +424,30 @@ def test_every_launch_compiles_ahead_of_time(arguments, tmp_path):
     assert "launches" in run("compile", *arguments, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
 
 
+def test_tf32_is_used_only_where_it_was_allowed():
+    precision = importlib.import_module("sui_fast.ops._launch").precision
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        for allowed in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            assert precision(torch.float32) == ("tf32" if allowed else "ieee")
+            assert precision(torch.float64) == precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu():
     assert "compared" in run("cuda", *COMPARISONS, TRITON_INTERPRET="0")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_more_than_two_to_the_31_numbers_on_a_gpu():
+    if torch.cuda.get_device_properties(0).total_memory < 60e9:
+        pytest.skip("needs 60 GB")
+    assert "compared" in run("cuda", "large", TRITON_INTERPRET="0")
 
 
 if __name__ == "__main__":
@@ -347,5 +457,5 @@ if __name__ == "__main__":
     else:
         DEVICE = sys.argv[1]
         for chosen in sys.argv[2:]:
-            COMPARISONS[chosen]()
+            (compare_large if chosen == "large" else COMPARISONS[chosen])()
         print("compared")

@@ -8,6 +8,8 @@ from torch import Tensor
 from .._op import op
 from .._register import wide_dtype
 
+_ELEMENTS = 1 << 21  # of one intermediate, at least
+
 
 def _examples(right: str):
     def make(device):
@@ -34,7 +36,7 @@ def jvp(a: Tensor, g: Tensor, tangents: Tensor) -> Tensor:
 
         result[n, k, r] = sum_s g[n, k, s]^T tangents[r] a[n, s]
 
-    By the rows or by the positions, whichever are fewer.
+    By the rows or by the positions, whichever takes fewer operations, some samples at a time.
 
     Args:
         a: layer inputs [n, s, i]. g: gradients of the outputs with respect to the layer's result [n, k, s, o].
@@ -46,12 +48,20 @@ def jvp(a: Tensor, g: Tensor, tangents: Tensor) -> Tensor:
     Source: docs/math.md, section 9.
     """
     wide = wide_dtype(a.dtype)
-    a, g, tangents = a.to(wide), g.to(wide), tangents.to(wide)
     (n, k, s, o), (r, _, i) = g.shape, tangents.shape
-    if s > k and n * k * o * i > 0:  # the rows are fewer than the positions
-        return _rows(a, g).flatten(0, 1).mm(tangents.reshape(r, o * i).T).reshape(n, k, r)
-    moved = torch.einsum("nsi,roi->nsro", a, tangents)
-    return torch.einsum("nkso,nsro->nkr", g, moved)
+    if 0 in (n, k, s, o, i, r):
+        return a.new_zeros(n, k, r, dtype=wide)
+    tangents, by_rows = tangents.to(wide), _by_rows(k, s, i, o, r)
+    right = tangents.reshape(r, o * i).T if by_rows else tangents.reshape(r * o, i).T
+    parts = []
+    for part in _parts(k * o * i if by_rows else s * o * r, a, g, r * o * i):
+        x, y = a[part].to(wide), g[part].to(wide)
+        if by_rows:
+            parts.append((_rows(x, y).flatten(0, 1) @ right).unflatten(0, (-1, k)))
+        else:  # [b, s, k, o] times [b, s, o, r]
+            moved = (x.flatten(0, 1) @ right).reshape(-1, s, r, o)
+            parts.append((y.transpose(1, 2) @ moved.transpose(2, 3)).sum(1))
+    return torch.cat(parts)
 
 
 @op(
@@ -75,12 +85,31 @@ def vjp(a: Tensor, g: Tensor, cotangents: Tensor) -> Tensor:
     Source: docs/math.md, section 9.
     """
     wide = wide_dtype(a.dtype)
-    a, g, cotangents = a.to(wide), g.to(wide), cotangents.to(wide)
     (n, k, s, o), i, r = g.shape, a.shape[2], cotangents.shape[2]
-    if s > k and n * k * o * i > 0:
-        return cotangents.reshape(n * k, r).T.mm(_rows(a, g).flatten(0, 1)).reshape(r, o, i)
-    pulled = torch.einsum("nkr,nkso->rons", cotangents, g)
-    return torch.einsum("rons,nsi->roi", pulled, a)
+    if 0 in (n, k, s, o, i, r):
+        return a.new_zeros(r, o, i, dtype=wide)
+    cotangents, by_rows = cotangents.to(wide).transpose(1, 2), _by_rows(k, s, i, o, r)
+    total = None
+    for part in _parts(k * o * i if by_rows else s * o * r, a, g, r * o * i):
+        x, y, c = a[part].to(wide), g[part].to(wide), cotangents[part]
+        if by_rows:
+            found = c.transpose(0, 1).reshape(r, -1) @ _rows(x, y).flatten(0, 1)
+        else:  # c g [b, s, r, o], then [r o, b s] times a
+            pulled = c[:, None] * y.transpose(1, 2) if k == 1 else c[:, None] @ y.transpose(1, 2)
+            found = pulled.reshape(-1, r * o).T @ x.flatten(0, 1)
+        total = found if total is None else total + found
+    return total.reshape(r, o, i)
+
+
+def _by_rows(k: int, s: int, i: int, o: int, r: int) -> bool:
+    """Whether forming the rows [o, i] of a sample takes fewer operations than products of its positions."""
+    return k * i * (s + r) < s * r * (i + k)
+
+
+def _parts(size: int, a: Tensor, g: Tensor, weights: int) -> list[slice]:
+    """Samples at a time, so that an intermediate of a size each is no larger than what the call holds anyway."""
+    step = max(1, max(_ELEMENTS, a.numel(), g.numel(), weights) // size)
+    return [slice(begin, begin + step) for begin in range(0, len(a), step)]
 
 
 def _rows(a: Tensor, g: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ _ELEMENTS = 1 << 24  # of one intermediate
 def _examples(device):
     rng = torch.Generator().manual_seed(0)
     a, g = torch.randn(3, 4, 6, generator=rng).to(device), torch.randn(3, 2, 4, 5, generator=rng).to(device)
-    return [(a, g, 8, 1, 2, kind, "auto") for kind in KINDS]
+    many = torch.randn(2, 17, 6, generator=rng).to(device), torch.randn(2, 2, 17, 5, generator=rng).to(device)
+    return [*((a, g, 8, 1, 2, kind, "auto") for kind in KINDS), (*many, 8, 1, 2, "two_sided", "auto")]
 
 
 def _check(a, g, rank, seed, stream, kind, route) -> None:

@@ -1,7 +1,7 @@
 """C++ kernels of the sketches (csrc/cpu/rows_kernels.cpp); products and transforms stay with PyTorch's libraries.
 
-The tensor sketch is in `_tensor_cpu.py`, but for ranks that are no powers of two: count sketches, PyTorch's transforms,
-the product summed over positions, one transform back.
+The tensor sketch is in `_tensor_cpu.py`, but where PyTorch's transforms are faster (few positions, ranks that are no
+powers of two, or above 8192): count sketches, transforms, the product summed over positions, one transform back.
 """
 
 from __future__ import annotations
@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 from .._register import wide_dtype
-from ._tensor_cpu import NAMES, add_fourier, add_scatter, call, fft_is_cheaper, finish, has_fourier, hashed
+from ._tensor_cpu import (
+    NAMES,
+    add_fourier,
+    add_scatter,
+    call,
+    fft_is_cheaper,
+    finish,
+    hashed,
+    library_fft_time,
+    new_sums,
+    own_fft_time,
+)
 
 _BUFFER = 1 << 18  # numbers of one intermediate: they stay in the second cache
 
@@ -48,11 +59,11 @@ def refuse_sketch(
 # Tensor sketch --------------------------------------------------------------------------------------------------------
 def _tensor(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, route: str) -> None:
     (n, k, s, o), i, rank = g.shape, a.shape[2], out.shape[2]
-    if route == "scatter" or route == "auto" and not fft_is_cheaper(s, i, o, k, rank):
+    if route == "scatter" or route == "auto" and not fft_is_cheaper(n, s, i, o, k, rank):
         add_scatter(a, g, out, seed, stream, False)
-    elif has_fourier(rank):
-        sums = torch.zeros(n, k, 2, rank, dtype=out.dtype)
-        add_fourier([(a, g, stream, False)], sums, seed)
+    elif own_fft_time(n, s, i, o, k, rank) < library_fft_time(n, s, i, o, k, rank):
+        sums = new_sums(out)
+        add_fourier([(a, g, stream, False)], rank, sums, seed)
         finish(sums, out)
     else:
         tables = (hashed(size, rank, word, stream, seed, out.dtype) for size, word in ((i, 0), (o, 1)))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _nvrtc
 from .._register import wide_dtype
+from ._fold import fold, transform_length
 from ._random import bucket_and_sign
 
 _THREADS = 256
@@ -32,9 +33,12 @@ def sketch(
     a, g = _nvrtc.dense(a), _nvrtc.dense(g)
     out = torch.zeros(*g.shape[:2], rank, dtype=wide_dtype(a.dtype), device=a.device)
     if out.numel() and a.numel() and g.numel():
-        tables = _tables(a, g, out, seed, stream) if kind == "tensor" else (None,) * 4
-        if kind == "tensor" and _takes_fft(out) and (route == "fft" or route == "auto" and _cheap_fft(a, g)):
-            _by_fft(a, g, out, tables)
+        tables = _tables(a.shape[2], g.shape[3], out, seed, stream) if kind == "tensor" else (None,) * 4
+        length = _fourier_length(out) if kind == "tensor" else None
+        if length is not None and (route == "fft" or route == "auto" and _cheap_fft(a, g)):
+            long = torch.empty(*out.shape[:2], length, dtype=out.dtype, device=out.device)
+            _fft(a, g, False, tables, None, long)
+            return fold(long, rank)
         else:
             _by_scatter(a, g, out, tables, seed & 0xFFFFFFFFFFFFFFFF, stream & 0xFFFFFFFF)
     return out
@@ -51,8 +55,8 @@ def refuse_sketch(
     if torch.are_deterministic_algorithms_enabled():
         return "torch.use_deterministic_algorithms is on; it adds in any order"
     out = torch.empty(0, 0, rank, dtype=wide_dtype(a.dtype), device=a.device)
-    if kind == "tensor" and route == "fft" and not _takes_fft(out):
-        return f"the fft route with rank {rank}; it takes powers of two from 2 to 4096"
+    if kind == "tensor" and route == "fft" and _fourier_length(out) is None:
+        return f"the fft route with rank {rank}; its transforms serve powers of two to 4096 and other ranks to 2048"
     most = _nvrtc.limits(a.device).shared // out.element_size()
     if rank > most:
         return f"rank {rank}; it takes at most {most}, whose sums fit shared memory"
@@ -61,14 +65,16 @@ def refuse_sketch(
     return None
 
 
-def _fft_bytes(out: Tensor) -> int:
-    rank = out.shape[2]
-    return 2 * (rank + rank // 8) * out.element_size()
+def _fourier_length(out: Tensor) -> int | None:
+    """Length of the transform that serves ranks like that of out, or None."""
+    length = transform_length(out.shape[2], 2, 4096)
+    if length is None or _fft_bytes(length, out.dtype) > _nvrtc.limits(out.device).shared:
+        return None
+    return length
 
 
-def _takes_fft(out: Tensor) -> bool:
-    rank = out.shape[2]
-    return rank & (rank - 1) == 0 and 2 <= rank <= 4096 and _fft_bytes(out) <= _nvrtc.limits(out.device).shared
+def _fft_bytes(length: int, dtype: torch.dtype) -> int:
+    return 2 * (length + length // 8) * dtype.itemsize
 
 
 def _cheap_fft(a: Tensor, g: Tensor) -> bool:
@@ -77,10 +83,10 @@ def _cheap_fft(a: Tensor, g: Tensor) -> bool:
     return s * (i + o + 40_000) < o * i * (4.0 + 0.05 * s)
 
 
-def _tables(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int) -> tuple[Tensor, ...]:
+def _tables(i: int, o: int, out: Tensor, seed: int, stream: int) -> tuple[Tensor, ...]:
     """Places and signs of inputs and outputs."""
-    place_a, sign_a = bucket_and_sign(a.shape[2], out.shape[2], 0, stream, seed, a.device, out.dtype)
-    place_g, sign_g = bucket_and_sign(g.shape[3], out.shape[2], 1, stream, seed, a.device, out.dtype)
+    place_a, sign_a = bucket_and_sign(i, out.shape[2], 0, stream, seed, out.device, out.dtype)
+    place_g, sign_g = bucket_and_sign(o, out.shape[2], 1, stream, seed, out.device, out.dtype)
     return place_a.int(), sign_a, place_g.int(), sign_g
 
 
@@ -98,16 +104,80 @@ def _roots(rank: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor,
     return torch.stack([angle.cos(), angle.sin()], 1).to(dtype).to(device), slot.int().to(device)
 
 
-def _by_fft(a: Tensor, g: Tensor, out: Tensor, tables: tuple[Tensor, ...]) -> None:
-    (n, k, s, o), i, rank = g.shape, a.shape[2], out.shape[2]
-    roots, slots = _roots(rank, out.dtype, out.device)
+def _balance(a: Tensor, g: Tensor, ones: bool, dtype: torch.dtype) -> Tensor:
+    """Powers of two u [n, k, s] that make u a and g / u about equal in norm; 0 where either is 0."""
+
+    def size(x: Tensor) -> tuple[Tensor, Tensor]:
+        """Twice the exponent of the geometric mean of sum and largest of |x|, which is near the norm; where x is 0."""
+        if x.shape[-1] == 0:
+            return torch.zeros(x.shape[:-1], dtype=torch.int32, device=x.device), x.new_ones(x.shape[:-1]).bool()
+        most, total = (torch.linalg.vector_norm(x, order, -1, dtype=dtype) for order in (math.inf, 1))
+        return most.frexp().exponent + total.frexp().exponent, most == 0
+
+    (size_a, no_a), (size_g, no_g) = size(a), size(g)
+    if ones:
+        size_a, no_a = size_a.where(~no_a, 0).clamp_min(2), torch.zeros_like(no_a)
+    half = (size_g - size_a[:, None]).div(4, rounding_mode="floor")
+    return torch.exp2(half.clamp(-100, 100).to(dtype)).masked_fill_(no_a[:, None] | no_g, 0).contiguous()
+
+
+def _fft(a: Tensor, g: Tensor, ones: bool, tables: tuple, sums: Tensor | None, out: Tensor | None) -> None:
+    """One launch: what it adds up starts from sums where there are some, and ends in out, or else in sums."""
+    like = sums if out is None else out
+    (n, k, s, o), i, dtype = g.shape, a.shape[2], wide_dtype(a.dtype)
+    length = out.shape[2] if sums is None else 2 * (sums.shape[2] - 1)
+    roots, slots = _roots(length, dtype, like.device)
     place_a, sign_a, place_g, sign_g = tables
     place_a, place_g = slots[place_a.long()], slots[place_g.long()]
-    threads = max(32, min(_THREADS, rank // 8))  # 2049 frequencies of rank 4096 are 9 of a thread, which it keeps
-    args = (a, g, k, s, i, o, rank.bit_length() - 1, place_a, sign_a, place_g, sign_g, roots, out)
-    _nvrtc.launch("sketch.cu", f"tensor_fft_{_NAMES[a.dtype]}", (n * k,), threads, _fft_bytes(out), out, *args)
+    threads = max(32, min(_THREADS, length // 8))  # 2049 frequencies of length 4096 are 9 of a thread, which it keeps
+    args = (a, g, k, s, i, o, ones, length.bit_length() - 1, place_a, sign_a, place_g, sign_g)
+    args = (*args, _balance(a, g, ones, dtype), roots, sums, out)
+    shared = _fft_bytes(length, dtype)
+    _nvrtc.launch("sketch.cu", f"tensor_fft_{_NAMES[a.dtype]}", (n * k,), threads, shared, like, *args)
 
 
+# Sums over layers (sums.py), as in _tensor_cpu.py ---------------------------------------------------------------------
+def prefers_fourier(a: Tensor, g: Tensor, ones: bool, out: Tensor) -> bool:
+    return _fourier_length(out) is not None and _cheap_fft(a, g)
+
+
+def new_sums(out: Tensor) -> Tensor:
+    """Of frequencies 0 .. length / 2."""
+    kind = torch.complex64 if out.dtype == torch.float32 else torch.complex128
+    return torch.zeros(*out.shape[:2], _fourier_length(out) // 2 + 1, dtype=kind, device=out.device)
+
+
+def _readable(a: Tensor, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    kind = a.dtype if a.dtype == g.dtype and wide_dtype(a.dtype) == dtype else dtype
+    return _nvrtc.dense(a.to(kind)), _nvrtc.dense(g.to(kind))
+
+
+def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums: Tensor, seed: int) -> None:
+    """sums [n, k, length / 2 + 1] of the products of the transforms of layers (a, g, stream, ones)."""
+    like = torch.empty(0, 0, rank, dtype=sums.real.dtype, device=sums.device)
+    for a, g, stream, ones in layers:
+        a, g = _readable(a, g, like.dtype)
+        _fft(a, g, ones, _tables(a.shape[2] + ones, g.shape[3], like, seed, stream), sums, None)
+
+
+def finish(sums: Tensor, out: Tensor) -> None:
+    """out [n, k, rank] += what the sums of `add_fourier` belong to: a layer without positions, and the way back."""
+    (n, k, width), rank = sums.shape, out.shape[2]
+    found = torch.empty(n, k, 2 * (width - 1), dtype=out.dtype, device=out.device)
+    a, g = out.new_empty(n, 0, 1), out.new_empty(n, k, 0, 1)
+    _fft(a, g, False, _tables(1, 1, found, 0, 0), sums, found)
+    out += fold(found, rank)
+
+
+def add_scatter(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, ones: bool) -> None:
+    """Rows [o, i] added to out [n, k, rank] bucket by bucket."""
+    a, g = _readable(a, g, out.dtype)
+    a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2) if ones else a
+    tables = _tables(a.shape[2], g.shape[3], out, seed, stream)
+    _by_scatter(a, g, out, tables, seed & 0xFFFFFFFFFFFFFFFF, stream & 0xFFFFFFFF)
+
+
+# Scatter --------------------------------------------------------------------------------------------------------------
 def _by_scatter(a: Tensor, g: Tensor, out: Tensor, tables: tuple, seed: int, stream: int) -> None:
     (n, k, s, o), i = g.shape, a.shape[2]
     if s == 1 and i == 1 and tables[0] is None:  # rows as they are, scaled at the end

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import _cpu
+from ._fold import fold, transform_length
 
 NAMES = {torch.float32: "float32", torch.float64: "float64"}
 _ROWS = 1 << 19  # numbers of formed rows at a time: they stay in the second cache
@@ -31,19 +32,18 @@ def hashed(size: int, buckets: int, word: int, stream: int, seed: int, dtype: to
     return place, sign
 
 
-def has_fourier(rank: int) -> bool:
-    """Whether the transform of this length is in C++: powers of two."""
-    least, most = _cpu.FOURIER_RANKS
-    return least <= rank <= most and rank & (rank - 1) == 0
+def fourier_length(rank: int) -> int | None:
+    """Length of the transform in C++ that serves a rank, or None."""
+    return transform_length(rank, *_cpu.FOURIER_RANKS)
 
 
 @functools.lru_cache(maxsize=16)
-def _tables(rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines and sines of -2 pi j / rank; the frequency that ends at each place, and the place of each frequency."""
-    angle = torch.arange(rank, dtype=torch.float64) * (-2 * math.pi / rank)
-    frequency, place = torch.empty(rank, dtype=torch.int32), torch.empty(rank, dtype=torch.int32)
-    call("fourier_order", dtype)(rank, frequency.data_ptr())
-    place[frequency.long()] = torch.arange(rank, dtype=torch.int32)
+def _tables(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosines and sines of -2 pi j / length; the frequency that ends at each place, and the place of each frequency."""
+    angle = torch.arange(length, dtype=torch.float64) * (-2 * math.pi / length)
+    frequency, place = torch.empty(length, dtype=torch.int32), torch.empty(length, dtype=torch.int32)
+    call("fourier_order", dtype)(length, frequency.data_ptr())
+    place[frequency.long()] = torch.arange(length, dtype=torch.int32)
     return torch.cat([angle.cos(), angle.sin()]).to(dtype), frequency, place
 
 
@@ -70,9 +70,9 @@ def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.stride(2) == 1 and x.shape[2] >= 16 else x.contiguous()
 
 
-def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], sums: Tensor, seed: int) -> None:
-    """sums [n, k, 2, rank] of the squares of the transforms of layers (a, g, stream, ones) of equal n, k, s."""
-    (n, k, s, _), rank, dtype = layers[0][1].shape, sums.shape[3], sums.dtype
+def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums: Tensor, seed: int) -> None:
+    """sums [n, k, 2, length] of the squares of the transforms of layers (a, g, stream, ones) of equal n, k, s."""
+    (n, k, s, _), length, dtype = layers[0][1].shape, sums.shape[3], sums.dtype
     kept, sides = [], []
     for a, g, stream, ones in layers:
         i, o = a.shape[2], g.shape[3]
@@ -80,34 +80,45 @@ def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], sums: Tensor, se
         left, right = _hashed(i + ones, rank, 0, stream, seed, dtype), _hashed(o, rank, 1, stream, seed, dtype)
         kept.append((a, g, left, right))
         sides.append((_side(a, i, ones, left), _side(g, o, False, right)))
-    roots = _tables(rank, dtype)[0]
-    call("fourier", dtype)(sides, n, k, s, rank, roots.data_ptr(), sums.data_ptr(), torch.get_num_threads())
+    roots = _tables(length, dtype)[0]
+    call("fourier", dtype)(sides, n, k, s, length, roots.data_ptr(), sums.data_ptr(), torch.get_num_threads())
+
+
+def prefers_fourier(a: Tensor, g: Tensor, ones: bool, out: Tensor) -> bool:
+    (n, k, s, o), i = g.shape, a.shape[2] + ones
+    sizes = n, s, i, o, k, out.shape[2]
+    return own_fft_time(*sizes) < scatter_time(*sizes)
+
+
+def new_sums(out: Tensor) -> Tensor:
+    return out.new_zeros(*out.shape[:2], 2, fourier_length(out.shape[2]))
 
 
 def finish(sums: Tensor, out: Tensor) -> None:
     """out [n, k, rank] += the sketches that the sums of `add_fourier` belong to."""
-    (n, k, _, rank), dtype = sums.shape, sums.dtype
-    tables = (table.data_ptr() for table in _tables(rank, dtype))
-    call("fourier_finish", dtype)(sums.data_ptr(), n * k, rank, *tables, out.data_ptr(), torch.get_num_threads())
+    (n, k, _, length), rank, dtype = sums.shape, out.shape[2], sums.dtype
+    tables = (table.data_ptr() for table in _tables(length, dtype))
+    found = out if length == rank else out.new_zeros(n, k, length)
+    call("fourier_finish", dtype)(sums.data_ptr(), n * k, length, *tables, found.data_ptr(), torch.get_num_threads())
+    if length != rank:
+        out += fold(found, rank)
 
 
 def add_scatter(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, ones: bool) -> None:
     """Rows [o, i] of some samples at a time, by matrix products, scattered to out [n, k, rank]."""
     (n, k, s, o), i, rank, dtype = g.shape, a.shape[2], out.shape[2], out.dtype
     left, right = hashed(i + ones, rank, 0, stream, seed, dtype), hashed(o, rank, 1, stream, seed, dtype)
-    if ones:  # rows [o, 1] at the place of the last input: a column joined to a would be a copy of a
-        rows = g.sum(2, dtype=dtype).contiguous()
-        tables = [right[0].data_ptr(), right[1].data_ptr(), left[0][i:].data_ptr(), left[1][i:].data_ptr()]
-        args = (rows.data_ptr(), n * k, o, 1, *tables, rank)
-        call("scatter_rows", dtype)(*args, out.data_ptr(), torch.get_num_threads())
+    if ones:
+        _add_bias(g.sum(2, dtype=dtype), left, right, i, out)
     step = -(-max(16 // k, min(n, _ROWS // (k * o * i))) // 16) * 16
     flip = i < o  # the longer lines innermost
     tables = [*left, *right] if flip else [*right, *left]
     sizes = (i, o) if flip else (o, i)
     for n0 in range(0, n, step):
         x, y = a[n0 : n0 + step].to(dtype), g[n0 : n0 + step].to(dtype)
-        if i == 1 and s == 1:
-            rows = (y[:, :, 0] * x[:, :, :1]).contiguous()
+        if s == 1:  # products of single numbers go faster one by one than as matrices
+            rows = x.transpose(1, 2)[:, None] * y if flip else y.transpose(2, 3) * x[:, None]
+            rows = rows.contiguous()
         elif flip:
             rows = x.transpose(1, 2)[:, None] @ y
         elif k == 1:
@@ -116,6 +127,26 @@ def add_scatter(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, ones:
             rows = y.transpose(2, 3).reshape(len(x), k * o, s) @ x
         args = (rows.data_ptr(), len(x) * k, *sizes, *(t.data_ptr() for t in tables), rank)
         call("scatter_rows", dtype)(*args, out[n0 : n0 + step].data_ptr(), torch.get_num_threads())
+
+
+def _add_bias(rows: Tensor, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], i: int, out: Tensor) -> None:
+    """Rows [n, k, o, 1] at the place of input i, the last: a column joined to a would be a copy of a."""
+    (n, k, o), rows = rows.shape, rows.contiguous()
+    tables = [right[0].data_ptr(), right[1].data_ptr(), left[0][i:].data_ptr(), left[1][i:].data_ptr()]
+    args = (rows.data_ptr(), n * k, o, 1, *tables, out.shape[2])
+    call("scatter_rows", out.dtype)(*args, out.data_ptr(), torch.get_num_threads())
+
+
+def add_formed(rows: Tensor, bias: Tensor | None, out: Tensor, seed: int, stream: int) -> None:
+    """Rows [n, k, o, i] and those of a bias [n, k, o], scattered to out [n, k, rank]."""
+    (n, k, o, i), rank, dtype = rows.shape, out.shape[2], out.dtype
+    left = hashed(i + (bias is not None), rank, 0, stream, seed, dtype)
+    right = hashed(o, rank, 1, stream, seed, dtype)
+    if bias is not None:
+        _add_bias(bias.to(dtype), left, right, i, out)
+    rows = rows.to(dtype).contiguous()
+    args = (rows.data_ptr(), n * k, o, i, *(t.data_ptr() for t in (*right, *left)), rank)
+    call("scatter_rows", dtype)(*args, out.data_ptr(), torch.get_num_threads())
 
 
 def add_index(token: Tensor, g: Tensor, vocabulary: int, out: Tensor, seed: int, stream: int) -> None:
@@ -128,15 +159,36 @@ def add_index(token: Tensor, g: Tensor, vocabulary: int, out: Tensor, seed: int,
     call("scatter_index", dtype)(*args)
 
 
-def fft_is_cheaper(s: int, i: int, o: int, k: int, rank: int) -> bool:
-    """Whether the fft route takes less time, in nanoseconds per sample (fitted to measurements, AVX-512)."""
-    transform = rank * max(math.log2(rank), 1.0)
-    if has_fourier(rank):
-        fft = s * k * (0.1 * transform + 0.25 * (i + o)) + 1.5 * k * rank
-    else:
-        transform *= 1 if _smooth(rank) else 4
-        fft = 2200 + s * (0.78 * (i + k * o) + 0.096 * (1 + k) * transform) + 0.2 * k * transform
-    return fft < k * (o * i * (0.22 + 0.025 * s) + 0.7 * rank) + 300
+# Nanoseconds per sample, fitted to 500 random shapes (AVX-512); vectors are full or paid in full
+def own_fft_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
+    """Of `add_fourier` and `finish`; infinite where they do not serve the rank."""
+    length = fourier_length(rank)
+    if length is None:
+        return math.inf
+    transform = length * math.log2(length)
+    positions = -(-s // 16) * 16 if s >= 16 else -(-n * s // 16) * 16 / n
+    each = (0.046 if length > 2048 else 0.03) * transform + 0.59 * length + 0.017 * (i + o)
+    back = 0.116 * (-(-n * k // 32) * 32 / n) * transform + (1.6 if s < 16 else 0.37) * k * length
+    return 16_000 / n + k * (positions * each + 0.156 * s * (i + o)) + back
+
+
+def library_fft_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
+    """Of PyTorch's transforms."""
+    each = (0.132 if _smooth(rank) else 0.7) * rank * math.log2(max(rank, 2))
+    return 62_000 / n + s * (0.94 * (i + k * o) + (1 + k) * each + 0.14 * k * rank) + 1.2 * k * each
+
+
+def scatter_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
+    rows = -(-n * k // 16) * 16 / n
+    entry = 0.2 if rank <= 2048 else 0.25 if rank <= 5500 else 0.33
+    products = s * (0.032 * k * o * i + 0.17 * (i + k * o))
+    return 26_000 / n + rows * (0.065 * o * i + 0.385 * rank) + entry * k * o * i + products
+
+
+def fft_is_cheaper(n: int, s: int, i: int, o: int, k: int, rank: int) -> bool:
+    """Whether either way through the Fourier domain takes less time than the scatter route."""
+    sizes = n, s, i, o, k, rank
+    return min(own_fft_time(*sizes), library_fft_time(*sizes)) < scatter_time(*sizes)
 
 
 def _smooth(rank: int) -> bool:

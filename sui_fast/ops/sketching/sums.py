@@ -6,14 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._op import named_backend
 from .._register import wide_dtype
 from . import sketch
 from ._random import bucket_and_sign
 
 try:
     from . import _tensor_cpu
-except ImportError:  # not built: PyTorch adds
+except ImportError:  # not built: the op does not choose it
     _tensor_cpu = None
 
 
@@ -29,47 +28,60 @@ class TensorSums:
 
     def __init__(self, n: int, k: int, rank: int, seed: int, like: Tensor):
         self.rank, self.seed = rank, seed
-        dtype = wide_dtype(like.dtype)
-        self.out = torch.zeros(n, k, rank, dtype=dtype, device=like.device)
-        cpu = like.device.type == "cpu" and dtype in (torch.float32, torch.float64)
-        self.fast = _tensor_cpu is not None and cpu and named_backend("sketch") in (None, "cpu") and rank < 1 << 30
+        self.out = torch.zeros(n, k, rank, dtype=wide_dtype(like.dtype), device=like.device)
         self._key = seed & 0xFFFFFFFFFFFFFFFF
         self._fourier: Tensor | None = None
         self._waiting: list[tuple[Tensor, Tensor, int, bool]] = []  # layers of one position, which go in one call
+        one = self.out.new_zeros(1, 1, 1)
+        backend, _ = sketch.op.choose((one, one[None], rank, seed, 0, "tensor", "auto"))
+        # what adds in place; None: the op gives what is added
+        self.kernels = {"cpu": _tensor_cpu, "cuda": sketch.op.kernel("cuda")}.get(backend)
 
     def outer(self, a: Tensor, g: Tensor, stream: int, ones: bool = False) -> None:
         """Rows sum_s g a^T of a [n, s, i], g [n, k, s, o]; ones: one more input of ones, the bias."""
         if a.numel() == 0 and not ones or g.numel() == 0:
             return
-        if not self.fast:
+        kernels = self.kernels
+        if kernels is None:
             a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2) if ones else a
             self.out += sketch(a.contiguous(), g.to(a.dtype).contiguous(), self.rank, self.seed, stream)
-            return
-        (_, k, s, o), i = g.shape, a.shape[2] + ones
-        if _tensor_cpu.has_fourier(self.rank) and _tensor_cpu.fft_is_cheaper(s, i, o, k, self.rank):
+        elif kernels.prefers_fourier(a, g, ones, self.out):
             self._waiting.append((a, g, stream, ones))
-            if s > 1 or k > 1:
+            if g.shape[1] > 1 or g.shape[2] > 1:
                 self._transform()
         else:
-            _tensor_cpu.add_scatter(a, g, self.out, self._key, stream, ones)
+            kernels.add_scatter(a, g, self.out, self._key, stream, ones)
+
+    def formed(self, rows: Tensor, first: int, stream: int, bias: Tensor | None = None) -> None:
+        """As ``outer`` for samples from ``first`` on, from their rows [b, k, o, i] and those of the bias [b, k, o]."""
+        (o, i), out = rows.shape[2:], self.out[first : first + len(rows)]
+        if hasattr(self.kernels, "add_formed"):
+            self.kernels.add_formed(rows, bias, out, self._key, stream)
+            return
+        places = dict(device=rows.device, dtype=out.dtype)
+        place_a, sign_a = bucket_and_sign(i + (bias is not None), self.rank, 0, stream, self.seed, **places)
+        place, sign = bucket_and_sign(o, self.rank, 1, stream, self.seed, **places)
+        whole = rows if bias is None else torch.cat([rows, bias[..., None]], 3)
+        to = ((place[:, None] + place_a) % self.rank).reshape(-1)
+        signed = whole.to(out.dtype) * (sign[:, None] * sign_a)
+        out += torch.zeros_like(out).index_add(2, to, signed.flatten(2))
 
     def _transform(self) -> None:
         if self._fourier is None:
-            n, k, rank = self.out.shape
-            self._fourier = self.out.new_zeros(n, k, 2, rank)
+            self._fourier = self.kernels.new_sums(self.out)
         groups: dict[int, list] = {}
         for layer in self._waiting:
             groups.setdefault(layer[1].shape[2], []).append(layer)
         for layers in groups.values():
-            _tensor_cpu.add_fourier(layers, self._fourier, self._key)
+            self.kernels.add_fourier(layers, self.rank, self._fourier, self._key)
         self._waiting = []
 
     def index(self, token: Tensor, g: Tensor, vocabulary: int, stream: int) -> None:
         """Rows of an embedding [vocabulary, o]: g [n, k, s, o] at tokens [n, s], -1 for none."""
         if g.numel() == 0:
             return
-        if self.fast:
-            _tensor_cpu.add_index(token, g, vocabulary, self.out, self._key, stream)
+        if hasattr(self.kernels, "add_index"):
+            self.kernels.add_index(token, g, vocabulary, self.out, self._key, stream)
             return
         n, k, s, o = g.shape
         kind = dict(device=g.device, dtype=self.out.dtype)
@@ -89,6 +101,6 @@ class TensorSums:
         if self._waiting:
             self._transform()
         if self._fourier is not None:
-            _tensor_cpu.finish(self._fourier, self.out)
+            self.kernels.finish(self._fourier, self.out)
             self._fourier = None
         return self.out
