@@ -79,7 +79,15 @@ def choose_method(
 
 
 def make_plan(
-    first: Jacobian, seconds: float, n: int, m: int, method: str, rank: int, reason: str, stored: bool, given: int,
+    first: Jacobian,
+    seconds: float,
+    n: int,
+    m: int,
+    method: str,
+    rank: int,
+    reason: str,
+    stored: bool,
+    given: int,
     sketch: str = "tensor",
 ) -> Plan:
     """Costs from the Jacobian of a few samples and the seconds its capture took; products with it are timed here.
@@ -128,7 +136,7 @@ def probe_count(first: Jacobian, n: int) -> int:
     layers = [factor for factor in first.select(range(1)).factors() if isinstance(factor, Outer)]
     positions = max((layer.a.shape[1] for layer in layers), default=1)
     # with positions an entry of the kernel costs about as much as a sample's gradient: few against the run
-    most = _PROBE_ROWS if positions == 1 else min(math.isqrt(int(0.15 * n * positions)), n // 16)
+    most = _PROBE_ROWS if positions == 1 else min(math.isqrt(int(0.15 * n * positions)), n // 32)
     return min(n, max(PROBES, min(most, _PROBE_ROWS // first.k)))
 
 

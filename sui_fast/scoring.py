@@ -35,7 +35,6 @@ except ImportError:  # not on Windows
     resource = None
 
 
-
 def score(
     model: torch.nn.Module,
     train,
