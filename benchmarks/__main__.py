@@ -32,6 +32,7 @@ NAMES = {
     "test_rademacher": "dense Rademacher sketch, C++",
     "test_dispatch": "dispatch of a call",
     "test_one_output": "pass 1 of a run of low rank, tensor sketch of all parameters",
+    "test_end_to_end": "whole run of a sketch, from model to scores",
     "test_minilm": "pass 1, loss gradients of an encoder",
     "test_training_step": "scores from training's own backward passes",
 }

@@ -262,7 +262,7 @@ def drawn(source: Source, seed: int) -> tuple[Jacobian, Tensor]:
     layers = [factor for factor in one.factors() if isinstance(factor, Outer)]
     positions = max((layer.a.shape[1] for layer in layers), default=1)
     # with positions every entry of the kernel costs about as much as a sample's gradient: few against the run
-    most = _MOST_PROBES if positions == 1 else min(math.isqrt(int(0.15 * n * positions)), n // 16)
+    most = _MOST_PROBES if positions == 1 else min(math.isqrt(int(0.15 * n * positions)), n // 32)
     count = min(n, max(_PROBES, min(most, _MOST_PROBES // one.k)))
     jac = source.some(np.sort(np.random.default_rng(seed + 1).choice(n, count, replace=False)))
     return jac, jac.gram().to(torch.float64)

@@ -252,6 +252,71 @@ def test_a_store_of_another_run_is_refused(tmp_path):
             sui_fast.score(model, train, **common)
         sui_fast.score(model, train, resume=False, **common)
 
+KILL_LATE = """
+import os, signal
+from sui_fast.spectra import Store
+once = Store._write
+def write(self, name, data):
+    once(self, name, data)
+    if os.environ["RANK"] == "1" and name == "shard-000001.safetensors":
+        os.kill(os.getpid(), signal.SIGKILL)
+Store._write = write
+"""
+
+RUN_READ = textwrap.dedent(
+    """
+    import sys
+    sys.path.insert(0, {tests!r})
+    import numpy, torch
+    torch.set_num_threads(1)
+    from test_low_rank import digits, network
+    import sui_fast
+    import sui_fast.streaming as streaming
+    streaming._SHARD = 1 << 11
+    {before}
+    class Digits(torch.utils.data.Dataset):
+        def __init__(self, x, y):
+            self.x, self.y = x, y
+        def __len__(self):
+            return len(self.x)
+        def __getitem__(self, i):
+            return self.x[i].clone(), self.y[i]
+    model, (train, val) = network(1, True), digits(400, 50, 1, True)
+    train = torch.utils.data.DataLoader(Digits(*train), batch_size=37)
+    scores = sui_fast.score(
+        model, train, Digits(*val), candidates=Digits(val[0] + 0.1, val[1]), method="sketch", sketch={kind!r}, rank=32,
+        reg=0.05, store={store!r}, progress=False, measures=("si", "fsi", "leverage"),
+    )
+    columns = [numpy.concatenate([scores[name], scores.candidates[name]]) for name in ("si", "fsi", "leverage")]
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    numpy.save({out!r} + str(rank), columns)
+    {after}
+    """
+)
+
+
+@pytest.mark.parametrize("processes, kind", [(2, "sjlt"), (4, "tensor")])
+def test_processes_share_a_loader_and_candidates(tmp_path, processes, kind):
+    found = []
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+    end = "torch.distributed.destroy_process_group()"
+    runs = [("one", (), "", ""), ("many", launcher, KILL_LATE, end), ("many", launcher, "", end)]
+    for name, start, before, after in runs if processes > 2 else runs[::2]:
+        script, out = tmp_path / f"{name}.py", str(tmp_path / name)
+        settings = dict(tests=os.path.dirname(__file__), store=out, out=out, kind=kind, before=before, after=after)
+        script.write_text(RUN_READ.format(**settings))
+        done = subprocess.run(
+            [sys.executable, *start, script], capture_output=True, text=True, timeout=240,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        )  # fmt: skip
+        if before:
+            assert done.returncode != 0 and "SIGKILL" in done.stderr and not os.path.exists(out + "0.npy")
+            continue
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append([np.load(f"{out}{rank}.npy") for rank in range(processes if start else 1)])
+    for columns in found[1]:
+        np.testing.assert_allclose(columns, found[0][0], rtol=1e-10)
+
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes_give_the_result_of_one(tmp_path, processes):

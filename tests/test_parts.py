@@ -74,6 +74,39 @@ def test_more_parts_than_samples_and_other_settings_at_the_end(tmp_path):
             np.testing.assert_allclose(merged[name], whole[name], rtol=rtol)
 
 
+def new_samples():
+    torch.manual_seed(5)
+    return torch.randn(23, 6).double(), torch.arange(23) % 3
+
+
+@pytest.mark.parametrize("method", ["sketch", "nystrom", "subspace"])
+def test_candidates_with_a_store_and_again_from_it(tmp_path, method):
+    about = dict(method=method, rank=30, reg=0.05, measures=(*MEASURES, "leverage", "loo_residual"), progress=False)
+    want = sui_fast.score(*problem(), candidates=new_samples(), **about)
+    first = sui_fast.score(*problem(), candidates=new_samples(), store=tmp_path, **about)
+    held = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
+    again = sui_fast.score(*problem(), candidates=new_samples(), store=tmp_path, **about)
+    assert held == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
+    for name in about["measures"]:
+        np.testing.assert_allclose(first.candidates[name], want.candidates[name], rtol=1e-10)
+        assert np.array_equal(first.candidates[name], again.candidates[name])
+    other = tuple(x[:5] for x in new_samples())  # others, later, from the same features
+    few = sui_fast.score(*problem(), candidates=other, store=tmp_path, **about)
+    np.testing.assert_allclose(few.candidates["si"], want.candidates["si"][:5], rtol=1e-10)
+
+
+def test_candidates_belong_to_the_merge(tmp_path):
+    about = dict(method="sketch", rank=30, measures=("si",), progress=False)
+    for number in (1, 2):
+        done = sui_fast.score(*problem(), store=tmp_path, part=(number, 2), candidates=new_samples(), **about)
+        assert done is None
+    merged = sui_fast.merge(*problem(), store=tmp_path, reg=0.05, measures=("si",), candidates=new_samples())
+    whole = sui_fast.score(*problem(), reg=0.05, candidates=new_samples(), **about)
+    np.testing.assert_allclose(merged.candidates["si"], whole.candidates["si"], rtol=1e-10)
+    with pytest.raises(sui_fast.ArgumentError, match="si_sgd"):
+        sui_fast.score(*problem(), candidates=new_samples(), method="sketch", measures=("si_sgd",), reg=0.1)
+
+
 def test_a_part_missing_incomplete_or_of_another_run_is_named(tmp_path):
     settings = dict(method="sketch", rank=40)
 

@@ -89,9 +89,9 @@ def test_scores_are_those_of_the_data_in_memory(tmp_path, k):
             val, new = TensorDataset(x[:90], y[:90]), DataLoader(TensorDataset(x[:40] + 1, y[:40]), batch_size=7)
             found = sui_fast.score(model, data, val, candidates=new, store=store, **about)
             for measure in ("si", "fsi"):
-                np.testing.assert_allclose(found[measure], want[measure], rtol=1e-4, err_msg=name)
-                new = found.candidates[measure]
-                np.testing.assert_allclose(new, want.candidates[measure], rtol=1e-4, err_msg=name)
+                for a, b in ((found, want), (found.candidates, want.candidates)):  # features are float32
+                    close = dict(rtol=1e-4, atol=1e-5 * b[measure].mean(), err_msg=name)
+                    np.testing.assert_allclose(a[measure], b[measure], **close)
             assert np.array_equal(found.labels, y.numpy()) and len(found.inputs) == len(x)
         assert torch.equal(before, torch.random.get_rng_state()), name
 

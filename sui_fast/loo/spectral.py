@@ -302,7 +302,10 @@ class SpectralRemoval(Removal):
         return _form(self._moment, self._held) if self._form is None else self._form
 
     def _predict(self, begin: int, end: int) -> Tensor:
-        return self._change[begin:end] @ self._probe.T
+        change = self._change[begin:end]
+        if len(self) < len(self._cross):  # through the samples: fewer products than the probe of every eigenvector
+            return ((change * self._reached) @ self.spectrum.u.T) @ self._cross.T
+        return change @ self._probe.T
 
     def _dual_change(self) -> Tensor:
         return self._change @ self.spectrum.u.T

@@ -1,5 +1,7 @@
 """Sums of tensor sketches: the C++ way and PyTorch's agree, and a parameter has one map however its rows are given."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -47,3 +49,32 @@ def test_sizes_far_apart_lose_no_digits(size_a, size_g):
     got = sketch(a, g, 64, 0, 0, "tensor", "fft")
     want = sketch.op.body(a.double(), g.double(), 64, 0, 0, "tensor", "fft")
     assert float((got - want).abs().max()) <= 2e-5 * float(want.abs().max())
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rank", [64, 100])
+def test_formed_rows_add_up_to_the_sketch_of_their_factors(backend, bias, rank):
+    rng = torch.Generator().manual_seed(0)
+    a = torch.randn(5, 7, 6, generator=rng, dtype=torch.float64)
+    g = torch.randn(5, 2, 7, 4, generator=rng, dtype=torch.float64)
+    rows, own = g.transpose(2, 3) @ a[:, None], g.sum(2)
+    with sui_fast.use_backend(backend) if backend else contextlib.nullcontext():
+        want, found = TensorSums(5, 2, rank, 3, a), TensorSums(5, 2, rank, 3, a)
+        want.outer(a, g, 1, bias)
+        for part in (slice(0, 2), slice(2, 5)):
+            found.formed(rows[part].contiguous(), part.start, 1, own[part] if bias else None)
+        torch.testing.assert_close(found.total(), want.total())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("i, o", [(1, 1), (30, 400)])
+def test_what_is_not_finite_stays_visible(bad, i, o):
+    a, g = draw(4, 20, i, dtype=torch.float32), draw(4, 1, 20, o, dtype=torch.float32)
+    a[1, 3, 0] = g[2, 0, 5, 0] = bad
+    for backend in ("auto", "reference"):
+        with sui_fast.use_backend(backend):
+            sums = TensorSums(4, 1, 64, 0, a)
+            sums.outer(a, g, 0)
+            finite = sums.total().isfinite().all(2)[:, 0]
+        assert finite.tolist() == [True, False, False, True]

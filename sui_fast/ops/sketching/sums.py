@@ -55,8 +55,8 @@ class TensorSums:
     def formed(self, rows: Tensor, first: int, stream: int, bias: Tensor | None = None) -> None:
         """As ``outer`` for samples from ``first`` on, from their rows [b, k, o, i] and those of the bias [b, k, o]."""
         (o, i), out = rows.shape[2:], self.out[first : first + len(rows)]
-        if self.fast:
-            _tensor_cpu.add_formed(rows, bias, out, self._key, stream)
+        if hasattr(self.kernels, "add_formed"):
+            self.kernels.add_formed(rows, bias, out, self._key, stream)
             return
         places = dict(device=rows.device, dtype=out.dtype)
         place_a, sign_a = bucket_and_sign(i + (bias is not None), self.rank, 0, stream, self.seed, **places)
