@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import time as clock
 from collections.abc import Callable
@@ -11,11 +12,14 @@ from dataclasses import dataclass
 import torch
 
 from .jacobians import Jacobian
+from .jacobians.layers import Outer
 
 DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs up to which an eigendecomposition is worth its time
 DEFAULT_RANK = 1024
+PROBES = 64  # samples whose exact kernel the error estimate looks at
+_PROBE_ROWS = 512  # rows of the exact kernel that the effective dimension is estimated from
 HELD = 1 << 30  # bytes of factors that may stay in memory between passes
-_LIBRARIES = 12_000_000  # bytes that libraries take on first use, and malloc keeps
+_LIBRARIES = 14_000_000  # bytes that libraries take on first use, and malloc keeps
 SHARD = 1 << 21  # features of a shard: 8 MB
 PORTION = 1 << 19  # float64 features at a time in pass 2: larger intermediates are fresh memory each time
 METHODS = ("auto", "dense", "nystrom", "subspace", "sketch")
@@ -122,9 +126,18 @@ def make_plan(
         each_map = forward * wide
         again = 1 if n * each < HELD else 4
         fit = n * (again * capture + 3 * wide * (forward + back)) + 5.0 * d * wide**2 * product
-    probes = min(n, max(64, 512 // k))
+    probes = probe_count(first, n)
     total = fit + (n + m) * (capture + each_map) + work * product + 0.2 + 2 * probes * capture
     return Plan(method, rank, reason, passes, disk, size, total, sketch if method == "sketch" else None)
+
+
+def probe_count(first: Jacobian, n: int) -> int:
+    """Samples whose exact kernel the effective dimension is estimated from; ``first``: the Jacobian of any."""
+    layers = [factor for factor in first.select(range(1)).factors() if isinstance(factor, Outer)]
+    positions = max((layer.a.shape[1] for layer in layers), default=1)
+    # with positions an entry of the kernel costs about as much as a sample's gradient: few against the run
+    most = _PROBE_ROWS if positions == 1 else min(math.isqrt(int(0.15 * n * positions)), n // 32)
+    return min(n, max(PROBES, min(most, _PROBE_ROWS // first.k)))
 
 
 def _landmarks(n: int, k: int, rank: int) -> int:
@@ -154,13 +167,14 @@ def _low_rank_bytes(
         held = wide * d * item
         fit = min(n * each, HELD) + 3 * held + part * (each + d * item)
         compute = capture + part * (d * item + 16 * k * wide)
-    seen = 0 if m == 0 else 2 if m * k < wide else 5  # squares of the moment of the validation samples
-    after = (2.0 + 0.5 * seen) * square
-    probes = min(n, max(64, 512 // k))
+    seen = 0 if m == 0 else 4 if m * k < wide else 8  # squares of the moment of the validation samples
+    after = (2.0 + 0.4 * seen) * square
+    probes = probe_count(first, n)
     stages = (
         fit + held,
         held + features + compute + (3.4 if stored else 2) * shard,
-        held + features + (6.5 + seen) * square + 3 * shard * stored + 8 * min(rows * wide, 1 << 20),
+        held + features + 2.0 * square + 3 * shard * stored + 8 * min(rows * wide, 1 << 20),
+        held + features + (6.5 + seen) * square,
         held + features + after + 1.5 * square * (m > 0) + 3 * shard * stored + 24 * min(rows * wide, PORTION),
         held + features + after + probes * each + 40 * (probes * k) ** 2 + 64 * k * (each + 16 * wide),
         2 * n * given + 60 * rows,

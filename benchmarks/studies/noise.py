@@ -53,8 +53,8 @@ def main(seeds: int = 3) -> None:
         ["data", "noise", "noise estimated", "errors among flagged, estimated", "and real", "wrong labels flagged",
          "AUROC"],
         rows,
-        f"At most {N} samples, MLP-{WIDTH}, uniform noise, defaults (flagged: as many as keep the estimated errors below "
-        f"20%); mean of {seeds} seeds. `python -m benchmarks.studies.noise`",
+        f"At most {N} samples, MLP-{WIDTH}, uniform noise, defaults (flagged: as many as keep the estimated errors "
+        f"below 20%); mean of {seeds} seeds. `python -m benchmarks.studies.noise`",
     )  # fmt: skip
 
 
