@@ -18,7 +18,7 @@ fi
 
 echo "==> GPU-marked tests: parity of every kernel, opcheck on the device"
 if $PY -c 'import pytest' 2>/dev/null; then
-  timeout 170 $PY -m pytest -q -m gpu tests || status=1
+  timeout 160 $PY -m pytest -q -m gpu tests || status=1
 else
   echo "    no pytest here; the parity checks below stand alone"
 fi
@@ -26,7 +26,7 @@ fi
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     echo "==> compute-sanitizer $tool"
-    timeout 60 compute-sanitizer --tool $tool --error-exitcode 9 $PY benchmarks/gpu_table.py --small >build/sanitizer.txt 2>&1
+    timeout 70 compute-sanitizer --tool $tool --error-exitcode 9 $PY benchmarks/gpu_table.py --small >build/sanitizer.txt 2>&1
     code=$?
     tail -n 3 build/sanitizer.txt
     [ $code -eq 0 ] || { echo "    exit code $code"; status=1; }
@@ -36,5 +36,5 @@ else
 fi
 
 echo "==> parity and timings"
-timeout 240 $PY benchmarks/gpu_table.py --seconds 200 || status=1
+timeout 230 $PY benchmarks/gpu_table.py --seconds 190 || status=1
 exit $status

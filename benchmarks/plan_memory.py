@@ -78,7 +78,7 @@ def measure(method: str, name: str, n: int, rank: int, m: int, stored: bool, k: 
         reset_peak()
         before, start = resident("VmRSS"), time.process_time()
         sui_fast.score(model, (x, y), val, progress=False, **options)
-        took, peak = time.process_time() - start, resident("VmHWM") - before
+        took, peak = time.process_time() - start, resident("VmHWM") - before  # one thread: CPU seconds
     print(json.dumps(dict(plan=planned.peak_bytes, peak=peak, plan_seconds=planned.seconds, seconds=took)))
 
 

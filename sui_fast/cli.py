@@ -1,4 +1,4 @@
-"""Command line: sui-fast demo | score | merge | plan | report | compare | doctor."""
+"""Command line: sui-fast demo | score | merge | plan | report | compare | validate | doctor."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 
 from . import __version__
 from ._errors import ArgumentError, SuiError, complaint
+from .apps import validate_linearization
 from .demo import run_demo
 from .demo_text import run_text_demo
 from .doctor import doctor
@@ -31,6 +33,7 @@ from .report import compare
 from .scores import Scores
 from .scoring import plan, score
 
+COMMANDS = "demo | score | merge | plan | report | compare | validate | doctor"
 _DTYPES = {str(x).removeprefix("torch."): x for x in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -52,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sui-fast", description="What does each training sample teach the model?")
     parser.add_argument("--version", action="version", version=f"sui-fast {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
-    commands = parser.add_subparsers(required=True, metavar="demo | score | merge | plan | report | compare | doctor")
+    commands = parser.add_subparsers(required=True, metavar=COMMANDS)
 
     demo = commands.add_parser("demo", help="score scikit-learn's digits with wrong labels mixed in")
     demo.add_argument("--out", help="folder for scores.parquet and report.html (demo_out, demo_out_text)")
@@ -94,6 +97,21 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("-o", "--out", default="compare.html", help="HTML file to write")
     two.add_argument("--measure", help="the one that ranks (default: fsi where both have it)")
     two.set_defaults(run=_compare)
+
+    judge = commands.add_parser("validate", help="real retraining without some samples, against the linearised model")
+    judge.add_argument("source", metavar="module:function", help="a function that returns (model, train, val)")
+    judge.add_argument("--samples", type=int, default=30, help="how many are left out, one after the other")
+    judge.add_argument("--time", type=int, default=1000, help="steps of full-batch gradient descent")
+    judge.add_argument("--lr", type=float, help="step size of the mean loss (default: half of what is stable)")
+    judge.add_argument("--reg", type=float, default=0.0, help="regularisation of the mean loss")
+    judge.add_argument("--influence", default="auto", help="auto, exact, cg, lissa: compared as well; none")
+    judge.add_argument("--params", nargs="+", help="parameter names or prefixes, or trainable, or all")
+    judge.add_argument("--outputs", metavar="module:function", help="f(model, batch) -> [b, k]")
+    judge.add_argument("--seed", type=int, default=0, help="of the choice of samples")
+    judge.add_argument("--out", default="validation.parquet", help="Parquet file to write")
+    judge.add_argument("--plot", help="picture to write as well (extra [report])")
+    judge.add_argument("--no-progress", action="store_true", help="no bars")
+    judge.set_defaults(run=_validate)
 
     commands.add_parser("doctor", help="versions, backends, self-tests").set_defaults(
         run=lambda a: 0 if doctor()["healthy"] else 1
@@ -236,6 +254,28 @@ def _compare(a: argparse.Namespace) -> int:
     found = compare(a.a, a.b, measure=a.measure)
     print(found.summary())
     print(f"wrote {found.report(a.out)}")
+    return 0
+
+
+def _validate(a: argparse.Namespace) -> int:
+    found = validate_linearization(
+        *_load(a.source),
+        samples=a.samples,
+        time=a.time,
+        lr=a.lr,
+        reg=a.reg,
+        influence=None if a.influence == "none" else a.influence,
+        params=_params(a),
+        outputs=_named(a.outputs, "--outputs"),
+        seed=a.seed,
+        progress=not a.no_progress,
+    )
+    print(found)
+    pq.write_table(found.table, a.out)
+    print(f"wrote {a.out}")
+    if a.plot:
+        found.plot(a.plot)
+        print(f"wrote {a.plot}")
     return 0
 
 

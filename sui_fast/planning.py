@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import time as clock
 from collections.abc import Callable
@@ -11,11 +12,14 @@ from dataclasses import dataclass
 import torch
 
 from .jacobians import Jacobian
+from .jacobians.layers import Outer
 
 DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs up to which an eigendecomposition is worth its time
 DEFAULT_RANK = 1024
+PROBES = 64  # samples whose exact kernel the error estimate looks at
+_PROBE_ROWS = 512  # rows of the exact kernel that the effective dimension is estimated from
 HELD = 1 << 30  # bytes of factors that may stay in memory between passes
-_LIBRARIES = 12_000_000  # bytes that libraries take on first use, and malloc keeps
+_LIBRARIES = 14_000_000  # bytes that libraries take on first use, and malloc keeps
 SHARD = 1 << 21  # features of a shard: 8 MB
 PORTION = 1 << 19  # float64 features at a time in pass 2: larger intermediates are fresh memory each time
 METHODS = ("auto", "dense", "nystrom", "subspace", "sketch")
@@ -75,7 +79,15 @@ def choose_method(
 
 
 def make_plan(
-    first: Jacobian, seconds: float, n: int, m: int, method: str, rank: int, reason: str, stored: bool, given: int,
+    first: Jacobian,
+    seconds: float,
+    n: int,
+    m: int,
+    method: str,
+    rank: int,
+    reason: str,
+    stored: bool,
+    given: int,
     sketch: str = "tensor",
 ) -> Plan:
     """Costs from the Jacobian of a few samples and the seconds its capture took; products with it are timed here.
@@ -107,15 +119,25 @@ def make_plan(
         fit = pool * (capture + each_map) + 2.0 * k**2 * pool * landmarks**2 * product
         work += 2.0 * (rows + m * k) * landmarks * k * rank
     else:
-        few = 16
+        few = min(wide, max(4, (1 << 24) // d))
         tangents = first.outputs.new_ones(few, d)
         forward = _seconds_of(lambda: first.jvp(tangents)) / (first.n * few)
         back = _seconds_of(lambda: first.vjp(first.outputs.new_ones(first.n * k, few))) / (first.n * few)
         each_map = forward * wide
         again = 1 if n * each < HELD else 4
         fit = n * (again * capture + 3 * wide * (forward + back)) + 5.0 * d * wide**2 * product
-    total = fit + (n + m) * (capture + each_map) + work * product
+    probes = probe_count(first, n)
+    total = fit + (n + m) * (capture + each_map) + work * product + 0.2 + 2 * probes * capture
     return Plan(method, rank, reason, passes, disk, size, total, sketch if method == "sketch" else None)
+
+
+def probe_count(first: Jacobian, n: int) -> int:
+    """Samples whose exact kernel the effective dimension is estimated from; ``first``: the Jacobian of any."""
+    layers = [factor for factor in first.select(range(1)).factors() if isinstance(factor, Outer)]
+    positions = max((layer.a.shape[1] for layer in layers), default=1)
+    # with positions an entry of the kernel costs about as much as a sample's gradient: few against the run
+    most = _PROBE_ROWS if positions == 1 else min(math.isqrt(int(0.15 * n * positions)), n // 32)
+    return min(n, max(PROBES, min(most, _PROBE_ROWS // first.k)))
 
 
 def _landmarks(n: int, k: int, rank: int) -> int:
@@ -139,18 +161,20 @@ def _low_rank_bytes(
     elif method == "nystrom":
         landmarks, pool = _landmarks(n, k, rank), min(n, max(2000, 4 * rank // k))
         held = landmarks * (each + 8 * k * rank)
-        fit = pool * each + 10 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
+        fit = 1.2 * pool * each + 18 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
         compute = capture + part * k * (12 * landmarks * k + 12 * rank)
     else:
         held = wide * d * item
         fit = min(n * each, HELD) + 3 * held + part * (each + d * item)
         compute = capture + part * (d * item + 16 * k * wide)
-    after = (2.0 + 4.0 * (m > 0)) * square
-    probes = min(n, max(64, 512 // k))
+    seen = 0 if m == 0 else 4 if m * k < wide else 8  # squares of the moment of the validation samples
+    after = (2.0 + 0.4 * seen) * square
+    probes = probe_count(first, n)
     stages = (
         fit + held,
         held + features + compute + (3.4 if stored else 2) * shard,
-        held + features + (6.5 + 6.0 * (m > 0)) * square + 3 * shard * stored + 8 * min(rows * wide, 1 << 20),
+        held + features + 2.0 * square + 3 * shard * stored + 8 * min(rows * wide, 1 << 20),
+        held + features + (6.5 + seen) * square,
         held + features + after + 1.5 * square * (m > 0) + 3 * shard * stored + 24 * min(rows * wide, PORTION),
         held + features + after + probes * each + 40 * (probes * k) ** 2 + 64 * k * (each + 16 * wide),
         2 * n * given + 60 * rows,
@@ -158,12 +182,22 @@ def _low_rank_bytes(
     return int(_LIBRARIES + max(stages))
 
 
+def least_seconds(work: Callable[[], object], times: int = 3) -> float:
+    """Of several calls: what else the machine does meanwhile does not count."""
+    # processor time is that of a machine of one's own; on several threads, or a device, it is another thing
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    now, found = clock.process_time if alone else clock.perf_counter, []
+    for _ in range(times):
+        start = now()
+        work()
+        found.append(now() - start)
+    return min(found)
+
+
 def _seconds_of(work: Callable[[], object]) -> float:
-    """Of a call that has been made once before."""
+    """Of a call, the first of which does not count."""
     work()
-    start = clock.perf_counter()
-    work()
-    return clock.perf_counter() - start
+    return least_seconds(work)
 
 
 def return_memory() -> None:
@@ -190,11 +224,7 @@ def free_memory(device: torch.device) -> int:
 def _product_seconds(size: int = 384) -> float:
     """Seconds of one multiplication and addition's half in a float64 matrix product here."""
     a = torch.ones(size, size, dtype=torch.float64)
-    a @ a
-    start = clock.perf_counter()
-    for _ in range(3):
-        a @ a
-    return (clock.perf_counter() - start) / 3 / (2 * size**3)
+    return _seconds_of(lambda: a @ a) / (2 * size**3)
 
 
 def _size(count: int) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,9 +28,18 @@ _TABLE = 1 << 20
 
 def _signs(number: Tensor, rows: int, k: int, seed: int, like: Tensor) -> Tensor:
     """Signs [b, rows, k] of the samples with these numbers: windows of one table of signs."""
-    table = signs(1, _TABLE, 6, 0, seed, like.device, like.dtype)[0]
+    return _windows(signs(1, _TABLE, 6, 0, seed, like.device, like.dtype)[0], number, rows, k)
+
+
+def _windows(table: Tensor, number: Tensor, rows: int, k: int) -> Tensor:
     start = (number[:, None] * rows + torch.arange(rows, device=number.device)) * 2654435761 + 97
     return table[(start[:, :, None] + torch.arange(k, device=number.device)) % _TABLE]
+
+
+@lru_cache(maxsize=2)
+def _normals(seed: int) -> Tensor:
+    """A table of normal numbers: spans of its windows have no preferred direction."""
+    return torch.randn(_TABLE, generator=torch.Generator().manual_seed(seed & 0x7FFFFFFFFFFFFFFF))
 
 
 def _full(model: torch.nn.Module, batch: Known, base: Callable | None) -> Tensor:
@@ -95,9 +105,13 @@ class Sketched:
         own = (residual / size.clamp_min(1e-300)).to(f)
         found = [(own * rooted).sum(1, keepdim=True)]
         if self.rows > 1:
-            random = _signs(number, self.rows - 1, rooted.shape[1], self.seed, f)
+            rest = min(self.rows, rooted.shape[1]) - 1  # all of the complement, where it has no more
+            random = _windows(_normals(self.seed).to(f), number, rest, rooted.shape[1])
             random = random - torch.einsum("bqk,bk->bq", random, own)[:, :, None] * own[:, None]
-            found.append(torch.einsum("bqk,bk->bq", random, rooted) / (self.rows - 1) ** 0.5)
+            basis = torch.linalg.qr(random.transpose(1, 2)).Q
+            scale = ((rooted.shape[1] - 1) / max(rest, 1)) ** 0.5
+            rows = torch.einsum("bkq,bk->bq", basis, rooted) * scale
+            found.append(torch.nn.functional.pad(rows, (0, self.rows - 1 - rest)))
         return torch.cat(found, 1)
 
 

@@ -8,7 +8,6 @@ import functools
 import inspect
 import platform
 import sys
-import time as clock
 from importlib import metadata
 from typing import Any
 
@@ -22,7 +21,7 @@ from .jacobians import as_samples, jacobian, read_samples
 from .jacobians.engine import predict
 from .measures import UNITS
 from .parts import check_part
-from .planning import Plan, choose_method, make_plan
+from .planning import Plan, choose_method, least_seconds, make_plan
 from .projections import Signed
 from .runs import Run, Stages, authors_definitions
 from .scores import Scores
@@ -34,7 +33,6 @@ try:
     import resource
 except ImportError:  # not on Windows
     resource = None
-
 
 
 def score(
@@ -284,6 +282,10 @@ def score(
 def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     """What ``score`` would do with these arguments: method, rank, passes, bytes and rough seconds. Nothing is scored.
 
+    Peak memory is the largest resident size of the process during ``score`` minus that just before the call, with the
+    libraries imported and the model and the data in memory. Seconds come from a batch of the model, captured and
+    multiplied here; the model is left as found.
+
     Args:
         model, train, val, arguments: as in ``score``.
     Returns:
@@ -303,10 +305,8 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     samples = read(train, with_targets=None, argument="train")
     m = 0 if val is None else read(val, with_targets=None, argument="val").n
     few = samples.slice(0, min(samples.n, bound.arguments["batch_size"]))
-    jacobian(model, few, **options)  # the first pass also proves the capture
-    start = clock.perf_counter()
-    first = jacobian(model, few, **options)
-    seconds = clock.perf_counter() - start
+    first = jacobian(model, few, **options)  # which also proves the capture
+    seconds = least_seconds(lambda: jacobian(model, few, **options))
     method, rank, reason = choose_method(
         samples.n, first.k, first.shape[1], method=method, rank=rank,
         device=first.device, groups=arguments.get("groups") is not None,

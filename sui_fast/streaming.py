@@ -27,7 +27,6 @@ from tqdm.auto import tqdm
 from ._errors import StabilityError
 from .jacobians import Jacobian, portions
 from .jacobians.data import Samples
-from .jacobians.layers import Outer
 from .loo import (
     Addition,
     SpectralRemoval,
@@ -39,7 +38,7 @@ from .loo import (
     shard_blocks,
 )
 from .losses import Goal
-from .planning import HELD, PORTION, SHARD
+from .planning import HELD, PORTION, PROBES, SHARD, probe_count
 from .processes import Processes, Source
 from .spectra import (
     RANK_FOR,
@@ -57,8 +56,6 @@ from .spectra import (
 )
 
 _SHARD, _PORTION = SHARD, PORTION
-_PROBES = 64  # samples whose exact kernel the error estimate looks at
-_MOST_PROBES = 512  # rows of the exact kernel that the effective dimension is estimated from
 _MARGIN = 1.25  # of the rank that a warning names
 
 
@@ -259,11 +256,7 @@ class LowRank:
 def drawn(source: Source, seed: int) -> tuple[Jacobian, Tensor]:
     """Jacobian of random samples, the same for the same seed, and their exact kernel in float64."""
     n, one = source.samples.n, source.part(0, 1)
-    layers = [factor for factor in one.factors() if isinstance(factor, Outer)]
-    positions = max((layer.a.shape[1] for layer in layers), default=1)
-    # with positions every entry of the kernel costs about as much as a sample's gradient: few against the run
-    most = _MOST_PROBES if positions == 1 else min(math.isqrt(int(0.15 * n * positions)), n // 32)
-    count = min(n, max(_PROBES, min(most, _MOST_PROBES // one.k)))
+    count = probe_count(one, n)
     jac = source.some(np.sort(np.random.default_rng(seed + 1).choice(n, count, replace=False)))
     return jac, jac.gram().to(torch.float64)
 
@@ -276,7 +269,7 @@ def kernel_error(source: Source, fmap: FeatureMap, seed: int, probes: tuple[Jaco
     returned in at least 95% of draws of probes and features.
     """
     n, (jac, exact) = source.samples.n, probes or drawn(source, seed)
-    m = min(jac.n, _PROBES)
+    m = min(jac.n, PROBES)
     some = np.sort(np.random.default_rng(seed + 3).choice(jac.n, m, replace=False))
     rows = (torch.from_numpy(some)[:, None] * jac.k + torch.arange(jac.k)).reshape(-1).to(exact.device)
     jac, exact = jac.select(some.tolist()), exact[rows][:, rows]

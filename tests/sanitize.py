@@ -26,7 +26,8 @@ def main(folder: str) -> int:
     sui_fast._cpu = module
     print(f"sanitized module for {module.instruction_set()}: {path.name}", flush=True)
     tests = [str(Path(__file__).parent / "ops" / name) for name in FILES]
-    return pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])
+    large = "not two_to_the_31"  # whose zeros nobody wrote would be written by the sanitizer
+    return pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", large, *tests])
 
 
 if __name__ == "__main__":

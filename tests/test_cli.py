@@ -3,6 +3,7 @@
 import inspect
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import sui_fast
@@ -194,3 +195,14 @@ def test_demo_finds_flipped_labels_on_a_part():
         model, (x[part], y[part]), (xv[:50], yv[:50]), reg=0.05, progress=False, measures=("fsi", "loo_margin")
     )
     assert auroc(scores["fsi"], flipped[part]) > 0.9 and auroc(-scores["loo_margin"], flipped[part]) > 0.95
+
+
+def test_validate(task, capsys):
+    few = ["--samples", "3", "--time", "20", "--lr", "0.1", "--no-progress"]
+    assert main(["validate", "my_task:build", *few, "--out", "v.parquet", "--plot", "v.png"]) == 0
+    said = capsys.readouterr().out
+    assert "3 of 8 samples left out by real retraining" in said and (task / "v.png").stat().st_size > 1000
+    columns = pq.read_table("v.parquet").to_pydict()
+    assert columns["linear_weights"] == pytest.approx(columns["real_weights"], rel=1e-4)  # the model is linear
+    assert main(["validate", "my_task:numbers", *few]) == 2
+    assert "val: expected" in capsys.readouterr().err

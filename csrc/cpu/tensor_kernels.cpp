@@ -139,7 +139,7 @@ Vector<T> hash_as(const Side<T>& side, Index begin, int live, Index s, Index c, 
   for (int l = 0; l < live; ++l) {
     int e = (exponent<T>(found.sum[l]) + exponent<T>(found.most[l])) / 2;
     e = e > -Exponent<T>::bias ? e : 1 - Exponent<T>::bias;  // subnormal numbers are no zeros
-    if (found.most[l] != 0) size[l] = power_of_two<T>(e < Exponent<T>::bias ? e : Exponent<T>::bias);
+    if (found.sum[l] != 0) size[l] = power_of_two<T>(e < Exponent<T>::bias ? e : Exponent<T>::bias);
   }
   return size;
 }

@@ -15,6 +15,8 @@ from .results import Result, auroc, average_precision, check_truth
 
 _SHARPNESS = np.geomspace(0.5, 60.0, 41)  # grid of the calibration
 _TYPICAL, _SPREAD = 6.0, 0.3  # of the sharpness and its logarithm: a margin of one half is 95% sure
+_DECIDED = 0.8  # lead of the first class, in the median, to which outputs are scaled: wrong labels shrink it
+_MOST_SCALE = 4.0  # outputs that decide next to nothing stay undecided
 _PRIOR = 5.0  # samples a class by which confusion is drawn towards equal chances
 
 
@@ -113,7 +115,8 @@ def find_mislabeled(
         margin_i = f_-i(x_i)[label] - max over the other classes                (k = 1: (2 label - 1)(2 f_-i(x_i) - 1))
         P(true = c | given = y) ~ p_c T_cy,   p = softmax(b f_-i(x_i))
 
-    The confusion T of true with given classes maximises the likelihood of the given labels; over the sharpness b the
+    with f in units in which its median lead is that of a decided model, as wrong labels shrink all leads. The
+    confusion T of true with given classes maximises the likelihood of the given labels; over the sharpness b the
     posterior is averaged (in two classes the labels alone tell little about it). As f_-i never saw the label of i, that
     likelihood is honest, and nothing is trained anew.
 
@@ -190,7 +193,9 @@ def label_error_probability(outputs: np.ndarray, labels: np.ndarray, steps: int 
         outputs: left-out predictions [n, k], k >= 2. labels: given classes [n].
     """
     n, k = outputs.shape
-    shifted = outputs - outputs.max(1, keepdims=True)
+    ranked = np.sort(outputs, axis=1)
+    lead = float(np.median(ranked[:, -1] - ranked[:, -2]))
+    shifted = (outputs - ranked[:, -1:]) * min(_DECIDED / max(lead, 1e-300), _MOST_SCALE)
     given = np.eye(k)[labels]
     same, other = np.eye(k), (1 - np.eye(k)) / (k - 1)
     totals, found = [], []

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..ops.sketching.sums import TensorSums
 from .gram import flat_gram
-from .jacobian import Jacobian, layer_order, own_block
+from .jacobian import Jacobian, own_block
 from .layers import Factor, Index, Outer, Rows
+from .streams import layer_order
 
 _ENTRIES = 1 << 24  # of formed rows at a time
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import logging
 import warnings
@@ -17,6 +18,7 @@ from torch.func import functional_call, jacrev, vmap
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .._errors import ArgumentError, CoverageError, DataError, ModelError, complaint
+from .arriving import Take, backward_into
 from .data import batch_length
 from .layers import Use
 from .quiet import modules_as_they_are, quiet
@@ -198,8 +200,9 @@ class Evaluator:
         overwritten = {name for use in recorder.spoiled() for name in use.parameters}
         unruled = recorder.unruled | dict.fromkeys(overwritten, "an input overwritten in place")
         return Captured(
-            out.detach(), recorder.uses, unruled, recorder.shapes, recorder.dtypes, _backward(out, recorder)
-        )
+            out.detach(), recorder.uses, unruled, recorder.shapes, recorder.dtypes, _backward(out, recorder),
+            functools.partial(backward_into, out, recorder),
+        )  # fmt: skip
 
     def general_rows(self, batch: Any, names: list[str], project: Tensor | None = None) -> dict[str, Tensor]:
         """Rows [b, k, p] of parameters without a rule: torch.func one sample at a time, vectorised where it can be."""
@@ -256,13 +259,13 @@ class Evaluator:
         return call
 
     def autograd_vjp(self, batch: Any, cotangent: Tensor, project: Tensor) -> tuple[dict[str, Tensor], set[str]]:
-        """J^T c by one plain backward pass over copies of the parameters: what the factors are compared with.
+        """J^T c by one plain backward pass over views of the parameters: what the factors are compared with.
 
         Returns:
             Gradients by name, and the parameters that also act through tensors made before the forward pass.
         """
         wrapper = _Functional(self, project)
-        leaves = {f"model.{name}": p.detach().clone().requires_grad_() for name, p in self.parameters.items()}
+        leaves = {f"model.{name}": p.detach().requires_grad_() for name, p in self.parameters.items()}
         given = list(leaves.values())
         real = {name: p for name, p in self.parameters.items() if p.requires_grad}
 
@@ -288,6 +291,7 @@ class Captured:
     shapes: list[torch.Size]  # of the results of the uses
     dtypes: list[torch.dtype]
     gradients: Iterator[tuple[Tensor | None, ...]]
+    arriving: Callable[[Take], None]  # instead of ``gradients``, for one output: use by use
 
 
 def _backward(out: Tensor, recorder: Recorder) -> Iterator[tuple[Tensor | None, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 from tqdm.auto import tqdm
 
 from .._errors import CoverageError, SpectrumError, complaint, whole
+from .arriving import LARGE, Ways, sketch_arriving, ways_of
 from .capture import Captured, Evaluator
 from .data import Samples, as_samples, batch_length, to_device
 from .jacobian import Jacobian
@@ -75,10 +77,17 @@ def sketches(
     """
     common = dict(outputs=outputs, params=params, batch_size=batch_size, dtype=dtype, progress=progress)
 
-    def sketch(jac: Jacobian) -> tuple[Tensor, list]:
-        return jac.sketch_of_uses(rank, seed, kind)
+    return portions(model, data, _Sketch(rank, seed, kind), **common)
 
-    return portions(model, data, sketch, **common)
+
+@dataclass(frozen=True)
+class _Sketch:
+    rank: int
+    seed: int
+    kind: str
+
+    def __call__(self, jac: Jacobian) -> tuple[Tensor, list]:
+        return jac.sketch_of_uses(self.rank, self.seed, self.kind)
 
 
 def portions(
@@ -118,6 +127,9 @@ def _pass(model, data, make, outputs, params, batch_size, dtype, progress):
         if key not in known or known[key].samples < batch_length(batch):  # one sample cannot show that others mix in
             known[key] = prove(evaluator, batch, _collect)
         for _ in range(2):
+            sketched = make is not _Store and isinstance(make.args[0], _Sketch)
+            if sketched and known[key].outputs == 1 and known[key].ways is None:
+                known[key].ways = _ways(evaluator, batch, known[key])
             store = _run(evaluator, make(samples.n), samples, batch_size, known[key], progress)
             if not isinstance(store, dict):
                 break
@@ -170,8 +182,16 @@ def _run(
         if captured.unruled:
             return captured.unruled
         rows = evaluator.general_rows(batch, list(plan.general)) if plan.general else {}
-        store.add(captured, rows, evaluator)
+        store.add(captured, rows, evaluator, plan)
     return store
+
+
+def _ways(evaluator: Evaluator, batch: Any, plan: Plan) -> Ways | None:
+    captured = evaluator.capture(batch, 0, plan.calls, set(plan.general))
+    if captured.unruled:
+        return None
+    rows = evaluator.general_rows(batch, list(plan.general)) if plan.general else {}
+    return ways_of(_collect(evaluator, captured, rows))
 
 
 def _collect(evaluator: Evaluator, captured: Captured, rows: dict[str, Tensor]) -> Jacobian:
@@ -200,9 +220,17 @@ class _Portions:
         self.found: list[tuple[Tensor, ...]] = []
         self._layers: tuple | None = None
 
-    def add(self, captured: Captured, rows: dict[str, Tensor], evaluator: Evaluator) -> None:
-        jac = _collect(evaluator, captured, rows)
-        *tensors, layers = self.function(jac)
+    def add(self, captured: Captured, rows: dict[str, Tensor], evaluator: Evaluator, plan: Plan) -> None:
+        (n, k), known = captured.outputs.shape, plan.ways
+        sketch = self.function if isinstance(self.function, _Sketch) and self.function.kind == "tensor" else None
+        if sketch and k == 1 and known and n * known.numbers > LARGE and known.fits(captured.uses):
+            shapes = {name: p.shape for name, p in evaluator.parameters.items()}
+            jac = Jacobian(captured.outputs, shapes, [], rows, {}, None, evaluator.dtype)
+            tensors = [sketch_arriving(jac, captured.uses, captured.arriving, known, sketch.rank, sketch.seed)]
+            layers = known.order
+        else:
+            jac = _collect(evaluator, captured, rows)
+            *tensors, layers = self.function(jac)
         if self._layers not in (None, (jac.k, layers)):
             _refuse(self.filled)
         self._layers = jac.k, layers
@@ -221,7 +249,13 @@ class _Store:
         self._grads: list[Tensor] = []
         self._rows: dict[str, Tensor] = {}
 
-    def add(self, captured: Captured, rows: dict[str, Tensor], evaluator: Evaluator | None = None) -> None:
+    def add(
+        self,
+        captured: Captured,
+        rows: dict[str, Tensor],
+        evaluator: Evaluator | None = None,
+        plan: Plan | None = None,
+    ) -> None:
         out, uses = captured.outputs, captured.uses
         b, k = out.shape
         whole = b == self.n and k == 1  # one batch, one backward pass: what it returns is kept, nothing is copied

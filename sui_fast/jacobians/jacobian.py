@@ -15,6 +15,7 @@ from ..ops.sketching.sums import TensorSums
 from .gram import gram
 from .joining import by_map, join_factors
 from .layers import Factor, Index, Outer, Rows, Use, dense_index, make_factors
+from .streams import add_sketch, as_read, layer_order, streams_of
 
 _ELEMENTS = 1 << 21  # of one intermediate, at least
 
@@ -376,22 +377,11 @@ class Jacobian:
     def _tensor_sketch(self, rank: int, seed: int) -> tuple[Tensor, list]:
         found: list[Factor] = [Rows({"rows": name}, rows.to(self.dtype)) for name, rows in self._rows.items()]
         for use, g in self._uses:
-            # linear layers and embeddings are read in half precision as they lie; other rules compute
-            if use.rule not in ("linear", "embedding"):
-                use, g = self._typed(use.at(slice(None))), g.to(self.dtype)
-            found += make_factors(use, g)
+            found += make_factors(*as_read(use, g, self.dtype))
         found = by_map(found, self._shapes)
-        order = sorted(map(layer_order, found))
-        order = [key for i, key in enumerate(order) if i == 0 or key != order[i - 1]]
-        sums = TensorSums(self.n, self.k, rank, seed, self.outputs)
+        order, sums = streams_of(found), TensorSums(self.n, self.k, rank, seed, self.outputs)
         for factor in found:
-            stream = order.index(layer_order(factor))
-            if isinstance(factor, Outer):
-                sums.outer(factor.a, factor.g, stream, "bias" in factor.names)
-            elif isinstance(factor, Index):
-                sums.index(factor.token, factor.g, self.vocabulary(factor), stream)
-            else:
-                sums.rows(factor.rows, stream)
+            add_sketch(sums, factor, order, self._shapes)
         return sums.total(), order
 
     def columns(self, name: str) -> slice:
@@ -431,8 +421,3 @@ def _pairs_are_cheaper(factor: Outer) -> bool:
     """Whether products of pairs of positions take fewer operations than the rows [o, i] of a sample."""
     (_, k, s, o), i = factor.g.shape, factor.a.shape[2]
     return s * s * (i + k * k * o) < k * o * i * (s + k)
-
-
-def layer_order(factor: Factor) -> tuple:
-    """Factors in an order that does not depend on the data: the stream of a sketch is a factor's number in it."""
-    return sorted(factor.names.values()), sorted((p.offset, p.stride) for p in factor.places.values())

@@ -39,19 +39,38 @@ def by_map(factors: list[Factor], shapes: dict[str, torch.Size]) -> list[Factor]
     """
     found: list[Factor] = []
     for group in _groups(factors):
-        first = group[0]
-        if all(type(m) is type(first) and m.names == first.names and m.places == first.places for m in group):
+        way = _way(group, shapes)
+        if way == "alone":
             found += group
-        elif all(_is_weight(m, first, shapes) for m in group):
-            for m in group:
-                places = {role: place for role, place in m.places.items() if role == "weight"}
-                weight = {"weight": m.names["weight"]}
-                found.append(Index(weight, m.token, m.g) if isinstance(m, Index) else Outer(weight, m.a, m.g, places))
-                if "bias" in m.names:
-                    own = {"rows": m.places["bias"]} if "bias" in m.places else {}
-                    found.append(Rows({"rows": m.names["bias"]}, m.g.sum(2, dtype=wide_dtype(m.g.dtype)), own))
+        elif way == "apart":
+            found += [part for member in group for part in apart(member)]
         else:
             found += _join(group, shapes)
+    return found
+
+
+def ways(factors: list[Factor], shapes: dict[str, torch.Size]) -> dict[int, str]:
+    """How ``by_map`` takes each factor, by its id: "alone", "apart" (bias from weight) or "joined" with others."""
+    return {id(member): _way(group, shapes) for group in _groups(factors) for member in group}
+
+
+def _way(group: list[Factor], shapes: dict[str, torch.Size]) -> str:
+    first = group[0]
+    if all(type(m) is type(first) and m.names == first.names and m.places == first.places for m in group):
+        return "alone"
+    return "apart" if all(_is_weight(m, first, shapes) for m in group) else "joined"
+
+
+def apart(factor: Index | Outer) -> list[Factor]:
+    """A factor of a weight, and one of its bias where there is one."""
+    weight = {"weight": factor.names["weight"]}
+    if isinstance(factor, Index):
+        return [Index(weight, factor.token, factor.g)]
+    places = {role: place for role, place in factor.places.items() if role == "weight"}
+    found: list[Factor] = [Outer(weight, factor.a, factor.g, places)]
+    if "bias" in factor.names:
+        own = {"rows": factor.places["bias"]} if "bias" in factor.places else {}
+        found.append(Rows({"rows": factor.names["bias"]}, factor.g.sum(2, dtype=wide_dtype(factor.g.dtype)), own))
     return found
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .._errors import CoverageError, ModelError, complaint
+from .arriving import Ways
 from .capture import Captured, Evaluator
 from .data import batch_length, to_device
 from .jacobian import Jacobian
@@ -30,6 +31,7 @@ class Plan:
     general: dict[str, str]
     outputs: int  # k
     samples: int  # on which it was proven
+    ways: Ways | None = None  # of its factors into a sketch, where it is known
 
 
 def prove(evaluator: Evaluator, batch: Any, collect: Collect, general: dict[str, str] | None = None) -> Plan:
@@ -174,13 +176,15 @@ def _compare(
     rows = evaluator.general_rows(batch, list(plan.general), project) if plan.general else {}
     found = collect(evaluator, captured, rows)
     c = draw(found.n, found.k).to(found.outputs)
-    flat = found.vjp(c.reshape(-1))
-    true, outside = evaluator.autograd_vjp(batch, c.to(captured.outputs), project)
+    flat, columns = found.vjp(c.reshape(-1)), {name: found.columns(name) for name in evaluator.parameters}
+    c = c.to(captured.outputs)
+    del captured, rows, found  # a model's gradients take their place
+    true, outside = evaluator.autograd_vjp(batch, c, project)
     largest = max(float(grad.abs().max()) for grad in true.values())
     wrong = [
         name
         for name, grad in true.items()
-        if not float((flat[found.columns(name)] - grad.reshape(-1)).abs().max())
+        if not float((flat[columns[name]] - grad.reshape(-1)).abs().max())
         <= tolerance * max(float(grad.abs().max()), 1e-3 * largest)
     ]
     return wrong, outside

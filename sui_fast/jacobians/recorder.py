@@ -328,8 +328,12 @@ class Recorder(TorchFunctionMode):
 
     def turned(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """Gradients of the targets, each as [b, ...]."""
-        pairs = zip(gradients, self._turns, strict=True)
-        return tuple(g if g is None or turn is None else turn(g) for g, turn in pairs)
+        return tuple(None if g is None else self.turned_one(i, g) for i, g in enumerate(gradients))
+
+    def turned_one(self, number: int, gradient: Tensor) -> Tensor:
+        """Gradient of one target as [b, ...]."""
+        turn = self._turns[number]
+        return gradient if turn is None else turn(gradient)
 
     def spoiled(self) -> list[Use]:
         """Uses whose saved input was overwritten later; their calls will copy it from now on."""

@@ -13,6 +13,8 @@ from ..spectra import Spectrum, dense_spectrum
 from .blocks import Blocks
 from .solve import check_stability, make_filter, remove_from_spectrum
 
+_PAIRS = 1 << 21  # float64 products of eigenvectors at a time
+
 
 def loo_error_curve(
     spectrum: Spectrum,
@@ -39,8 +41,12 @@ def loo_error_curve(
         regs [p] (of the mean loss, those for which the training is stable) and errors [p].
     """
     scale = spectrum.top / blocks.n if spectrum.top > 0 else 1.0
-    regs, errors = [], []
-    for reg in scale * np.logspace(-9, 1, points):
+    grid, regs, errors = scale * np.logspace(-9, 1, points), [], []
+    if time is None and spectrum.complete and blocks.single and blocks.n > 1:
+        shifts = [make_filter(blocks.n, reg=float(reg)).without(1, blocks.n, convention).shift for reg in grid]
+        left_out = _converged_left_out(spectrum, r0, torch.tensor(shifts, dtype=r0.dtype, device=r0.device))
+        return grid, np.array([float(error(slice(None), v).mean()) for v in left_out])
+    for reg in grid:
         phi = make_filter(blocks.n, reg=float(reg), time=time, lr=lr, dynamics=dynamics)
         try:
             removal = remove_from_spectrum(
@@ -53,6 +59,29 @@ def loo_error_curve(
         regs.append(float(reg))
         errors.append(float(error(slice(None), torch.as_tensor(removal.loo_residual)).mean()))
     return np.array(regs), np.array(errors)
+
+
+def _converged_left_out(spectrum: Spectrum, r0: Tensor, shifts: Tensor) -> Tensor:
+    """Left-out residuals [p, n, k] of ridge regression with every shift [p], from one pass over the eigenvectors.
+
+    ::
+
+        v_i = (u_i diag(1 / (s + shift)) u_i^T)^-1 u_i diag(1 / (s + shift)) u^T r0       (``ops.converged_removal``)
+    """
+    (n, k), s = r0.shape, spectrum.s
+    u, gain = spectrum.u.view(n, k, len(s)), spectrum.u.T @ r0.reshape(-1)
+    weights = 1 / (s[:, None] + shifts)  # [r, p]
+    left_out = r0.new_empty(len(shifts), n, k)
+    step = max(1, _PAIRS // (k * k * len(s)))
+    for begin in range(0, n, step):
+        rows = u[begin : begin + step]
+        kernel = ((rows[:, :, None] * rows[:, None]).reshape(-1, len(s)) @ weights).view(-1, k, k, len(shifts))
+        right = ((rows * gain).reshape(-1, len(s)) @ weights).view(-1, k, len(shifts))
+        if k == 1:
+            left_out[:, begin : begin + step] = (right / kernel[:, 0]).permute(2, 0, 1)
+        else:
+            left_out[:, begin : begin + step] = torch.linalg.solve(kernel.permute(3, 0, 1, 2), right.permute(2, 0, 1))
+    return left_out
 
 
 def part_error_curve(

@@ -234,9 +234,7 @@ class SpectralRemoval(Removal):
         s, g, numbers = self.spectrum.s, self._gain, np.arange(len(self))
         base = (_on(s, beyond(s.cpu().numpy())) - self._scale) * g if changed != self._phi else torch.zeros_like(g)
         factor = g.new_zeros(0, len(g)) if self._moment is None else self._moment
-        sums = [
-            rational_sums(*arguments, base, factor) for _, arguments in self._rational_parts(numbers, rows, fit)
-        ]
+        sums = [rational_sums(*arguments, base, factor) for _, arguments in self._rational_parts(numbers, rows, fit)]
         reached, self._sqnorm, form = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*sums, strict=True))
         fitted = self.spectrum.u @ (s * self._scale * g)
         self._left_out = self.residual.reshape(-1) - fitted - reached.reshape(-1)
@@ -304,7 +302,10 @@ class SpectralRemoval(Removal):
         return _form(self._moment, self._held) if self._form is None else self._form
 
     def _predict(self, begin: int, end: int) -> Tensor:
-        return self._change[begin:end] @ self._probe.T
+        change = self._change[begin:end]
+        if len(self) < len(self._cross):  # through the samples: fewer products than the probe of every eigenvector
+            return ((change * self._reached) @ self.spectrum.u.T) @ self._cross.T
+        return change @ self._probe.T
 
     def _dual_change(self) -> Tensor:
         return self._change @ self.spectrum.u.T

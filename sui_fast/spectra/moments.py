@@ -26,6 +26,8 @@ def add_upper(total: Tensor, x: Tensor) -> None:
 def mirrored(upper: Tensor) -> Tensor:
     """The symmetric matrix with this upper triangle."""
     return upper.triu() + upper.triu(1).T
+
+
 _ROWS = 256  # of features made float64 at a time
 
 

@@ -208,3 +208,17 @@ def test_a_fifth_of_the_digits_matches_all_of_them():
     rng = np.random.default_rng(1)
     drawn = np.mean([accuracy(rng.permutation(500)[:100]) for _ in range(5)])
     assert accuracy(found.kept) > max(drawn + 0.02, accuracy(np.arange(500)) - 0.015)
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.2, 0.3])
+def test_noise_is_estimated_where_wrong_labels_shrink_the_outputs(noise):
+    """Left-out predictions of real noisy labels: their scale falls with the noise, which must not hide the noise."""
+    x, clean = blobs(200, 4, seed=5)
+    rng = np.random.default_rng(1)
+    wrong = np.zeros(200, dtype=bool)
+    wrong[rng.permutation(200)[: round(noise * 200)]] = True
+    y = torch.where(torch.from_numpy(wrong), (clean + torch.from_numpy(rng.integers(1, 4, 200))) % 4, clean)
+    found = find_mislabeled(network(4, width=64), (x, y), truth=wrong, progress=False)
+    assert found.auroc > 0.97
+    assert abs(found.noise_rate - noise) < 0.03
+    assert abs(found.error_rate - (~wrong[found.flagged]).mean()) < 0.17 and found.flagged.sum() > 100 * noise

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import zoo
 from torch import nn
 
 import sui_fast
-from sui_fast.jacobians import sketches
+from sui_fast.jacobians import engine, sketches
 from sui_fast.ops import sketch
 
 
@@ -79,3 +80,26 @@ def test_half_precision_is_read_as_it_lies(tied):
     got = sketches(model.bfloat16(), tokens, 64)[1]
     assert got.dtype == torch.float32
     assert float((got - want).norm() / want.norm()) < 0.1
+
+
+ARRIVING = ["BERT", "GPT-2", "T5", "ConvNeXt block", "GRU", "Checkpointing", "Mixture of experts by hand"]
+ARRIVING += ["Bare parameters"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ARRIVING)
+def test_gradients_sketched_as_they_arrive(name, monkeypatch):
+    """Large batches of one output: the same numbers, nothing held until the pass ends."""
+    try:
+        model, batch, outputs = zoo.build(name)
+    except ImportError as error:
+        pytest.skip(f"needs {error.name}")
+    one = lambda m, b: zoo.call(m, b, outputs).sum(1, keepdim=True)  # noqa: E731
+    _, held = sketches(model, batch, 64, 3, outputs=one, batch_size=3)
+    met = []
+    real = engine.sketch_arriving
+    monkeypatch.setattr(engine, "sketch_arriving", lambda *a: met.append(a) or real(*a))
+    monkeypatch.setattr(engine, "LARGE", 0)
+    _, found = sketches(model, batch, 64, 3, outputs=one, batch_size=3)
+    assert len(met) == 2 and all(use is None for _, uses, *_ in met for use in uses)
+    torch.testing.assert_close(found, held, rtol=1e-10, atol=1e-12 * float(held.abs().max()))

@@ -175,6 +175,14 @@ def check_sizes(size_a, size_g, device, kernel):
     assert float((got - want).abs().max()) <= 2e-5 * float(want.abs().max())
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_visible(on_cpu, bad):
+    a, g = draw(4, 3, 1).float(), draw(4, 1, 3, 1).float()
+    a[1, 1, 0] = g[2, 0, 2, 0] = bad
+    finite = sketch_kernels.sketch(a, g, 64, 0, 0, "tensor", "fft").isfinite().all(2)[:, 0]
+    assert finite.tolist() == [True, False, False, True]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rank", [64, 100, 3000])
 def test_layers_add_up_in_the_fourier_domain(on_cpu, monkeypatch, dtype, rank):

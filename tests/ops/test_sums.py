@@ -65,3 +65,16 @@ def test_formed_rows_add_up_to_the_sketch_of_their_factors(backend, bias, rank):
         for part in (slice(0, 2), slice(2, 5)):
             found.formed(rows[part].contiguous(), part.start, 1, own[part] if bias else None)
         torch.testing.assert_close(found.total(), want.total())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("i, o", [(1, 1), (30, 400)])
+def test_what_is_not_finite_stays_visible(bad, i, o):
+    a, g = draw(4, 20, i, dtype=torch.float32), draw(4, 1, 20, o, dtype=torch.float32)
+    a[1, 3, 0] = g[2, 0, 5, 0] = bad
+    for backend in ("auto", "reference"):
+        with sui_fast.use_backend(backend):
+            sums = TensorSums(4, 1, 64, 0, a)
+            sums.outer(a, g, 0)
+            finite = sums.total().isfinite().all(2)[:, 0]
+        assert finite.tolist() == [True, False, False, True]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .._launch import dense, grouped, precision, refuse, refuse_programs, rows_product
 from .._register import wide_dtype
-from . import rows_are_fewer, rows_of
+from . import long_product, rows_are_fewer, rows_of
 
 
 @triton.jit
@@ -263,7 +263,7 @@ def ntk_gram_sum(a1: list[Tensor], g1: list[Tensor], a2: list[Tensor], g2: list[
         x, y = ((torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2) if bias[j] else a) for a in (a1[j], a2[j]))
         if j in rows:
             x, left, y, right = (t.detach().to(out.dtype) for t in (x, g1[j], y, g2[j]))
-            out.addmm_(rows_of(x, left), rows_of(y, right).T)
+            out += long_product(rows_of(x, left), rows_of(y, right))
         else:
             out += ntk_gram(x, g1[j], y, g2[j])
     return out

@@ -116,8 +116,9 @@ def add_scatter(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, ones:
     sizes = (i, o) if flip else (o, i)
     for n0 in range(0, n, step):
         x, y = a[n0 : n0 + step].to(dtype), g[n0 : n0 + step].to(dtype)
-        if i == 1 and s == 1:
-            rows = (y[:, :, 0] * x[:, :, :1]).contiguous()
+        if s == 1:  # products of single numbers go faster one by one than as matrices
+            rows = x.transpose(1, 2)[:, None] * y if flip else y.transpose(2, 3) * x[:, None]
+            rows = rows.contiguous()
         elif flip:
             rows = x.transpose(1, 2)[:, None] @ y
         elif k == 1:
@@ -158,29 +159,30 @@ def add_index(token: Tensor, g: Tensor, vocabulary: int, out: Tensor, seed: int,
     call("scatter_index", dtype)(*args)
 
 
-# Nanoseconds per sample, fitted to 980 random shapes (AVX-512)
+# Nanoseconds per sample, fitted to 500 random shapes (AVX-512); vectors are full or paid in full
 def own_fft_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
     """Of `add_fourier` and `finish`; infinite where they do not serve the rank."""
     length = fourier_length(rank)
     if length is None:
         return math.inf
-    positions = -(-s // 16) * 16 if s >= 16 else -(-n * s // 16) * 16 / n  # vectors are full or paid in full
-    each = (0.062 if length > 2048 else 0.043) * length * math.log2(length) + 0.46 * length + 0.066 * (i + o)
-    return 71_000 / n + k * (positions * each + 0.12 * s * (i + o) + 8.7 * length)
+    transform = length * math.log2(length)
+    positions = -(-s // 16) * 16 if s >= 16 else -(-n * s // 16) * 16 / n
+    each = (0.046 if length > 2048 else 0.03) * transform + 0.59 * length + 0.017 * (i + o)
+    back = 0.116 * (-(-n * k // 32) * 32 / n) * transform + (1.6 if s < 16 else 0.37) * k * length
+    return 16_000 / n + k * (positions * each + 0.156 * s * (i + o)) + back
 
 
 def library_fft_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
     """Of PyTorch's transforms."""
-    each = (0.114 if _smooth(rank) else 0.9) * rank * math.log2(max(rank, 2))
-    positions = s * (0.94 * (i + k * o) + (1 + k) * (each + 0.34 * rank) + 0.36 * k * rank)
-    return 75_000 / n + positions + 1.2 * k * each
+    each = (0.132 if _smooth(rank) else 0.7) * rank * math.log2(max(rank, 2))
+    return 62_000 / n + s * (0.94 * (i + k * o) + (1 + k) * each + 0.14 * k * rank) + 1.2 * k * each
 
 
 def scatter_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
     rows = -(-n * k // 16) * 16 / n
-    entry = 0.39 if rank <= 2048 else 0.42 if rank <= 5500 else 1.0  # beyond, the sums leave the second cache
-    products = s * (0.027 * k * o * i + 0.14 * (i + k * o))
-    return 31_000 / n + rows * (0.047 * o * i + 0.43 * rank) + entry * k * o * i + products
+    entry = 0.2 if rank <= 2048 else 0.25 if rank <= 5500 else 0.33
+    products = s * (0.032 * k * o * i + 0.17 * (i + k * o))
+    return 26_000 / n + rows * (0.065 * o * i + 0.385 * rank) + entry * k * o * i + products
 
 
 def fft_is_cheaper(n: int, s: int, i: int, o: int, k: int, rank: int) -> bool:
