@@ -156,8 +156,12 @@ def _low_rank_bytes(
     features = 0 if stored else 4 * wide * (n + m) * k + 8 * (1 + k * (method != "sketch")) * rows
     capture = part * each + first.n * each * 2
     if method == "sketch":
-        held, fit = 32 * item * d, min(n, 256) * (each + 8 * k * rank) + 64 * item * d
-        compute = first.n * (each * 3 + 20 * k * rank)
+        layers = [factor for factor in first.select(range(1)).factors() if isinstance(factor, Outer)]
+        graph = 12 * item * sum(layer.g.numel() for layer in layers)  # what autograd keeps of a sample
+        formed = item * k * d if any(layer.a.shape[1] > 1 for layer in layers) else 0  # its rows, written out
+        held, pool = 32 * item * d, min(n, 256)
+        fit = pool * (each + 8 * k * rank + min(formed, (1 << 20))) + 2 * held + first.n * graph
+        compute = first.n * (each * 2 + graph + 4 * formed + 20 * k * rank)
     elif method == "nystrom":
         landmarks, pool = _landmarks(n, k, rank), min(n, max(2000, 4 * rank // k))
         held = landmarks * (each + 8 * k * rank)
