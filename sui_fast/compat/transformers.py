@@ -84,7 +84,8 @@ def _divides_by_items(module: nn.Module, inputs: tuple, given: dict[str, Any]) -
     try:
         module.eval()
         with torch.no_grad():
-            once, twice = (module(*inputs, **arguments)["loss"] for arguments in (given, doubled))
+            # the loss is the first of a ModelOutput, too
+            once, twice = (module(*inputs, **arguments)[0] for arguments in (given, doubled))
     finally:
         for m, mode in modes:
             m.training = mode

@@ -316,7 +316,7 @@ def _norm_factors(use: Use, g: Tensor) -> list[Factor]:
         dims = 1
     size = prod(hat.shape[hat.ndim - dims :])
     hat, g = hat.reshape(len(hat), -1, size), g.reshape(*g.shape[:2], -1, size)
-    found = _rows(use, "weight", lambda: torch.einsum("nksc,nsc->nkc", g, hat))
+    found = _rows(use, "weight", lambda: (g * hat[:, None]).sum(2))
     return found + _rows(use, "bias", lambda: g.sum(2))
 
 
