@@ -36,6 +36,7 @@ def refit_agrees(theta, residual, cross, *, reg, time=None, lr=None):
         s, u = torch.linalg.eigh(matrix)
         s = s.clamp_min(0) + n * reg
         phi = 1 / s if time is None else -torch.expm1(time * torch.log1p(-lr / n * s)) / s
+        phi = phi if time is None else torch.where(s > 0, phi, time * lr / n)
         return u @ (phi * (u.T @ right))
 
     change = -alpha(theta, residual)
