@@ -35,8 +35,8 @@ def refit_agrees(theta, residual, cross, *, reg, time=None, lr=None):
     def alpha(matrix, right):
         s, u = torch.linalg.eigh(matrix)
         s = s.clamp_min(0) + n * reg
-        phi = 1 / s if time is None else -torch.expm1(time * torch.log1p(-lr / n * s)) / s
-        phi = phi if time is None else torch.where(s > 0, phi, time * lr / n)
+        # lr is the inverse of the largest eigenvalue: rounding may carry the product above 1
+        phi = 1 / s if time is None else -torch.expm1(time * torch.log1p(-(lr / n * s).clamp_max(1))) / s
         return u @ (phi * (u.T @ right))
 
     change = -alpha(theta, residual)
