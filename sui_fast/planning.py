@@ -100,8 +100,6 @@ def make_plan(
     k, rows, each, d = first.k, n * first.k, first.nbytes / max(first.n, 1), first.shape[1]
     capture, product = seconds / first.n, _product_seconds()
     if method == "dense":
-        if first.dtype == torch.float32:  # a dense run takes float64 where no dtype is named
-            each, capture = 2 * each, 2 * capture
         peak = int(_LIBRARIES + 1.2 * (n + m) * each + 8 * rows * rows * 5.4 + 8 * rows * m * k)
         gram = _seconds_of(lambda: first.gram(first)) / first.n**2 * (n * n / 2 + n * m)
         return Plan(method, rows, reason, 1, 0, peak, capture * (n + m) + gram + 12 * rows**3 * product)

@@ -306,11 +306,14 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     m = 0 if val is None else read(val, with_targets=None, argument="val").n
     few = samples.slice(0, min(samples.n, bound.arguments["batch_size"]))
     first = jacobian(model, few, **options)  # which also proves the capture
-    seconds = least_seconds(lambda: jacobian(model, few, **options))
     method, rank, reason = choose_method(
         samples.n, first.k, first.shape[1], method=method, rank=rank,
         device=first.device, groups=arguments.get("groups") is not None,
     )  # fmt: skip
+    if method == "dense":
+        options["dtype"] = bound.arguments["dtype"] or torch.float64
+        first = jacobian(model, few, **options)
+    seconds = least_seconds(lambda: jacobian(model, few, **options))
     small = small_inputs(few) if shown(samples) else None
     given = 0 if small is None or samples.n * small[0].nbytes >= MOST_INPUTS else small[0].nbytes
     return make_plan(first, seconds, samples.n, m, method, rank, reason, stored, given, bound.arguments["sketch"])

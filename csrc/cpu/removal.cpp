@@ -14,18 +14,9 @@
 
 namespace sui {
 
-extern const Kernels kernels_baseline;
-#if SUI_X86
-extern const Kernels kernels_avx2, kernels_avx512;
-#endif
+SUI_VARIANTS(Kernels, kernels)
 
 namespace {
-
-#if SUI_X86
-constexpr Variants<Kernels> kVariants{&kernels_baseline, &kernels_avx2, &kernels_avx512};
-#else
-constexpr Variants<Kernels> kVariants{&kernels_baseline, nullptr, nullptr};
-#endif
 
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
 // A large result is fresh memory, and its first touch costs more than the arithmetic: ask for pages of 2 MB, a few ahead
@@ -69,7 +60,7 @@ struct LargePages {
 constexpr Index kSlab = 1 << 20;  // numbers of the result that are prepared at a time
 
 Index run(const Removal& p, int threads) {
-  const Kernels& kernels = choose(kVariants);
+  const Kernels& kernels = choose(kernels_variants);
   const double work = double(p.blocks) * double(p.r) * (features(p.m) + p.m) * p.columns;
   const Index parts = parts_for(p.blocks, work, threads), room = kernels.scratch(p);
   const Index step = std::max<Index>(1, kSlab / std::max<Index>(1, p.r));
@@ -152,7 +143,7 @@ Index rational_sums(const double* u, Index blocks, int m, Index r, const double*
   const Poles made(r, s, g, count, poles);
   const Removal all{u, false, blocks, r, m, 2 * count, rest, null, r0, constant, nullptr, nullptr, padded_width(r),
                     made.table.data(), made.gain.data(), made.scale.data(), count ? residues : &kNone};
-  const Kernels& kernels = choose(kVariants);
+  const Kernels& kernels = choose(kernels_variants);
   const TriangularKernels& forms = triangular_kernels();
   std::vector<double> packed(static_cast<std::size_t>(forms.packed(rows, r)));
   forms.pack(c, rows, r, packed.data());

@@ -5,25 +5,16 @@
 
 namespace sui {
 
-extern const RowKernels<float> rows_float_baseline;
-extern const RowKernels<double> rows_double_baseline;
-#if SUI_X86
-extern const RowKernels<float> rows_float_avx2, rows_float_avx512;
-extern const RowKernels<double> rows_double_avx2, rows_double_avx512;
-constexpr Variants<RowKernels<float>> kFloat{&rows_float_baseline, &rows_float_avx2, &rows_float_avx512};
-constexpr Variants<RowKernels<double>> kDouble{&rows_double_baseline, &rows_double_avx2, &rows_double_avx512};
-#else
-constexpr Variants<RowKernels<float>> kFloat{&rows_float_baseline, nullptr, nullptr};
-constexpr Variants<RowKernels<double>> kDouble{&rows_double_baseline, nullptr, nullptr};
-#endif
+SUI_VARIANTS(RowKernels<float>, rows_float)
+SUI_VARIANTS(RowKernels<double>, rows_double)
 
 template <>
 const RowKernels<float>& row_kernels() {
-  return choose(kFloat);
+  return choose(rows_float_variants);
 }
 template <>
 const RowKernels<double>& row_kernels() {
-  return choose(kDouble);
+  return choose(rows_double_variants);
 }
 
 template <class T>

@@ -8,25 +8,16 @@
 
 namespace sui {
 
-extern const TensorKernels<float> tensor_float_baseline;
-extern const TensorKernels<double> tensor_double_baseline;
-#if SUI_X86
-extern const TensorKernels<float> tensor_float_avx2, tensor_float_avx512;
-extern const TensorKernels<double> tensor_double_avx2, tensor_double_avx512;
-constexpr Variants<TensorKernels<float>> kFloat{&tensor_float_baseline, &tensor_float_avx2, &tensor_float_avx512};
-constexpr Variants<TensorKernels<double>> kDouble{&tensor_double_baseline, &tensor_double_avx2, &tensor_double_avx512};
-#else
-constexpr Variants<TensorKernels<float>> kFloat{&tensor_float_baseline, nullptr, nullptr};
-constexpr Variants<TensorKernels<double>> kDouble{&tensor_double_baseline, nullptr, nullptr};
-#endif
+SUI_VARIANTS(TensorKernels<float>, tensor_float)
+SUI_VARIANTS(TensorKernels<double>, tensor_double)
 
 template <>
 const TensorKernels<float>& tensor_kernels() {
-  return choose(kFloat);
+  return choose(tensor_float_variants);
 }
 template <>
 const TensorKernels<double>& tensor_kernels() {
-  return choose(kDouble);
+  return choose(tensor_double_variants);
 }
 
 // Numbers for each part, from a cache line on.

@@ -5,22 +5,9 @@
 
 namespace sui {
 
-extern const TriangularKernels triangular_baseline;
-#if SUI_X86
-extern const TriangularKernels triangular_avx2, triangular_avx512;
-#endif
+SUI_VARIANTS(TriangularKernels, triangular)
 
-namespace {
-
-#if SUI_X86
-constexpr Variants<TriangularKernels> kVariants{&triangular_baseline, &triangular_avx2, &triangular_avx512};
-#else
-constexpr Variants<TriangularKernels> kVariants{&triangular_baseline, nullptr, nullptr};
-#endif
-
-}  // namespace
-
-const TriangularKernels& triangular_kernels() { return choose(kVariants); }
+const TriangularKernels& triangular_kernels() { return choose(triangular_variants); }
 
 void triangular_sqnorm(const double* c, Index p, Index r, const double* x, Index count, double* out, int threads) {
   const TriangularKernels& kernels = triangular_kernels();

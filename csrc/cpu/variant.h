@@ -32,6 +32,17 @@ const Table& choose(const Variants<Table>& variants) {
   }
 }
 
+// Declares the tables that one source leaves in its three objects, and NAME_variants to choose from.
+#if SUI_X86
+#define SUI_VARIANTS(Table, name)                                \
+  extern const Table name##_baseline, name##_avx2, name##_avx512; \
+  constexpr Variants<Table> name##_variants{&name##_baseline, &name##_avx2, &name##_avx512};
+#else
+#define SUI_VARIANTS(Table, name)      \
+  extern const Table name##_baseline; \
+  constexpr Variants<Table> name##_variants{&name##_baseline, nullptr, nullptr};
+#endif
+
 constexpr double kThreadWork = 5e6;  // multiplications that pay for one more thread
 
 inline Index parts_for(Index items, double work, int threads) {

@@ -46,6 +46,7 @@ class Comparison:
 
     @property
     def title(self) -> str:
+        """Names of both runs."""
         return f"{self.names[0]} against {self.names[1]}"
 
     def movers(self, m: int = 20) -> np.ndarray:
@@ -58,6 +59,7 @@ class Comparison:
         return {"id": self.a.ids, f"{self.measure} A": a, f"{self.measure} B": b, "move": self.move}
 
     def summary(self) -> str:
+        """What was found, in a few sentences of plain text."""
         lines = [f"{len(self)} common samples; {len(self.only_a)} only in A, {len(self.only_b)} only in B"]
         if self.relabelled:
             lines[0] += f"; {self.relabelled} with another label"

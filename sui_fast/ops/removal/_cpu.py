@@ -88,45 +88,23 @@ def rational_sums(
     return reached, sqnorm, form
 
 
-def refuse_converged_removal(u: Tensor, s: Tensor, g: Tensor, rest: Tensor, null: Tensor, shift: float) -> str | None:
+def refuse_converged_removal(u: Tensor, s: Tensor, g: Tensor, rest: Tensor, null: Tensor, *_) -> str | None:
     return _refuse(u, s, g, rest, null)
 
 
-def refuse_rational_removal(
-    u: Tensor,
-    s: Tensor,
-    g: Tensor,
-    rest: Tensor,
-    null: Tensor,
-    r0: Tensor,
-    poles: Tensor,
-    residues: Tensor,
-    constant: float,
-) -> str | None:
+def refuse_rational_removal(u, s, g, rest, null, r0, poles, residues, constant) -> str | None:
     wrong = [x.dtype for x in (poles, residues) if x.dtype != torch.complex128]
     if wrong:
         return f"poles and residues are {wrong[0]}; it takes torch.complex128"
     return _refuse(u, s, g, rest, null, r0)
 
 
-def refuse_rational_sums(
-    u: Tensor,
-    s: Tensor,
-    g: Tensor,
-    rest: Tensor,
-    null: Tensor,
-    r0: Tensor,
-    poles: Tensor,
-    residues: Tensor,
-    constant: float,
-    base: Tensor,
-    c: Tensor,
-) -> str | None:
+def refuse_rational_sums(u: Tensor, *others) -> str | None:  # those of rational_removal and two more
     if u.dtype != torch.float64:
         return f"u is {u.dtype}; it takes torch.float64"
     if _cpu.instruction_set() == "baseline":
         return "vectors of two numbers, with which matrix products are faster"
-    return refuse_rational_removal(u, s, g, rest, null, r0, poles, residues, constant)
+    return refuse_rational_removal(u, *others[:8])
 
 
 def _refuse(u: Tensor, *others: Tensor) -> str | None:
