@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import MethodType
 from weakref import WeakKeyDictionary
 
 import torch
@@ -64,31 +66,48 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
                             buffer.copy_(before)
 
 
-@contextmanager
-def _plain_checkpoints() -> Iterator[None]:
-    """Reentrant checkpoints, which refuse torch.autograd.grad, run as the other kind meanwhile."""
+class _Patch:
+    """An attribute of a class replaced for the threads inside; the last to leave puts back what there was."""
 
-    def apply(function, preserve, *args):
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+    def __init__(self, owner: type, name: str, replacement: Callable):
+        self._owner, self._name, self._lock = owner, name, threading.Lock()
+        self._inside: Counter[int] = Counter()
 
-    CheckpointFunction.apply = staticmethod(apply)
-    try:
-        yield
-    finally:
-        if "apply" in CheckpointFunction.__dict__:  # another thread may have been first
-            del CheckpointFunction.apply
+        def call(*args, **kwargs):
+            function = replacement if threading.get_ident() in self._inside else self._usual
+            return function(*args, **kwargs)
+
+        self._usual, self._call = getattr(owner, name), call
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        thread, holder = threading.get_ident(), vars(self._owner)
+        with self._lock:
+            if not self._inside:
+                self._before, self._usual = holder.get(self._name), getattr(self._owner, self._name)
+                static = isinstance(self._usual, MethodType)  # a class method is called without its class
+                setattr(self._owner, self._name, staticmethod(self._call) if static else self._call)
+            self._inside[thread] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= Counter([thread])
+                if not self._inside and self._before is None:
+                    delattr(self._owner, self._name)
+                elif not self._inside:
+                    setattr(self._owner, self._name, self._before)
 
 
-@contextmanager
-def modules_as_they_are() -> Iterator[None]:
-    """A model that moves or casts its modules in its forward pass fails: under torch.func that ends the process."""
-    apply = nn.Module._apply
+def _other_kind(function, preserve, *args):
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
 
-    def refuse(self, *args, **kwargs):
-        raise NotImplementedError(f"{type(self).__name__} is moved or cast during the forward pass")
 
-    nn.Module._apply = refuse
-    try:
-        yield
-    finally:
-        nn.Module._apply = apply
+def _refuse(module, *_, **__):
+    raise NotImplementedError(f"{type(module).__name__} is moved or cast during the forward pass")
+
+
+# reentrant checkpoints, which refuse torch.autograd.grad, run as the other kind
+_plain_checkpoints = _Patch(CheckpointFunction, "apply", _other_kind)
+# a model that moves or casts its modules in its forward pass fails: under torch.func that ends the process
+modules_as_they_are = _Patch(nn.Module, "_apply", _refuse)

@@ -1,14 +1,18 @@
 """The Jacobian engine against autograd, module by module, and its promise to leave the model alone."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
 
 import sui_fast
 from sui_fast import ArgumentError, CoverageError, DataError, jacobian, ntk
 from sui_fast.jacobians import as_samples
+from sui_fast.jacobians.quiet import modules_as_they_are
 
 
 class Tied(nn.Module):
@@ -425,3 +429,29 @@ def test_samples_from_every_kind_of_data():
         as_samples(shuffled, with_targets=True)
     with pytest.raises(DataError, match="at least one"):
         as_samples((x[:0], y[:0]), with_targets=True)
+
+
+def test_patches_end_with_the_last_thread():
+    """What is replaced while a model is captured binds the threads inside alone, in whatever order they leave."""
+    before = nn.Module._apply, CheckpointFunction.apply
+    inside, leave = threading.Barrier(2), [threading.Event(), threading.Event()]
+    refused = []
+
+    def visit(number):
+        with modules_as_they_are(), modules_as_they_are():
+            inside.wait(10)
+            try:
+                nn.Linear(1, 1).double()
+            except NotImplementedError:
+                refused.append(number)
+            leave[number].wait(10)
+
+    threads = [threading.Thread(target=visit, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for number, thread in enumerate(threads):  # the first to come is the first to leave
+        assert nn.Linear(1, 1).double().weight.dtype == torch.float64
+        leave[number].set()
+        thread.join()
+    assert sorted(refused) == [0, 1]
+    assert (nn.Module._apply, CheckpointFunction.apply) == before and "apply" not in vars(CheckpointFunction)
