@@ -136,12 +136,8 @@ def features_of(
 
 def _features(source: Source, fmap: FeatureMap, goal: Goal | None, begin: int, end: int) -> dict[str, Tensor]:
     if fmap.portion is not None:
-
-        def take(jac: Jacobian) -> tuple:
-            features, own, layers = fmap.portion(jac, goal is not None)
-            return (features, layers) if own is None else (features, own, layers)
-
-        outputs, features, *own = portions(source.model, source.samples.slice(begin, end), take, **source.options)
+        function = fmap.portion(goal is not None)
+        outputs, features, *own = portions(source.model, source.samples.slice(begin, end), function, **source.options)
         own = own[0] if own else None
     else:
         part = source.part(begin, end)
