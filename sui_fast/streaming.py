@@ -92,19 +92,9 @@ def fit_map(
         if n > most:
             pool = np.sort(np.random.default_rng(seed).choice(n, most, replace=False))
         return nystrom_map(source.some(pool), rank, seed)
-    held: list[tuple[int, Jacobian]] = []
 
     def passes() -> Iterator[tuple[int, Jacobian]]:
-        if held and held[-1][0] + held[-1][1].n == source.end:
-            yield from held
-            return
-        held.clear()
-        keep = True
-        for first, part in source.parts(256):
-            keep = keep and sum(p.nbytes for _, p in held) + part.nbytes < HELD
-            if keep:
-                held.append((first, part))
-            yield first, part
+        return source.parts(256, HELD)
 
     k = source.part(0, 1).k
     return subspace_map(passes, n * k, min(rank, n * k), seed, reduce=processes.total)
@@ -114,6 +104,7 @@ def collect(source: Source, fmap: FeatureMap, goal: Goal | None, store: Store | 
     """Pass 1: features [n, k, r] float32, residual [n, k] and the diagonal that the features miss [n, k, k]."""
     for shard in features_of(source, fmap, goal, source.begin + store.rows, progress):
         store.append(shard)
+    source.kept.clear()
 
 
 def features_of(
@@ -140,7 +131,7 @@ def _features(source: Source, fmap: FeatureMap, goal: Goal | None, begin: int, e
         outputs, features, *own = portions(source.model, source.samples.slice(begin, end), function, **source.options)
         own = own[0] if own else None
     else:
-        part = source.part(begin, end)
+        part = source.last(begin, end)
         outputs, (features, own) = part.outputs, fmap.both(part, goal is not None)
     features = features.to(torch.float32)
     found = {"features": features.cpu()}
