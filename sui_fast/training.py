@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ._errors import ArgumentError, DataError, complaint
 from .jacobians.layers import Factor, Index, Outer, Rows
-from .jacobians.taps import READERS, factors_of, reader_of
+from .jacobians.taps import READERS, factors_of, reader_of, window_of
 from .loo import make_filter
 from .measures import information
 from .ops.sketching.sums import TensorSums
@@ -32,6 +32,7 @@ _NEVER = "no gradient came through a call of its layer"
 
 
 class TrainingScores:
+    WIDTH = 64
     """Sketches of the loss gradients of every sample, taken from a training run's own backward passes.
 
     ::
@@ -123,6 +124,14 @@ class TrainingScores:
             and len(own) == 1 + (module.bias is not None)
             and self._shared.isdisjoint(own.values())
         }
+        self._images = {  # convolutions of the same kind, with the way they read
+            key: (window, self._streams[own["weight"]], module.bias is not None)
+            for key, (_, module, own) in self._layers.items()
+            if reader_of(module) is READERS.get(nn.Conv2d)
+            and len(own) == 1 + (module.bias is not None)
+            and self._shared.isdisjoint(own.values())
+            and (window := window_of(module)) is not None
+        }
 
     @property
     def coverage(self) -> float:
@@ -192,6 +201,12 @@ class TrainingScores:
             a, g = x.reshape(n, -1, x.shape[-1]), g.reshape(n, 1, -1, g.shape[-1])
             self._sums.outer(a, g, *self._plain[id(module)])
             return
+        image = self._images.get(id(module))
+        if image is not None and x.ndim == g.ndim == len(image[0].kernel) + 2:
+            width = self.WIDTH
+            width = min(width, -(-g.shape[1] // 16) * 16)
+            if self._sums.folded(x, g[:, None].flatten(3).transpose(2, 3), image[0], width, *image[1:]):
+                return
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             self._leave_out(module, _MIXES)
             return

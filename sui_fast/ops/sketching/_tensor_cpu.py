@@ -109,7 +109,7 @@ def add_scatter(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, ones:
     (n, k, s, o), i, rank, dtype = g.shape, a.shape[2], out.shape[2], out.dtype
     left, right = hashed(i + ones, rank, 0, stream, seed, dtype), hashed(o, rank, 1, stream, seed, dtype)
     if ones:
-        _add_bias(g.sum(2, dtype=dtype), left, right, i, out)
+        add_bias(g.sum(2, dtype=dtype), left, right, i, out)
     step = -(-max(16 // k, min(n, _ROWS // (k * o * i))) // 16) * 16
     flip = i < o  # the longer lines innermost
     tables = [*left, *right] if flip else [*right, *left]
@@ -129,7 +129,7 @@ def add_scatter(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, ones:
         call("scatter_rows", dtype)(*args, out[n0 : n0 + step].data_ptr(), torch.get_num_threads())
 
 
-def _add_bias(rows: Tensor, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], i: int, out: Tensor) -> None:
+def add_bias(rows: Tensor, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], i: int, out: Tensor) -> None:
     """Rows [n, k, o, 1] at the place of input i, the last: a column joined to a would be a copy of a."""
     (n, k, o), rows = rows.shape, rows.contiguous()
     tables = [right[0].data_ptr(), right[1].data_ptr(), left[0][i:].data_ptr(), left[1][i:].data_ptr()]
@@ -143,7 +143,7 @@ def add_formed(rows: Tensor, bias: Tensor | None, out: Tensor, seed: int, stream
     left = hashed(i + (bias is not None), rank, 0, stream, seed, dtype)
     right = hashed(o, rank, 1, stream, seed, dtype)
     if bias is not None:
-        _add_bias(bias.to(dtype), left, right, i, out)
+        add_bias(bias.to(dtype), left, right, i, out)
     rows = rows.to(dtype).contiguous()
     args = (rows.data_ptr(), n * k, o, i, *(t.data_ptr() for t in (*right, *left)), rank)
     call("scatter_rows", dtype)(*args, out.data_ptr(), torch.get_num_threads())

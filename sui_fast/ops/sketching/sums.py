@@ -3,17 +3,20 @@ once, embeddings stay token numbers, and half precision is read as it lies."""
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
 from .._register import wide_dtype
 from . import sketch
 from ._random import bucket_and_sign
+from .window import Window
 
 try:
-    from . import _tensor_cpu
+    from . import _tensor_cpu, _windows_cpu
 except ImportError:  # not built: the op does not choose it
-    _tensor_cpu = None
+    _tensor_cpu = _windows_cpu = None
 
 
 class TensorSums:
@@ -51,6 +54,33 @@ class TensorSums:
                 self._transform()
         else:
             kernels.add_scatter(a, g, self.out, self._key, stream, ones)
+
+    def windows(self, x: Tensor, g: Tensor, window: Window, stream: int, ones: bool = False) -> bool:
+        """As ``outer`` for a convolution of x [n, c, *space], without its patches; False where those cost less.
+
+        Args:
+            g: [n, k, s, o].
+        """
+        if self.kernels is not _tensor_cpu or _tensor_cpu is None or g.numel() == 0:
+            return False
+        (n, k, s, o), i = g.shape, x.shape[1] * prod(window.kernel)
+        sizes = n, s, i + ones, o, k, self.rank
+        if _windows_cpu.windows_time(*sizes) > 0.5 * s * i + _tensor_cpu.own_fft_time(*sizes):
+            return False
+        _windows_cpu.add_windows(x, g.transpose(2, 3), window, self.out, self._key, stream, ones)
+        return True
+
+    def folded(self, x: Tensor, g: Tensor, window: Window, width: int, stream: int, ones: bool = False) -> bool:
+        """Another sketch of the rows of a convolution, which costs a width of outputs; False where it is not built.
+
+        Entry (o, i) goes to place (o mod width + h[i]) mod rank with the sign t[o] t'[i]: E<Px, Py> = <x, y> for every
+        width, as the signs of different entries are independent in pairs.
+        """
+        if self.kernels is not _tensor_cpu or _tensor_cpu is None or width > self.rank:
+            return False
+        if g.numel():
+            _windows_cpu.fold_windows(x, g.transpose(2, 3), window, width, self.out, self._key, stream, ones)
+        return True
 
     def formed(self, rows: Tensor, first: int, stream: int, bias: Tensor | None = None) -> None:
         """As ``outer`` for samples from ``first`` on, from their rows [b, k, o, i] and those of the bias [b, k, o]."""
