@@ -32,7 +32,6 @@ _NEVER = "no gradient came through a call of its layer"
 
 
 class TrainingScores:
-    WIDTH = 64
     """Sketches of the loss gradients of every sample, taken from a training run's own backward passes.
 
     ::
@@ -92,6 +91,7 @@ class TrainingScores:
         self._handles: list[Any] = []
         self._waiting: list[tuple[nn.Module, Tensor, Tensor]] = []
         self._sums: TensorSums | None = None
+        self._kept: tuple[tuple, TensorSums | None] = ((), None)  # of the last step, with what it was made for
         self._numbers: dict[Any, int] = {}  # row of each sample in the table
         self._table = torch.empty(0, rank)
         self._survey()
@@ -160,7 +160,7 @@ class TrainingScores:
     def __exit__(self, *_: Any) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._waiting, self._sums = [], [], None
+        self._handles, self._waiting, self._sums, self._kept = [], [], None, ((), None)
 
     # -- in the passes ------------------------------------------------------------------------------------------------
 
@@ -177,7 +177,7 @@ class TrainingScores:
             output.register_hook(partial(self._receive, module, x))
 
     def _receive(self, module: nn.Module, x: Tensor, g: Tensor) -> None:
-        if x.numel() + g.numel() <= _LARGE:
+        if x.numel() + g.numel() <= _LARGE and id(module) not in self._images:
             self._waiting.append((module, x, g))
             return
         self._add_all([(module, x, g)], len(g) if self._sums is None else len(self._sums.out))
@@ -194,19 +194,26 @@ class TrainingScores:
         if axis is None or id(module) in self._left_out:
             return
         if self._sums is None:
-            self._sums = TensorSums(n, 1, self.rank, self.seed, g)
+            made_for = n, g.dtype, g.device
+            if self._kept[0] != made_for:
+                self._kept = made_for, TensorSums(n, 1, self.rank, self.seed, g)
+            else:
+                self._kept[1].clear()
+            self._sums = self._kept[1]
         if axis:
             x, g = x.movedim(axis, 0), g.movedim(axis, 0)
         if id(module) in self._plain:
-            a, g = x.reshape(n, -1, x.shape[-1]), g.reshape(n, 1, -1, g.shape[-1])
+            if g.ndim == 2:
+                a, g = x[:, None], g[:, None, None]
+            else:
+                a, g = x.reshape(n, -1, x.shape[-1]), g.reshape(n, 1, -1, g.shape[-1])
             self._sums.outer(a, g, *self._plain[id(module)])
             return
-        image = self._images.get(id(module))
-        if image is not None and x.ndim == g.ndim == len(image[0].kernel) + 2:
-            width = self.WIDTH
-            width = min(width, -(-g.shape[1] // 16) * 16)
-            if self._sums.folded(x, g[:, None].flatten(3).transpose(2, 3), image[0], width, *image[1:]):
-                return
+        if id(module) in self._images:
+            window, stream, bias = self._images[id(module)]
+            if x.ndim == g.ndim == len(window.kernel) + 2:
+                if self._sums.folded(x, g[:, None].flatten(3).transpose(2, 3), window, stream, bias):
+                    return
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             self._leave_out(module, _MIXES)
             return
@@ -290,22 +297,26 @@ class TrainingScores:
         factor = (n if self.reduction == "mean" else 1) if factor is None else factor
         if self.scaler is not None:
             factor /= self.scaler.get_scale()
-        features = features.mul_(factor).to("cpu", torch.float32)
-        if not math.isfinite(features.sum()):
+        if features.dtype != torch.float32 or features.device.type != "cpu":
+            features = features.to("cpu", torch.float32)
+        if not math.isfinite(features.sum() * factor):
             if self.scaler is not None:
                 self.skipped += n
                 return
-            bad = torch.nonzero(~torch.isfinite(features).all(1)).flatten()
+            bad = torch.nonzero(~torch.isfinite(features * factor).all(1)).flatten()
             got = f"NaN or infinity at sample {listed[int(bad[0])]!r}" if len(bad) else "values beyond float32"
             todo = "Give scaler= the GradScaler of the training, or mend the loss."
             raise DataError(complaint("step", "finite gradients", got, todo))
-        known = len(self._numbers)
-        rows = [self._numbers.setdefault(name, len(self._numbers)) for name in listed]
-        if len(self._numbers) > len(self._table):
-            grown = torch.empty(max(1024, 2 * len(self._numbers)), self.rank)
+        known, numbers = len(self._numbers), self._numbers
+        rows = [numbers.setdefault(name, len(numbers)) for name in listed]
+        if len(numbers) > len(self._table):
+            grown = torch.empty(max(1024, 2 * len(numbers)), self.rank)
             grown[:known] = self._table[:known]
             self._table = grown
-        self._table[slice(known, known + n) if len(self._numbers) == known + n else torch.tensor(rows)] = features
+        if len(numbers) == known + n:
+            torch.mul(features, factor, out=self._table[known : known + n])
+        else:
+            self._table.index_copy_(0, torch.from_numpy(np.array(rows)), features.mul_(factor))
 
     def features(self) -> tuple[np.ndarray, Tensor]:
         """(ids, sketches [n, rank]) of the samples seen so far."""

@@ -81,6 +81,9 @@ class Exact:
     def __init__(self, n, k, rank, seed, like):
         self.out, self.rank, self.parts = torch.zeros(n, 1, 0), rank, {}
 
+    def clear(self):
+        self.parts = {}
+
     def _put(self, stream, rows):
         rows = rows.flatten(1).double()
         mine = self.parts.get(stream)

@@ -81,15 +81,16 @@ void define_rows(py::module_& module, const char* type) {
     sui::scatter_rows(at<const T>(x), rows, o, i, at<int>(place_o), at<const T>(sign_o), at<int>(place_i),
                       at<const T>(sign_i), rank, at<T>(out), threads);
   }, release);
-  // windows: [x, bfloat16, five strides, channels, three sizes, three paddings, three padded sizes, g, bfloat16, k, s, i,
-  // o, base, offset]
-  using Geometry = std::array<std::int64_t, 25>;
+  // windows: [x, bfloat16, five strides, channels, three sizes, three paddings, three padded sizes, planes, signs, g,
+  // bfloat16, k, s, i, o, base, offset]
+  using Geometry = std::array<std::int64_t, 27>;
   constexpr auto windows = [](const Geometry& v) {
     return sui::Windows<T>{
         at<void>(Address(v[0])), v[1] ? sui::Kind::bfloat16 : sui::Kind::real, v[2], v[3], {v[4], v[5], v[6]},
         v[7], {v[8], v[9], v[10]}, {v[11], v[12], v[13]}, {v[14], v[15], v[16]},
-        at<void>(Address(v[17])), v[18] ? sui::Kind::bfloat16 : sui::Kind::real, v[19], v[20], v[21], v[22],
-        at<const int>(Address(v[23])), at<const int>(Address(v[24]))};
+        v[17], at<const T>(Address(v[18])),
+        at<void>(Address(v[19])), v[20] ? sui::Kind::bfloat16 : sui::Kind::real, v[21], v[22], v[23], v[24],
+        at<const int>(Address(v[25])), at<const int>(Address(v[26]))};
   };
   define("fold_windows", [windows](const Geometry& geometry, Index samples, Index width, Index rank, bool ones,
                                    Address place, Address sign_i, Address sign_o, Address out, int threads) {

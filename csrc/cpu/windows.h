@@ -14,6 +14,8 @@ struct Windows {
   Kind kind_x;
   Index sample, channel, stride[3];  // strides of x [n, channels, size[0], size[1], size[2]], in numbers
   Index channels, size[3], before[3], padded[3];  // zeros before the image, and what it is with those on both sides
+  Index planes;        // of the image that is read: channel c, times its sign, is added to plane c mod planes
+  const T* sign;       // [channels], or null: as many planes as channels
   const void* g;  // [n, k, o, s], dense
   Kind kind_g;
   Index k, s, i, o;

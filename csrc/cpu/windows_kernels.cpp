@@ -22,22 +22,33 @@ void zero(T* p, Index count) {
 
 template <class T>
 Index image_size(const Windows<T>& w) {
-  return w.channels * w.padded[0] * w.padded[1] * w.padded[2];
+  return w.planes * w.padded[0] * w.padded[1] * w.padded[2];
+}
+
+template <class T, bool first, class E>
+SUI_FN void copy_line(const E* from, Index apart, Index count, T sign, T* to) {
+  if (apart == 1)
+    for (Index q = 0; q < count; ++q) to[q] = first ? sign * one(from + q) : to[q] + sign * one(from + q);
+  else
+    for (Index q = 0; q < count; ++q) to[q] = first ? sign * one(from + q * apart) : to[q] + sign * one(from + q * apart);
 }
 
 // The inside of a padded image whose border is zero.
 template <class T, class E>
 void copy_image(const Windows<T>& w, const E* x, T* to) {
-  for (Index c = 0; c < w.channels; ++c)
+  for (Index c = 0; c < w.channels; ++c) {
+    const T sign = w.sign ? w.sign[c] : T(1);
     for (Index z = 0; z < w.size[0]; ++z)
       for (Index y = 0; y < w.size[1]; ++y) {
         const E* from = x + c * w.channel + z * w.stride[0] + y * w.stride[1];
-        T* line = to + ((c * w.padded[0] + z + w.before[0]) * w.padded[1] + y + w.before[1]) * w.padded[2] + w.before[2];
-        if (w.stride[2] == 1)
-          for (Index q = 0; q < w.size[2]; ++q) line[q] = one(from + q);
+        const Index plane = c % w.planes * w.padded[0] + z + w.before[0];
+        T* line = to + (plane * w.padded[1] + y + w.before[1]) * w.padded[2] + w.before[2];
+        if (c < w.planes)
+          copy_line<T, true>(from, w.stride[2], w.size[2], sign, line);
         else
-          for (Index q = 0; q < w.size[2]; ++q) line[q] = one(from + q * w.stride[2]);
+          copy_line<T, false>(from, w.stride[2], w.size[2], sign, line);
       }
+  }
 }
 
 // g [o, s] to [s, width], with signs; output o is added to column o mod width.

@@ -94,30 +94,31 @@ def test_convolutions_without_their_patches(n, k, c, o, size, window, bias, dtyp
     x, g, a = convolution(n, k, c, o, size, window, dtype)
     ones = torch.ones(*a.shape[:2], 1, dtype=torch.float64)
     wide_a, wide_g = torch.cat([a.double(), ones], 2) if bias else a.double(), g.double()
-    rows = wide_g.transpose(2, 3) @ wide_a[:, None]
+    rows = (wide_g.transpose(2, 3) @ a.double()[:, None]).unflatten(3, (c, -1))
     turned = x.transpose(1, -1).contiguous().transpose(1, -1)  # another layout
     bound = 1e-12 if dtype == torch.float64 else 2e-5 if dtype == torch.float32 else 1e-2
     for rank in (48, 300):
+        folds = [(planes, width) for planes in {1, min(c, 3), c} for width in (16, 48)]
         wants = [sketch.op.body(wide_a, wide_g, rank, 5, 3)]
-        wants += [kernels.folded(rows, width, rank, 5, 3) for width in (16, 48)]
+        wants += [kernels.folded(rows, wide_g.sum(2) if bias else None, *fold, rank, 5, 3) for fold in folds]
         for given in (x, turned):
             outs = [torch.zeros(n, k, rank, dtype=torch.promote_types(dtype, torch.float32)) for _ in wants]
             kernels.add_windows(given, g.transpose(2, 3), window, outs[0], 5, 3, bias)
-            for out, width in zip(outs[1:], (16, 48), strict=True):
-                kernels.fold_windows(given, g.transpose(2, 3), window, width, out, 5, 3, bias)
+            for out, fold in zip(outs[1:], folds, strict=True):
+                kernels.fold_windows(given, g.transpose(2, 3), window, *fold, out, 5, 3, bias)
             for got, want in zip(outs, wants, strict=True):
                 assert float((got - want).abs().max()) <= bound * float(want.abs().max())
 
 
-@pytest.mark.parametrize("width", [16, 32])
-def test_folded_rows_keep_products_in_expectation(width):
+@pytest.mark.parametrize("planes, width", [(8, 16), (3, 32), (1, 16)])
+def test_folded_rows_keep_products_in_expectation(planes, width):
     """Every pair of entries has independent signs: over many seeds the products are those of the rows."""
     kernels = pytest.importorskip("sui_fast.ops.sketching._windows_cpu", reason="the C++ module is not built")
-    rows = draw(3, 1, 50, 4)
-    seeds = 800
-    found = torch.stack([kernels.folded(rows, width, 64, seed, 0)[:, 0] for seed in range(seeds)])
+    rows, bias = draw(3, 1, 50, 8, 2), draw(3, 1, 50)
+    seeds = 500
+    found = torch.stack([kernels.folded(rows, bias, planes, width, 64, seed, 0)[:, 0] for seed in range(seeds)])
     products = found @ found.transpose(1, 2)
-    flat = rows.flatten(1)
+    flat = torch.cat([rows.flatten(1), bias.flatten(1)], 1)
     error = (products.mean(0) - flat @ flat.T).abs()
     assert (error <= 5 * products.std(0) / seeds**0.5 + 1e-9).all()
 

@@ -55,19 +55,18 @@ def _hashed(*key) -> tuple[tuple[Tensor, Tensor], int, int]:
 
 
 def _side(x: Tensor, length: int, ones: bool, table: tuple[Any, int, int]) -> list[int]:
-    """A side as the kernel takes it; x [n, k or 1, s, length], positions or features adjacent."""
-    n, c, s, f = x.stride()
-    half = x.dtype == torch.bfloat16
-    return [x.data_ptr(), half, n, c if x.shape[1] > 1 else 0, s, f, length, ones, table[1], table[2]]
+    """A side as the kernel takes it; x [n, s, length] or [n, k, s, length], positions or features adjacent."""
+    n, *c, s, f = x.stride()
+    return [x.data_ptr(), x.dtype == torch.bfloat16, n, *(c or (0,)), s, f, length, ones, *table[1:]]
 
 
 def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [n, k, s, length] in a layout and dtype that the kernel reads."""
+    """x [n, (k,) s, length] in a layout and dtype that the kernel reads."""
     if x.dtype != dtype and not (x.dtype == torch.bfloat16 and dtype == torch.float32):
         x = x.to(dtype)
-    if x.stride(3) == 1 or x.shape[3] == 1:
-        return x if x.stride(3) == 1 else x.contiguous()
-    return x if x.stride(2) == 1 and x.shape[2] >= 16 else x.contiguous()
+    if x.stride(-1) == 1:
+        return x
+    return x if x.stride(-2) == 1 and x.shape[-2] >= 16 and x.shape[-1] > 1 else x.contiguous()
 
 
 def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums: Tensor, seed: int) -> None:
@@ -76,7 +75,7 @@ def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums:
     kept, sides = [], []
     for a, g, stream, ones in layers:
         i, o = a.shape[2], g.shape[3]
-        a, g = _readable(a[:, None], dtype), _readable(g, dtype)
+        a, g = _readable(a, dtype), _readable(g, dtype)
         left, right = _hashed(i + ones, rank, 0, stream, seed, dtype), _hashed(o, rank, 1, stream, seed, dtype)
         kept.append((a, g, left, right))
         sides.append((_side(a, i, ones, left), _side(g, o, False, right)))
@@ -85,8 +84,12 @@ def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums:
 
 
 def prefers_fourier(a: Tensor, g: Tensor, ones: bool, out: Tensor) -> bool:
-    (n, k, s, o), i = g.shape, a.shape[2] + ones
-    sizes = n, s, i, o, k, out.shape[2]
+    n, k, s, o = g.shape
+    return _fourier_is_cheaper(n, s, a.shape[2] + ones, o, k, out.shape[2])
+
+
+@functools.lru_cache(maxsize=1024)
+def _fourier_is_cheaper(*sizes: int) -> bool:
     return own_fft_time(*sizes) < scatter_time(*sizes)
 
 
