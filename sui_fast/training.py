@@ -165,7 +165,7 @@ class TrainingScores:
     # -- in the passes ------------------------------------------------------------------------------------------------
 
     def _watch(self, module: nn.Module, inputs: tuple, output: Any) -> None:
-        if not (self._watching and module.training and torch.is_grad_enabled()) or id(module) in self._left_out:
+        if not (self._watching and module.training) or id(module) in self._left_out or not torch.is_grad_enabled():
             return
         if not isinstance(output, Tensor) or not inputs or not isinstance(inputs[0], Tensor):
             self._left_out[id(module)] = _UNKNOWN
@@ -177,22 +177,30 @@ class TrainingScores:
             output.register_hook(partial(self._receive, module, x))
 
     def _receive(self, module: nn.Module, x: Tensor, g: Tensor) -> None:
-        if x.numel() + g.numel() <= _LARGE and id(module) not in self._images:
+        if id(module) not in self._images and x.numel() + g.numel() <= _LARGE:
             self._waiting.append((module, x, g))
-            return
-        self._add_all([(module, x, g)], len(g) if self._sums is None else len(self._sums.out))
+        else:  # as long as it is in the cache, or so that it is let go
+            self._add_all([(module, x, g)], len(g) if self._sums is None else len(self._sums.out))
 
     def _add_all(self, layers: list[tuple[nn.Module, Tensor, Tensor]], n: int) -> None:
-        kind = layers[0][2].device.type if layers else "cpu"
+        others = []
+        for layer in layers:
+            module, x, g = layer
+            key = id(module)
+            if self._axes.get(key) == 0 and key in self._plain and x.ndim == g.ndim == 2 and len(x) == len(g) == n:
+                self._begin(n, g)
+                self._sums.flat(x, g.detach(), *self._plain[key])
+            else:
+                others.append(layer)
+        if not others:
+            return
+        kind = layers[0][2].device.type
         with torch.no_grad(), torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-            for module, x, g in layers:
+            for module, x, g in others:
                 self._add(module, x, g, n)
 
-    def _add(self, module: nn.Module, x: Tensor, g: Tensor, n: int) -> None:
-        """Add the sketch of a layer's part to that of the batch of n samples."""
-        axis = self._axis(module, x, g, n)
-        if axis is None or id(module) in self._left_out:
-            return
+    def _begin(self, n: int, g: Tensor) -> None:
+        """Sums for a batch of n, in the memory of the last one where that fits."""
         if self._sums is None:
             made_for = n, g.dtype, g.device
             if self._kept[0] != made_for:
@@ -200,13 +208,17 @@ class TrainingScores:
             else:
                 self._kept[1].clear()
             self._sums = self._kept[1]
+
+    def _add(self, module: nn.Module, x: Tensor, g: Tensor, n: int) -> None:
+        """Add the sketch of a layer's part to that of the batch of n samples."""
+        axis = self._axis(module, x, g, n)
+        if axis is None or id(module) in self._left_out:
+            return
+        self._begin(n, g)
         if axis:
             x, g = x.movedim(axis, 0), g.movedim(axis, 0)
         if id(module) in self._plain:
-            if g.ndim == 2:
-                a, g = x[:, None], g[:, None, None]
-            else:
-                a, g = x.reshape(n, -1, x.shape[-1]), g.reshape(n, 1, -1, g.shape[-1])
+            a, g = x.reshape(n, -1, x.shape[-1]), g.reshape(n, 1, -1, g.shape[-1])
             self._sums.outer(a, g, *self._plain[id(module)])
             return
         if id(module) in self._images:
@@ -299,7 +311,7 @@ class TrainingScores:
             factor /= self.scaler.get_scale()
         if features.dtype != torch.float32 or features.device.type != "cpu":
             features = features.to("cpu", torch.float32)
-        if not math.isfinite(features.sum() * factor):
+        if not math.isfinite(features.sum().item() * factor):
             if self.scaler is not None:
                 self.skipped += n
                 return
@@ -308,12 +320,19 @@ class TrainingScores:
             todo = "Give scaler= the GradScaler of the training, or mend the loss."
             raise DataError(complaint("step", "finite gradients", got, todo))
         known, numbers = len(self._numbers), self._numbers
-        rows = [numbers.setdefault(name, len(numbers)) for name in listed]
+        fresh = numbers.keys().isdisjoint(listed)
+        if fresh:
+            numbers.update(zip(listed, range(known, known + n), strict=True))
+            if len(numbers) < known + n:  # an id that is there twice
+                for name in listed:
+                    numbers.pop(name, None)
+                fresh = False
+        rows = None if fresh else [numbers.setdefault(name, len(numbers)) for name in listed]
         if len(numbers) > len(self._table):
             grown = torch.empty(max(1024, 2 * len(numbers)), self.rank)
             grown[:known] = self._table[:known]
             self._table = grown
-        if len(numbers) == known + n:
+        if fresh:
             torch.mul(features, factor, out=self._table[known : known + n])
         else:
             self._table.index_copy_(0, torch.from_numpy(np.array(rows)), features.mul_(factor))

@@ -20,6 +20,7 @@ NAMES = {torch.float32: "float32", torch.float64: "float64"}
 _ROWS = 1 << 19  # numbers of formed rows at a time: they stay in the second cache
 
 
+@functools.lru_cache(maxsize=64)
 def call(name: str, dtype: torch.dtype):
     return getattr(_cpu, f"{name}_{NAMES[dtype]}")
 
@@ -83,6 +84,32 @@ def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums:
     call("fourier", dtype)(sides, n, k, s, length, roots.data_ptr(), sums.data_ptr(), torch.get_num_threads())
 
 
+def add_flat(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums: Tensor, seed: int) -> None:
+    """``add_fourier`` for layers x [n, i], g [n, o] of one position and one output."""
+    (n, _, _, length), dtype, sides, kept = sums.shape, sums.dtype, [], []
+    for x, g, stream, ones in layers:
+        if x.dtype != dtype or x.stride(1) != 1:
+            x = _readable(x[:, None], dtype)[:, 0]
+        if g.dtype != dtype or g.stride(1) != 1:
+            g = _readable(g[:, None], dtype)[:, 0]
+        kept.append((x, g))
+        i, o, a, b = x.shape[1], g.shape[1], x.stride(0), g.stride(0)
+        left, right = _hashed(i + ones, rank, 0, stream, seed, dtype), _hashed(o, rank, 1, stream, seed, dtype)
+        half_x, half_g = x.dtype == torch.bfloat16, g.dtype == torch.bfloat16
+        sides.append(
+            (
+                [x.data_ptr(), half_x, a, 0, a, 1, i, ones, left[1], left[2]],
+                [g.data_ptr(), half_g, b, 0, b, 1, o, False, right[1], right[2]],
+            )
+        )
+    roots = _tables(length, dtype)[0]
+    call("fourier", dtype)(sides, n, 1, 1, length, roots.data_ptr(), sums.data_ptr(), torch.get_num_threads())
+
+
+def prefers_flat(x: Tensor, g: Tensor, ones: bool, rank: int) -> bool:
+    return _fourier_is_cheaper(x.shape[0], 1, x.shape[1] + ones, g.shape[1], 1, rank)
+
+
 def prefers_fourier(a: Tensor, g: Tensor, ones: bool, out: Tensor) -> bool:
     n, k, s, o = g.shape
     return _fourier_is_cheaper(n, s, a.shape[2] + ones, o, k, out.shape[2])
@@ -100,7 +127,7 @@ def new_sums(out: Tensor) -> Tensor:
 def finish(sums: Tensor, out: Tensor) -> None:
     """out [n, k, rank] += the sketches that the sums of `add_fourier` belong to."""
     (n, k, _, length), rank, dtype = sums.shape, out.shape[2], sums.dtype
-    tables = (table.data_ptr() for table in _tables(length, dtype))
+    tables = [table.data_ptr() for table in _tables(length, dtype)]
     found = out if length == rank else out.new_zeros(n, k, length)
     call("fourier_finish", dtype)(sums.data_ptr(), n * k, length, *tables, found.data_ptr(), torch.get_num_threads())
     if length != rank:

@@ -36,6 +36,7 @@ class TensorSums:
         self._fourier: Tensor | None = None
         self._spare: Tensor | None = None  # that of an earlier total
         self._waiting: list[tuple[Tensor, Tensor, int, bool]] = []  # layers of one position, which go in one call
+        self._flat: list[tuple[Tensor, Tensor, int, bool]] = []  # the same, x [n, i] and g [n, o]
         one = self.out.new_zeros(1, 1, 1)
         backend, _ = sketch.op.choose((one, one[None], rank, seed, 0, "tensor", "auto"))
         # what adds in place; None: the op gives what is added
@@ -55,6 +56,14 @@ class TensorSums:
                 self._transform()
         else:
             kernels.add_scatter(a, g, self.out, self._key, stream, ones)
+
+    def flat(self, x: Tensor, g: Tensor, stream: int, ones: bool = False) -> None:
+        """``outer`` for one position and one output, x [n, i] and g [n, o], with little to do for each layer."""
+        kernels = self.kernels
+        if kernels is _tensor_cpu is not None and x.numel() and g.numel() and kernels.prefers_flat(x, g, ones, self.rank):
+            self._flat.append((x, g, stream, ones))
+        else:
+            self.outer(x[:, None], g[:, None, None], stream, ones)
 
     def windows(self, x: Tensor, g: Tensor, window: Window, stream: int, ones: bool = False) -> bool:
         """As ``outer`` for a convolution of x [n, c, *space], without its patches; False where those cost less.
@@ -105,6 +114,9 @@ class TensorSums:
     def _transform(self) -> None:
         if self._fourier is None:
             self._fourier = self.kernels.new_sums(self.out) if self._spare is None else self._spare.zero_()
+        if self._flat:
+            self.kernels.add_flat(self._flat, self.rank, self._fourier, self._key)
+            self._flat = []
         groups: dict[int, list] = {}
         for layer in self._waiting:
             groups.setdefault(layer[1].shape[2], []).append(layer)
@@ -134,7 +146,7 @@ class TensorSums:
 
     def total(self) -> Tensor:
         """The sum so far, [n, k, rank], float32 for half precision."""
-        if self._waiting:
+        if self._waiting or self._flat:
             self._transform()
         if self._fourier is not None:
             self.kernels.finish(self._fourier, self.out)
@@ -143,5 +155,5 @@ class TensorSums:
 
     def clear(self) -> None:
         """Begin again, in the same memory: that of ``total`` is overwritten."""
-        self._waiting, self._fourier = [], None
+        self._waiting, self._flat, self._fourier = [], [], None
         self.out.zero_()
