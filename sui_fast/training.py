@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,9 +27,37 @@ from .spectra import Moments, feature_spectrum
 from .streaming import LowRank
 
 _LARGE = 1 << 20  # numbers of a layer's input and gradient that are not kept until step()
+_DISPATCH = 1e-5  # seconds for two hooks of a layer outside of them: measured, they cannot see it
 _MIXES = "the layer mixes the samples of a batch in train mode"
 _UNKNOWN = "no rule for the layer"
 _NEVER = "no gradient came through a call of its layer"
+
+
+class _Clock:
+    """Seconds of the training's own steps and of what is added to them; pauses between steps count as two of them."""
+
+    def __init__(self) -> None:
+        self.own = self.rest = self.taken = 0.0  # taken: of own, since the last step
+        self.end: float | None = None
+        self.least = math.inf
+        self.steps = self.watched = 0
+
+    def step(self, begin: float, watched: bool) -> None:
+        """A step that began its own work then, and ends now."""
+        if self.end is not None:
+            rest = begin - self.end - self.taken
+            self.least = min(self.least, rest)
+            self.rest += min(rest, 2 * self.least)
+            self.steps, self.watched = self.steps + 1, self.watched + watched
+        self.end = time.perf_counter()
+        if self.steps:  # the first one pays for tables and memory
+            self.own += self.taken + self.end - begin
+        self.taken = 0.0
+
+    @property
+    def ratio(self) -> float:
+        """Overhead so far."""
+        return self.own / self.rest if self.rest else 0.0
 
 
 class TrainingScores:
@@ -56,6 +85,9 @@ class TrainingScores:
         layers: f(name, module) -> bool, the layers to watch; default: all.
         share: of the steps that are watched, drawn at random; the overhead falls with it, and over several epochs most
             samples are seen.
+        overhead: at most this part of the time of the training itself, e.g. 0.15: a step is watched only while what was
+            taken so far is below it. None: every step is. ``diagnostics`` of the scores tell both, the share of the
+            steps watched and the overhead measured.
         scaler: a torch.amp.GradScaler whose scale the loss is multiplied with; steps whose gradients overflow are left
             out, as the training leaves them out.
     Raises:
@@ -72,17 +104,22 @@ class TrainingScores:
         reduction: str = "mean",
         layers: Callable[[str, nn.Module], bool] | None = None,
         share: float = 1.0,
+        overhead: float | None = None,
         scaler: Any = None,
     ):
         if reduction not in ("mean", "sum"):
             raise ArgumentError(complaint("reduction", "'mean' or 'sum'", repr(reduction), "Name that of the loss."))
         if not 0 < share <= 1:
             raise ArgumentError(complaint("share", "a number in (0, 1]", repr(share), "1 watches every step."))
+        if overhead is not None and not overhead > 0:
+            todo = "0.15 takes 15% of the training's time; None watches every step."
+            raise ArgumentError(complaint("overhead", "a number > 0 or None", repr(overhead), todo))
         if isinstance(model, nn.DataParallel):
             todo = "Use DistributedDataParallel, which runs the model itself."
             raise ArgumentError(complaint("model", "one module that sees whole batches", "nn.DataParallel", todo))
         self.model, self.rank, self.seed, self.reduction, self.scaler = model, rank, seed, reduction, scaler
-        self.share, self.skipped = share, 0
+        self.share, self.overhead, self.skipped = share, overhead, 0
+        self._clock = _Clock()
         self._draw, self._watching = random.Random(seed), True
         self._wanted = layers
         self._left_out: dict[int, str] = {}
@@ -125,7 +162,7 @@ class TrainingScores:
             and self._shared.isdisjoint(own.values())
         }
         self._images = {  # convolutions of the same kind, with the way they read
-            key: (window, self._streams[own["weight"]], module.bias is not None)
+            key: (len(window.kernel) + 2, window, self._streams[own["weight"]], module.bias is not None)
             for key, (_, module, own) in self._layers.items()
             if reader_of(module) is READERS.get(nn.Conv2d)
             and len(own) == 1 + (module.bias is not None)
@@ -167,6 +204,7 @@ class TrainingScores:
     def _watch(self, module: nn.Module, inputs: tuple, output: Any) -> None:
         if not (self._watching and module.training) or id(module) in self._left_out or not torch.is_grad_enabled():
             return
+        begin = time.perf_counter()
         if not isinstance(output, Tensor) or not inputs or not isinstance(inputs[0], Tensor):
             self._left_out[id(module)] = _UNKNOWN
         elif output.requires_grad:
@@ -175,29 +213,39 @@ class TrainingScores:
                 raise ArgumentError(complaint("step", "one backward pass for each step", "a second one", todo))
             x = inputs[0].detach()
             output.register_hook(partial(self._receive, module, x))
+        self._clock.taken += time.perf_counter() - begin
 
     def _receive(self, module: nn.Module, x: Tensor, g: Tensor) -> None:
+        begin = time.perf_counter()
         if id(module) not in self._images and x.numel() + g.numel() <= _LARGE:
             self._waiting.append((module, x, g))
         else:  # as long as it is in the cache, or so that it is let go
             self._add_all([(module, x, g)], len(g) if self._sums is None else len(self._sums.out))
+        self._clock.taken += time.perf_counter() - begin + _DISPATCH
 
     def _add_all(self, layers: list[tuple[nn.Module, Tensor, Tensor]], n: int) -> None:
         others = []
         for layer in layers:
             module, x, g = layer
-            key = id(module)
-            if self._axes.get(key) == 0 and key in self._plain and x.ndim == g.ndim == 2 and len(x) == len(g) == n:
+            key, axes = id(module), x.ndim
+            if self._axes.get(key) == 0 and axes == g.ndim and len(x) == len(g) == n:
                 self._begin(n, g)
-                self._sums.flat(x, g.detach(), *self._plain[key])
-            else:
-                others.append(layer)
+                if axes == 2 and key in self._plain:
+                    self._sums.flat(x, g.detach(), *self._plain[key])
+                    continue
+                if key in self._images and axes == self._images[key][0] and self._fold(key, x, g.detach()):
+                    continue
+            others.append(layer)
         if not others:
             return
         kind = layers[0][2].device.type
         with torch.no_grad(), torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             for module, x, g in others:
                 self._add(module, x, g, n)
+
+    def _fold(self, key: int, x: Tensor, g: Tensor) -> bool:
+        """Add a convolution; False where nothing was done."""
+        return self._sums.folded(x, g, *self._images[key][1:])
 
     def _begin(self, n: int, g: Tensor) -> None:
         """Sums for a batch of n, in the memory of the last one where that fits."""
@@ -217,15 +265,13 @@ class TrainingScores:
         self._begin(n, g)
         if axis:
             x, g = x.movedim(axis, 0), g.movedim(axis, 0)
+        image = self._images.get(id(module))
+        if image is not None and x.ndim == g.ndim == image[0] and self._fold(id(module), x, g):
+            return
         if id(module) in self._plain:
             a, g = x.reshape(n, -1, x.shape[-1]), g.reshape(n, 1, -1, g.shape[-1])
             self._sums.outer(a, g, *self._plain[id(module)])
             return
-        if id(module) in self._images:
-            window, stream, bias = self._images[id(module)]
-            if x.ndim == g.ndim == len(window.kernel) + 2:
-                if self._sums.folded(x, g[:, None].flatten(3).transpose(2, 3), window, stream, bias):
-                    return
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             self._leave_out(module, _MIXES)
             return
@@ -287,10 +333,16 @@ class TrainingScores:
             ids: of the batch. factor: what the sum of the samples' losses was divided by; default: their number where
                 ``reduction`` is "mean", else 1. With gradients accumulated over m batches by ``loss / m``: m times it.
         """
-        listed = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        begin, watched = time.perf_counter(), self._watching
+        self._keep(ids.tolist() if hasattr(ids, "tolist") else list(ids), factor, watched)
+        self._clock.step(begin, watched)
+        self._watching = self._draw.random() < self.share
+        if self.overhead is not None:
+            self._watching &= self._clock.ratio <= self.overhead
+
+    def _keep(self, listed: list, factor: float | None, watched: bool) -> None:
         n = len(listed)
         waiting, self._waiting = self._waiting, []
-        watched, self._watching = self._watching, self._draw.random() < self.share
         if not waiting and self._sums is None:
             if not watched:
                 return
@@ -360,6 +412,9 @@ class TrainingScores:
         if self.coverage < 0.5:
             name, reason = next(iter(left_out.items()))
             warnings.warn(f"only {self.coverage:.0%} of the parameters were seen: {name!r}: {reason}", stacklevel=2)
+        if self.overhead is not None and self._clock.watched < self._clock.steps:
+            seen = self._clock.watched / self._clock.steps
+            warnings.warn(f"{seen:.0%} of the steps were watched: overhead is kept to {self.overhead}", stacklevel=2)
         shard = {"features": z[:, None], "residual": -torch.ones(len(z), 1, dtype=torch.float64)}
         moments = Moments(self.rank)
         moments.add(**shard)
@@ -373,6 +428,6 @@ class TrainingScores:
         settings = dict(reg=reg, sigma=sigma, method="training", rank=self.rank, seed=self.seed)
         diagnostics = dict(
             method="training", features=self.rank, coverage=self.coverage, samples=len(z), left_out=left_out,
-            skipped=self.skipped,
+            skipped=self.skipped, share=self._clock.watched / max(self._clock.steps, 1), overhead=self._clock.ratio,
         )  # fmt: skip
         return Scores(ids=ids, values=values, settings=settings, diagnostics=diagnostics, units={"si": "nats"})

@@ -1,5 +1,7 @@
 """Scores from training's own backward passes: the gradients are those of autograd, the adapters feed them."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -375,3 +377,33 @@ def test_lightning():
     norms = torch.linalg.vector_norm(live.features()[1], dim=1).double()
     got = torch.tensor(callback.scores["gradient_norm"][callback.scores.ids.argsort()])
     torch.testing.assert_close(got, norms, rtol=1e-4, atol=0)  # one optimizer step came after all of them
+
+
+def test_overhead_is_kept_within_its_budget(monkeypatch):
+    (x, y), net = data(), model()
+    from sui_fast.training import TensorSums
+
+    total = TensorSums.total
+
+    def slow(self):
+        time.sleep(0.01)  # far more than the training
+        return total(self)
+
+    monkeypatch.setattr(TensorSums, "total", slow)
+
+    def train(steps, overhead):
+        with TrainingScores(net, rank=16, overhead=overhead) as live:
+            for step in range(steps):
+                ids = torch.arange(4) + 4 * (step % 6)
+                nn.functional.cross_entropy(net(x[ids]), y[ids]).backward()
+                live.step(ids)
+        return live
+
+    every = train(6, None).scores().diagnostics
+    assert every["share"] == 1 and every["overhead"] > 2
+    live = train(200, 1.0)
+    with pytest.warns(UserWarning, match="of the steps were watched"):
+        some = live.scores().diagnostics
+    assert 0 < some["share"] < 0.5 and some["overhead"] < 2
+    with pytest.raises(sui_fast.ArgumentError, match="overhead"):
+        TrainingScores(net, overhead=0)

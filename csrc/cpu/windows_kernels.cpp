@@ -25,29 +25,42 @@ Index image_size(const Windows<T>& w) {
   return w.planes * w.padded[0] * w.padded[1] * w.padded[2];
 }
 
+// to = sign x, or += where it is not the first; count numbers that are `apart`.
 template <class T, bool first, class E>
 SUI_FN void copy_line(const E* from, Index apart, Index count, T sign, T* to) {
+  constexpr int lanes = Simd<T>::lanes;
+  Index q = 0;
   if (apart == 1)
-    for (Index q = 0; q < count; ++q) to[q] = first ? sign * one(from + q) : to[q] + sign * one(from + q);
-  else
-    for (Index q = 0; q < count; ++q) to[q] = first ? sign * one(from + q * apart) : to[q] + sign * one(from + q * apart);
+    for (; q + lanes <= count; q += lanes) at(to + q) = (first ? Vector<T>{} : at(to + q)) + sign * load(from + q);
+  if constexpr (sizeof(E) == sizeof(T)) {  // lines of small images are shorter than a vector
+    typedef T Short __attribute__((vector_size(16), aligned(sizeof(T)), may_alias));
+    constexpr int some = 16 / sizeof(T);
+    if (apart == 1)
+      for (; q + some <= count; q += some) {
+        Short& here = *reinterpret_cast<Short*>(to + q);
+        here = (first ? Short{} : here) + sign * *reinterpret_cast<const Short*>(from + q);
+      }
+  }
+  for (; q < count; ++q) to[q] = (first ? T(0) : to[q]) + sign * one(from + q * apart);
 }
 
 // The inside of a padded image whose border is zero.
 template <class T, class E>
 void copy_image(const Windows<T>& w, const E* x, T* to) {
-  for (Index c = 0; c < w.channels; ++c) {
+  const Index plane = w.padded[0] * w.padded[1] * w.padded[2];
+  const Index inside = (w.before[0] * w.padded[1] + w.before[1]) * w.padded[2] + w.before[2];
+  for (Index c = 0, q = 0; c < w.channels; ++c, q = q + 1 == w.planes ? 0 : q + 1) {
     const T sign = w.sign ? w.sign[c] : T(1);
-    for (Index z = 0; z < w.size[0]; ++z)
-      for (Index y = 0; y < w.size[1]; ++y) {
-        const E* from = x + c * w.channel + z * w.stride[0] + y * w.stride[1];
-        const Index plane = c % w.planes * w.padded[0] + z + w.before[0];
-        T* line = to + (plane * w.padded[1] + y + w.before[1]) * w.padded[2] + w.before[2];
+    for (Index z = 0; z < w.size[0]; ++z) {
+      const E* from = x + c * w.channel + z * w.stride[0];
+      T* line = to + q * plane + inside + z * w.padded[1] * w.padded[2];
+      for (Index y = 0; y < w.size[1]; ++y, from += w.stride[1], line += w.padded[2]) {
         if (c < w.planes)
           copy_line<T, true>(from, w.stride[2], w.size[2], sign, line);
         else
           copy_line<T, false>(from, w.stride[2], w.size[2], sign, line);
       }
+    }
   }
 }
 

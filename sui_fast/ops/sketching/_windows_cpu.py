@@ -1,9 +1,9 @@
 """C++ kernels of convolutions (csrc/cpu/windows_kernels.cpp): their rows without the patches, sketched in two ways.
 
-``add_windows`` has the map of the tensor sketch. ``fold_windows`` has one of its own: channel c of the image, with a sign,
-is added to plane c mod planes; entry (o, i) of the weight of that smaller image goes to (o mod width + place[i]) mod rank
-with the sign s[o] s'[i]. A row is added to the sketch as it leaves the registers, and what folds saves its part of the
-product: entries that meet differ by random signs, so E<Px, Py> = <x, y> for any planes and width.
+``add_windows`` has the map of the tensor sketch. ``fold_windows`` has one of its own: channel c of the image, with a
+sign, is added to plane c mod planes; entry (o, i) of the weight of that smaller image goes to (o mod width + place[i])
+mod rank with the sign s[o] s'[i]. A row is added to the sketch as it leaves the registers, and what folds saves its
+part of the product: entries that meet differ by random signs, so E<Px, Py> = <x, y> for any planes and width.
 """
 
 from __future__ import annotations
@@ -48,22 +48,22 @@ def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _layout(window: Window, planes: int, signs: int, x_size, x_stride, x_half, g_size, g_half) -> tuple:
+def _layout(window: Window, planes: int, signs: int, axes: int, x_size, x_stride, x_half, g_size, g_half) -> tuple:
     """The geometry as the kernel takes it but for two addresses, and what must live as long."""
     base, offset, numbers = _geometry(window, x_size[1], planes, tuple(x_size[2:]))
     n, c, *space = x_stride
-    _, k, o, s = g_size
+    *k, o, s = *g_size[1 : axes - 1], math.prod(g_size[axes - 1 :])
     first = [x_half, n, c, *[0] * (3 - len(space)), *space, *numbers, planes, signs]
-    return first, [g_half, k, s, len(offset), o, base.data_ptr(), offset.data_ptr()], (base, offset)
+    return first, [g_half, *(k or (1,)), s, len(offset), o, base.data_ptr(), offset.data_ptr()], (base, offset)
 
 
 def _described(
-    x: Tensor, g: Tensor, window: Window, dtype: torch.dtype, planes: int, signs: int
+    x: Tensor, g: Tensor, window: Window, dtype: torch.dtype, planes: int, signs: int, axes: int
 ) -> tuple[list[int], Tensor, Tensor]:
-    """The geometry as the kernel takes it, and what must live until it is done; x [n, c, *space], g [n, k, o, s]."""
+    """The geometry as the kernel takes it, and what must live until then; positions are axes axes - 1 .. of g."""
     x, g = _readable(x, dtype), _readable(g, dtype).contiguous()
     halves = x.dtype == torch.bfloat16, g.dtype == torch.bfloat16
-    first, last, _ = _layout(window, planes, signs, x.shape, x.stride(), halves[0], g.shape, halves[1])
+    first, last, _ = _layout(window, planes, signs, axes, x.shape, x.stride(), halves[0], g.shape, halves[1])
     return [x.data_ptr(), *first, g.data_ptr(), *last], x, g
 
 
@@ -82,7 +82,7 @@ def _wide(o: int, rank: int, stream: int, seed: int, dtype: torch.dtype) -> tupl
 
 def add_windows(x: Tensor, g: Tensor, window: Window, out: Tensor, seed: int, stream: int, ones: bool) -> None:
     """out [n, k, rank] += tensor sketches of the rows of a convolution's weight; x [n, c, *space], g [n, k, o, s]."""
-    numbers, x, g = _described(x, g, window, out.dtype, x.shape[1], 0)
+    numbers, x, g = _described(x, g, window, out.dtype, x.shape[1], 0, 4)
     (n, _, o, _), rank, i = g.shape, out.shape[2], numbers[23]
     left = hashed(i + ones, rank, 0, stream, seed, out.dtype)
     if ones:
@@ -103,11 +103,14 @@ def _folding(i: int, o: int, channels: int, rank: int, stream: int, seed: int, d
 def fold_windows(
     x: Tensor, g: Tensor, window: Window, planes: int, width: int, out: Tensor, seed: int, stream: int, ones: bool
 ) -> None:
-    """out [n, k, rank] += sketches of the same rows with the map of the module's head; width: of 16, at most rank."""
-    channels, o, rank = x.shape[1], g.shape[2], out.shape[2]
+    """out [n, 1, rank] += sketches of the same rows with the map of the module's head, g [n, o, *positions].
+
+    width: a multiple of 16, at most rank.
+    """
+    channels, o, rank = x.shape[1], g.shape[1], out.shape[2]
     size = planes * math.prod(window.kernel) + ones
     (*pointers, signs), _ = _folding(size, o, channels, rank, stream, seed, out.dtype)
-    numbers, x, g = _described(x, g, window, out.dtype, planes, signs)
+    numbers, x, g = _described(x, g, window, out.dtype, planes, signs, 3)
     call("fold_windows", out.dtype)(
         numbers, len(g), width, rank, ones, *pointers, out.data_ptr(), torch.get_num_threads()
     )
@@ -116,16 +119,18 @@ def fold_windows(
 def folded(
     rows: Tensor, bias: Tensor | None, planes: int, width: int, rank: int, seed: int, stream: int
 ) -> Tensor:
-    """What ``fold_windows`` adds, from rows [n, k, o, channels, kernel] and those of a bias [n, k, o]: the reference."""
+    """What ``fold_windows`` adds, from rows [n, k, o, channels, kernel] and of a bias [n, k, o]: the reference."""
     o, channels, kernel = rows.shape[2:]
     kind, i = dict(device=rows.device, dtype=rows.dtype), planes * kernel
     place, sign_i = bucket_and_sign(i + (bias is not None), rank, 0, stream, seed, **kind)
-    sign, sign_c = (bucket_and_sign(size, rank, word, stream, seed, **kind)[1] for size, word in ((o, 1), (channels, 2)))
+    sign = bucket_and_sign(o, rank, 1, stream, seed, **kind)[1]
+    sign_c = bucket_and_sign(channels, rank, 2, stream, seed, **kind)[1]
     plane = torch.arange(channels, device=rows.device) % planes
     to, signed = place[:i].view(planes, kernel)[plane], sign_i[:i].view(planes, kernel)[plane] * sign_c[:, None]
     to, signed, flat = to.flatten(), signed.flatten(), rows.flatten(3)
     if bias is not None:
-        to, signed, flat = torch.cat([to, place[i:]]), torch.cat([signed, sign_i[i:]]), torch.cat([flat, bias[..., None]], 3)
+        to, signed = torch.cat([to, place[i:]]), torch.cat([signed, sign_i[i:]])
+        flat = torch.cat([flat, bias[..., None]], 3)
     to = (torch.arange(o, device=rows.device)[:, None] % width + to) % rank
     signed = flat * (sign[:, None] * signed)
     return rows.new_zeros(*rows.shape[:2], rank).index_add(2, to.flatten(), signed.flatten(2))

@@ -59,8 +59,8 @@ class TensorSums:
 
     def flat(self, x: Tensor, g: Tensor, stream: int, ones: bool = False) -> None:
         """``outer`` for one position and one output, x [n, i] and g [n, o], with little to do for each layer."""
-        kernels = self.kernels
-        if kernels is _tensor_cpu is not None and x.numel() and g.numel() and kernels.prefers_flat(x, g, ones, self.rank):
+        built = self.kernels is _tensor_cpu is not None
+        if built and x.numel() and g.numel() and _tensor_cpu.prefers_flat(x, g, ones, self.rank):
             self._flat.append((x, g, stream, ones))
         else:
             self.outer(x[:, None], g[:, None, None], stream, ones)
@@ -83,17 +83,19 @@ class TensorSums:
     def folded(self, x: Tensor, g: Tensor, window: Window, stream: int, ones: bool = False) -> bool:
         """Another sketch of the rows of a convolution [o, c, kernel], for little time; False where it is not built.
 
+        Args:
+            x: [n, c, *space]. g: [n, o, *positions], of one output.
+
         Channels fold to planes with random signs, outputs to columns: entry (o, c, t) goes to place
-        (o mod columns + h[c mod planes, t]) mod rank with the sign u[o] v[c] w[c mod planes, t]. The signs of two entries
-        are independent, so E<Px, Py> = <x, y>. Measured (two CNNs, untrained and trained, ranks 256 and 1024): the error
-        of the Gram matrix is that of the tensor sketch within the spread of seeds.
+        (o mod columns + h[c mod planes, t]) mod rank with the sign u[o] v[c] w[c mod planes, t]. The signs of two
+        entries are independent, so E<Px, Py> = <x, y>. Measured (two CNNs, untrained and trained, ranks 256 and 1024):
+        the error of the Gram matrix is that of the tensor sketch within the spread of seeds.
         """
         if self.kernels is not _tensor_cpu or _tensor_cpu is None or self.rank < 16:
             return False
         planes = min(x.shape[1], -(-self.rank // (4 * prod(window.kernel))))
-        width = 16 * -(-min(max(self.rank // 16, 1), g.shape[3]) // 16)
+        width = 16 * -(-min(max(self.rank // 16, 1), g.shape[1]) // 16)
         if g.numel():
-            g = g.transpose(2, 3)
             _windows_cpu.fold_windows(x, g, window, planes, width, self.out, self._key, stream, ones)
         return True
 
