@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ._errors import ArgumentError, DataError, complaint
 from .jacobians.layers import Factor, Index, Outer, Rows
-from .jacobians.taps import READERS, factors_of, reader_of
+from .jacobians.taps import READERS, factors_of, reader_of, window_of
 from .loo import make_filter
 from .measures import information
 from .ops.sketching.sums import TensorSums
@@ -26,9 +27,37 @@ from .spectra import Moments, feature_spectrum
 from .streaming import LowRank
 
 _LARGE = 1 << 20  # numbers of a layer's input and gradient that are not kept until step()
+_DISPATCH = 1e-5  # seconds for two hooks of a layer outside of them: measured, they cannot see it
 _MIXES = "the layer mixes the samples of a batch in train mode"
 _UNKNOWN = "no rule for the layer"
 _NEVER = "no gradient came through a call of its layer"
+
+
+class _Clock:
+    """Seconds of the training's own steps and of what is added to them; pauses between steps count as two of them."""
+
+    def __init__(self) -> None:
+        self.own = self.rest = self.taken = 0.0  # taken: of own, since the last step
+        self.end: float | None = None
+        self.least = math.inf
+        self.steps = self.watched = 0
+
+    def step(self, begin: float, watched: bool) -> None:
+        """A step that began its own work then, and ends now."""
+        if self.end is not None:
+            rest = begin - self.end - self.taken
+            self.least = min(self.least, rest)
+            self.rest += min(rest, 2 * self.least)
+            self.steps, self.watched = self.steps + 1, self.watched + watched
+        self.end = time.perf_counter()
+        if self.steps:  # the first one pays for tables and memory
+            self.own += self.taken + self.end - begin
+        self.taken = 0.0
+
+    @property
+    def ratio(self) -> float:
+        """Overhead so far."""
+        return self.own / self.rest if self.rest else 0.0
 
 
 class TrainingScores:
@@ -56,6 +85,9 @@ class TrainingScores:
         layers: f(name, module) -> bool, the layers to watch; default: all.
         share: of the steps that are watched, drawn at random; the overhead falls with it, and over several epochs most
             samples are seen.
+        overhead: at most this part of the time of the training itself, e.g. 0.15: a step is watched only while what was
+            taken so far is below it. None: every step is. ``diagnostics`` of the scores tell both, the share of the
+            steps watched and the overhead measured.
         scaler: a torch.amp.GradScaler whose scale the loss is multiplied with; steps whose gradients overflow are left
             out, as the training leaves them out.
     Raises:
@@ -72,17 +104,22 @@ class TrainingScores:
         reduction: str = "mean",
         layers: Callable[[str, nn.Module], bool] | None = None,
         share: float = 1.0,
+        overhead: float | None = None,
         scaler: Any = None,
     ):
         if reduction not in ("mean", "sum"):
             raise ArgumentError(complaint("reduction", "'mean' or 'sum'", repr(reduction), "Name that of the loss."))
         if not 0 < share <= 1:
             raise ArgumentError(complaint("share", "a number in (0, 1]", repr(share), "1 watches every step."))
+        if overhead is not None and not overhead > 0:
+            todo = "0.15 takes 15% of the training's time; None watches every step."
+            raise ArgumentError(complaint("overhead", "a number > 0 or None", repr(overhead), todo))
         if isinstance(model, nn.DataParallel):
             todo = "Use DistributedDataParallel, which runs the model itself."
             raise ArgumentError(complaint("model", "one module that sees whole batches", "nn.DataParallel", todo))
         self.model, self.rank, self.seed, self.reduction, self.scaler = model, rank, seed, reduction, scaler
-        self.share, self.skipped = share, 0
+        self.share, self.overhead, self.skipped = share, overhead, 0
+        self._clock = _Clock()
         self._draw, self._watching = random.Random(seed), True
         self._wanted = layers
         self._left_out: dict[int, str] = {}
@@ -91,6 +128,7 @@ class TrainingScores:
         self._handles: list[Any] = []
         self._waiting: list[tuple[nn.Module, Tensor, Tensor]] = []
         self._sums: TensorSums | None = None
+        self._kept: tuple[tuple, TensorSums | None] = ((), None)  # of the last step, with what it was made for
         self._numbers: dict[Any, int] = {}  # row of each sample in the table
         self._table = torch.empty(0, rank)
         self._survey()
@@ -123,6 +161,14 @@ class TrainingScores:
             and len(own) == 1 + (module.bias is not None)
             and self._shared.isdisjoint(own.values())
         }
+        self._images = {  # convolutions of the same kind, with the way they read
+            key: (len(window.kernel) + 2, window, self._streams[own["weight"]], module.bias is not None)
+            for key, (_, module, own) in self._layers.items()
+            if reader_of(module) is READERS.get(nn.Conv2d)
+            and len(own) == 1 + (module.bias is not None)
+            and self._shared.isdisjoint(own.values())
+            and (window := window_of(module)) is not None
+        }
 
     @property
     def coverage(self) -> float:
@@ -151,13 +197,14 @@ class TrainingScores:
     def __exit__(self, *_: Any) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._waiting, self._sums = [], [], None
+        self._handles, self._waiting, self._sums, self._kept = [], [], None, ((), None)
 
     # -- in the passes ------------------------------------------------------------------------------------------------
 
     def _watch(self, module: nn.Module, inputs: tuple, output: Any) -> None:
-        if not (self._watching and module.training and torch.is_grad_enabled()) or id(module) in self._left_out:
+        if not (self._watching and module.training) or id(module) in self._left_out or not torch.is_grad_enabled():
             return
+        begin = time.perf_counter()
         if not isinstance(output, Tensor) or not inputs or not isinstance(inputs[0], Tensor):
             self._left_out[id(module)] = _UNKNOWN
         elif output.requires_grad:
@@ -166,28 +213,61 @@ class TrainingScores:
                 raise ArgumentError(complaint("step", "one backward pass for each step", "a second one", todo))
             x = inputs[0].detach()
             output.register_hook(partial(self._receive, module, x))
+        self._clock.taken += time.perf_counter() - begin
 
     def _receive(self, module: nn.Module, x: Tensor, g: Tensor) -> None:
-        if x.numel() + g.numel() <= _LARGE:
+        begin = time.perf_counter()
+        if id(module) not in self._images and x.numel() + g.numel() <= _LARGE:
             self._waiting.append((module, x, g))
-            return
-        self._add_all([(module, x, g)], len(g) if self._sums is None else len(self._sums.out))
+        else:  # as long as it is in the cache, or so that it is let go
+            self._add_all([(module, x, g)], len(g) if self._sums is None else len(self._sums.out))
+        self._clock.taken += time.perf_counter() - begin + _DISPATCH
 
     def _add_all(self, layers: list[tuple[nn.Module, Tensor, Tensor]], n: int) -> None:
-        kind = layers[0][2].device.type if layers else "cpu"
+        others = []
+        for layer in layers:
+            module, x, g = layer
+            key, axes = id(module), x.ndim
+            if self._axes.get(key) == 0 and axes == g.ndim and len(x) == len(g) == n:
+                self._begin(n, g)
+                if axes == 2 and key in self._plain:
+                    self._sums.flat(x, g.detach(), *self._plain[key])
+                    continue
+                if key in self._images and axes == self._images[key][0] and self._fold(key, x, g.detach()):
+                    continue
+            others.append(layer)
+        if not others:
+            return
+        kind = layers[0][2].device.type
         with torch.no_grad(), torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-            for module, x, g in layers:
+            for module, x, g in others:
                 self._add(module, x, g, n)
+
+    def _fold(self, key: int, x: Tensor, g: Tensor) -> bool:
+        """Add a convolution; False where nothing was done."""
+        return self._sums.folded(x, g, *self._images[key][1:])
+
+    def _begin(self, n: int, g: Tensor) -> None:
+        """Sums for a batch of n, in the memory of the last one where that fits."""
+        if self._sums is None:
+            made_for = n, g.dtype, g.device
+            if self._kept[0] != made_for:
+                self._kept = made_for, TensorSums(n, 1, self.rank, self.seed, g)
+            else:
+                self._kept[1].clear()
+            self._sums = self._kept[1]
 
     def _add(self, module: nn.Module, x: Tensor, g: Tensor, n: int) -> None:
         """Add the sketch of a layer's part to that of the batch of n samples."""
         axis = self._axis(module, x, g, n)
         if axis is None or id(module) in self._left_out:
             return
-        if self._sums is None:
-            self._sums = TensorSums(n, 1, self.rank, self.seed, g)
+        self._begin(n, g)
         if axis:
             x, g = x.movedim(axis, 0), g.movedim(axis, 0)
+        image = self._images.get(id(module))
+        if image is not None and x.ndim == g.ndim == image[0] and self._fold(id(module), x, g):
+            return
         if id(module) in self._plain:
             a, g = x.reshape(n, -1, x.shape[-1]), g.reshape(n, 1, -1, g.shape[-1])
             self._sums.outer(a, g, *self._plain[id(module)])
@@ -253,10 +333,16 @@ class TrainingScores:
             ids: of the batch. factor: what the sum of the samples' losses was divided by; default: their number where
                 ``reduction`` is "mean", else 1. With gradients accumulated over m batches by ``loss / m``: m times it.
         """
-        listed = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        begin, watched = time.perf_counter(), self._watching
+        self._keep(ids.tolist() if hasattr(ids, "tolist") else list(ids), factor, watched)
+        self._clock.step(begin, watched)
+        self._watching = self._draw.random() < self.share
+        if self.overhead is not None:
+            self._watching &= self._clock.ratio <= self.overhead
+
+    def _keep(self, listed: list, factor: float | None, watched: bool) -> None:
         n = len(listed)
         waiting, self._waiting = self._waiting, []
-        watched, self._watching = self._watching, self._draw.random() < self.share
         if not waiting and self._sums is None:
             if not watched:
                 return
@@ -275,22 +361,33 @@ class TrainingScores:
         factor = (n if self.reduction == "mean" else 1) if factor is None else factor
         if self.scaler is not None:
             factor /= self.scaler.get_scale()
-        features = features.mul_(factor).to("cpu", torch.float32)
-        if not math.isfinite(features.sum()):
+        if features.dtype != torch.float32 or features.device.type != "cpu":
+            features = features.to("cpu", torch.float32)
+        if not math.isfinite(features.sum().item() * factor):
             if self.scaler is not None:
                 self.skipped += n
                 return
-            bad = torch.nonzero(~torch.isfinite(features).all(1)).flatten()
+            bad = torch.nonzero(~torch.isfinite(features * factor).all(1)).flatten()
             got = f"NaN or infinity at sample {listed[int(bad[0])]!r}" if len(bad) else "values beyond float32"
             todo = "Give scaler= the GradScaler of the training, or mend the loss."
             raise DataError(complaint("step", "finite gradients", got, todo))
-        known = len(self._numbers)
-        rows = [self._numbers.setdefault(name, len(self._numbers)) for name in listed]
-        if len(self._numbers) > len(self._table):
-            grown = torch.empty(max(1024, 2 * len(self._numbers)), self.rank)
+        known, numbers = len(self._numbers), self._numbers
+        fresh = numbers.keys().isdisjoint(listed)
+        if fresh:
+            numbers.update(zip(listed, range(known, known + n), strict=True))
+            if len(numbers) < known + n:  # an id that is there twice
+                for name in listed:
+                    numbers.pop(name, None)
+                fresh = False
+        rows = None if fresh else [numbers.setdefault(name, len(numbers)) for name in listed]
+        if len(numbers) > len(self._table):
+            grown = torch.empty(max(1024, 2 * len(numbers)), self.rank)
             grown[:known] = self._table[:known]
             self._table = grown
-        self._table[slice(known, known + n) if len(self._numbers) == known + n else torch.tensor(rows)] = features
+        if fresh:
+            torch.mul(features, factor, out=self._table[known : known + n])
+        else:
+            self._table.index_copy_(0, torch.from_numpy(np.array(rows)), features.mul_(factor))
 
     def features(self) -> tuple[np.ndarray, Tensor]:
         """(ids, sketches [n, rank]) of the samples seen so far."""
@@ -315,6 +412,9 @@ class TrainingScores:
         if self.coverage < 0.5:
             name, reason = next(iter(left_out.items()))
             warnings.warn(f"only {self.coverage:.0%} of the parameters were seen: {name!r}: {reason}", stacklevel=2)
+        if self.overhead is not None and self._clock.watched < self._clock.steps:
+            seen = self._clock.watched / self._clock.steps
+            warnings.warn(f"{seen:.0%} of the steps were watched: overhead is kept to {self.overhead}", stacklevel=2)
         shard = {"features": z[:, None], "residual": -torch.ones(len(z), 1, dtype=torch.float64)}
         moments = Moments(self.rank)
         moments.add(**shard)
@@ -328,6 +428,6 @@ class TrainingScores:
         settings = dict(reg=reg, sigma=sigma, method="training", rank=self.rank, seed=self.seed)
         diagnostics = dict(
             method="training", features=self.rank, coverage=self.coverage, samples=len(z), left_out=left_out,
-            skipped=self.skipped,
+            skipped=self.skipped, share=self._clock.watched / max(self._clock.steps, 1), overhead=self._clock.ratio,
         )  # fmt: skip
         return Scores(ids=ids, values=values, settings=settings, diagnostics=diagnostics, units={"si": "nats"})

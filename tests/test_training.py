@@ -1,5 +1,7 @@
 """Scores from training's own backward passes: the gradients are those of autograd, the adapters feed them."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -81,6 +83,9 @@ class Exact:
     def __init__(self, n, k, rank, seed, like):
         self.out, self.rank, self.parts = torch.zeros(n, 1, 0), rank, {}
 
+    def clear(self):
+        self.parts = {}
+
     def _put(self, stream, rows):
         rows = rows.flatten(1).double()
         mine = self.parts.get(stream)
@@ -94,12 +99,18 @@ class Exact:
         rows = g[:, 0].transpose(1, 2).to(a.dtype) @ a
         self._put(stream, torch.cat([rows.flatten(1), g[:, 0].sum(1)], 1) if ones else rows)
 
+    def flat(self, x, g, stream, ones=False):
+        self.outer(x[:, None], g[:, None, None], stream, ones)
+
     def index(self, token, g, vocabulary, stream):
         hot = nn.functional.one_hot(token.clamp(min=0), vocabulary) * (token >= 0)[..., None]
         self._put(stream, hot.to(g.dtype).transpose(1, 2) @ g[:, 0])
 
     def rows(self, rows, stream):
         self._put(stream, rows)
+
+    def folded(self, *_):
+        return False  # nothing was added: by outer, then
 
     def total(self):
         rows = torch.cat([self.parts[stream] for stream in sorted(self.parts)], 1)
@@ -366,3 +377,33 @@ def test_lightning():
     norms = torch.linalg.vector_norm(live.features()[1], dim=1).double()
     got = torch.tensor(callback.scores["gradient_norm"][callback.scores.ids.argsort()])
     torch.testing.assert_close(got, norms, rtol=1e-4, atol=0)  # one optimizer step came after all of them
+
+
+def test_overhead_is_kept_within_its_budget(monkeypatch):
+    (x, y), net = data(), model()
+    from sui_fast.training import TensorSums
+
+    total = TensorSums.total
+
+    def slow(self):
+        time.sleep(0.01)  # far more than the training
+        return total(self)
+
+    monkeypatch.setattr(TensorSums, "total", slow)
+
+    def train(steps, overhead):
+        with TrainingScores(net, rank=16, overhead=overhead) as live:
+            for step in range(steps):
+                ids = torch.arange(4) + 4 * (step % 6)
+                nn.functional.cross_entropy(net(x[ids]), y[ids]).backward()
+                live.step(ids)
+        return live
+
+    every = train(6, None).scores().diagnostics
+    assert every["share"] == 1 and every["overhead"] > 2
+    live = train(200, 1.0)
+    with pytest.warns(UserWarning, match="of the steps were watched"):
+        some = live.scores().diagnostics
+    assert 0 < some["share"] < 0.5 and some["overhead"] < 2
+    with pytest.raises(sui_fast.ArgumentError, match="overhead"):
+        TrainingScores(net, overhead=0)

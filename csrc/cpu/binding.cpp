@@ -15,6 +15,7 @@
 #include "tensor.h"
 #include "triangular.h"
 #include "variant.h"
+#include "windows.h"
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
@@ -81,6 +82,28 @@ void define_rows(py::module_& module, const char* type) {
                             Address sign_i, Index rank, Address out, int threads) {
     sui::scatter_rows(at<const T>(x), rows, o, i, at<int>(place_o), at<const T>(sign_o), at<int>(place_i),
                       at<const T>(sign_i), rank, at<T>(out), threads);
+  }, release);
+  // windows: [x, bfloat16, five strides, channels, three sizes, three paddings, three padded sizes, planes, signs, g,
+  // bfloat16, k, s, i, o, base, offset]
+  using Geometry = std::array<std::int64_t, 27>;
+  constexpr auto windows = [](const Geometry& v) {
+    return sui::Windows<T>{
+        at<void>(Address(v[0])), v[1] ? sui::Kind::bfloat16 : sui::Kind::real, v[2], v[3], {v[4], v[5], v[6]},
+        v[7], {v[8], v[9], v[10]}, {v[11], v[12], v[13]}, {v[14], v[15], v[16]},
+        v[17], at<const T>(Address(v[18])),
+        at<void>(Address(v[19])), v[20] ? sui::Kind::bfloat16 : sui::Kind::real, v[21], v[22], v[23], v[24],
+        at<const int>(Address(v[25])), at<const int>(Address(v[26]))};
+  };
+  define("fold_windows", [windows](const Geometry& geometry, Index samples, Index width, Index rank, bool ones,
+                                   Address place, Address sign_i, Address sign_o, Address out, int threads) {
+    const sui::Folding<T> folding{width, rank, ones, at<const int>(place), at<const T>(sign_i), at<const T>(sign_o)};
+    sui::fold_windows(windows(geometry), folding, samples, at<T>(out), threads);
+  }, release);
+  define("scatter_windows", [windows](const Geometry& geometry, Index samples, Index width, Address place_o,
+                                      Address sign_o, Address place_i, Address sign_i, Index rank, Address out,
+                                      int threads) {
+    sui::scatter_windows(windows(geometry), samples, width, at<const int>(place_o), at<const T>(sign_o),
+                         at<const int>(place_i), at<const T>(sign_i), rank, at<T>(out), threads);
   }, release);
   define("scatter_index", [](Address g, Index samples, Index k, Index s, Index o, Address token, Address place_token,
                              Address sign_token, Address place, Address sign, Index rank, Address out, int threads) {

@@ -6,8 +6,6 @@
 
 namespace sui {
 
-enum class Kind { real, bfloat16 };  // of the numbers of an input: T itself, or bfloat16 where T is float
-
 // One side of the rows sum_s g a^T with the hash of its features.
 template <class T>
 struct Side {

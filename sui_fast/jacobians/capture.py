@@ -258,16 +258,27 @@ class Evaluator:
 
         return call
 
-    def autograd_vjp(self, batch: Any, cotangent: Tensor, project: Tensor) -> tuple[dict[str, Tensor], set[str]]:
+    def autograd_vjp(
+        self, batch: Any, cotangent: Tensor, project: Tensor, take: Callable[[str, Tensor], None]
+    ) -> set[str]:
         """J^T c by one plain backward pass over views of the parameters: what the factors are compared with.
 
+        Args:
+            take: called with the gradient of each parameter that has one as the pass reaches it; none is held longer.
         Returns:
-            Gradients by name, and the parameters that also act through tensors made before the forward pass.
+            The parameters that also act through tensors made before the forward pass.
         """
         wrapper = _Functional(self, project)
         leaves = {f"model.{name}": p.detach().requires_grad_() for name, p in self.parameters.items()}
         given = list(leaves.values())
         real = {name: p for name, p in self.parameters.items() if p.requires_grad}
+
+        def hand(name: str, grad: Tensor) -> Tensor | None:
+            take(name, grad.to_dense())
+            return grad.new_zeros(()).expand(grad.shape) if grad.layout == torch.strided else None
+
+        for name, leaf in zip(self.parameters, given, strict=True):
+            leaf.register_hook(functools.partial(hand, name))
 
         def gradients(out: Tensor) -> tuple:
             if not out.requires_grad:
@@ -275,10 +286,7 @@ class Evaluator:
             return torch.autograd.grad((out * cotangent).sum(), [*given, *real.values()], allow_unused=True)
 
         found = functional_call(wrapper, leaves, (batch, gradients), tie_weights=True)
-        pairs = zip(self.parameters.items(), found, strict=False)
-        grads = {name: torch.zeros_like(p) if grad is None else grad.to_dense() for (name, p), grad in pairs}
-        outside = {name for name, grad in zip(real, found[len(given) :], strict=True) if grad is not None}
-        return grads, outside
+        return {name for name, grad in zip(real, found[len(given) :], strict=True) if grad is not None}
 
 
 @dataclass

@@ -15,11 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..ops.sketching.window import Window
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,31 @@ class Outer:
 
 
 @dataclass
+class Image:
+    """The input of a convolution [n, c, *space], before it is unfolded."""
+
+    x: Tensor
+    window: Window
+
+    def unfolded(self) -> Tensor:
+        """[n, s, c * kernel]."""
+        pads, window = [p for pair in reversed(self.window.pads) for p in pair], self.window
+        x = torch.nn.functional.pad(self.x, pads) if any(pads) else self.x
+        return _unfolded(x, dict(kernel=window.kernel, stride=window.stride, dilation=window.dilation))
+
+
+class Patches(Outer):
+    """The factor of a convolution: ``a`` is unfolded when it is asked for."""
+
+    def __init__(self, names: dict[str, str], image: Image, g: Tensor, places: dict[str, Place] | None = None):
+        self.names, self.image, self.g, self.places = names, image, g, places or {}
+
+    @cached_property
+    def a(self) -> Tensor:  # type: ignore[override]
+        return self.image.unfolded()
+
+
+@dataclass
 class Index:
     """rows[token[n,s]] += g[n,k,s]: an embedding [V, o]."""
 
@@ -195,15 +223,17 @@ def _rows(use: Use, role: str, rows: Callable[[], Tensor]) -> list[Factor]:
     return [Rows({"rows": name}, part) for name, part in origin.rows(rows()).items()]
 
 
-def _outer(use: Use, a: Tensor, g: Tensor) -> list[Factor]:
+def _outer(use: Use, a: Tensor | Image, g: Tensor) -> list[Factor]:
+    kind = Patches if isinstance(a, Image) else Outer
     weight, bias = use.origins.get("weight"), use.origins.get("bias")
     if isinstance(weight, Part) and (bias is None or isinstance(bias, Part)):
         parts = {role: part for role, part in (("weight", weight), ("bias", bias)) if part is not None}
         places = {role: part.place for role, part in parts.items() if part.place is not None}
-        return [Outer({role: part.name for role, part in parts.items()}, a, g, places)]
+        return [kind({role: part.name for role, part in parts.items()}, a, g, places)]
     if isinstance(weight, Part):
         places = {} if weight.place is None else {"weight": weight.place}
-        return [Outer({"weight": weight.name}, a, g, places), *_rows(use, "bias", lambda: g.sum(2))]
+        return [kind({"weight": weight.name}, a, g, places), *_rows(use, "bias", lambda: g.sum(2))]
+    a = a.unfolded() if isinstance(a, Image) else a
     found = _rows(use, "weight", lambda: (g.transpose(2, 3) @ a[:, None]).flatten(2))
     return found + _rows(use, "bias", lambda: g.sum(2))
 
@@ -233,11 +263,6 @@ def _unfolded(x: Tensor, options: dict[str, Any]) -> Tensor:
     return x.transpose(1, 2)
 
 
-def _together(x: Tensor, lead: int, n: int) -> Tensor:
-    """[n t, s, c] as [n, t s, c]: images of one sample are more positions."""
-    return x.reshape(n, -1, x.shape[2]) if lead else x
-
-
 def _conv_factors(use: Use, g: Tensor) -> list[Factor]:
     x, options = use.saved, use.options
     dim = len(options["kernel"])
@@ -246,7 +271,11 @@ def _conv_factors(use: Use, g: Tensor) -> list[Factor]:
     x = x.flatten(0, 1) if lead else x
     if options["groups"] > 1:
         return _grouped_factors(use, x, g.flatten(3 if lead else 2, -2), lead)
-    return _outer(use, _together(_unfolded(x, options), lead, n), g.flatten(2, -2))
+    if lead:
+        columns = _unfolded(x, options)
+        return _outer(use, columns.reshape(n, -1, columns.shape[2]), g.flatten(2, -2))  # more positions
+    window = Window(options["kernel"], options["stride"], options["dilation"], ((0, 0),) * dim)  # x has its zeros
+    return _outer(use, Image(x, window), g.flatten(2, -2))
 
 
 def _grouped_factors(use: Use, x: Tensor, g: Tensor, lead: int) -> list[Factor]:

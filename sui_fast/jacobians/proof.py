@@ -74,20 +74,20 @@ def _proven(evaluator: Evaluator, batch: Any, collect: Collect, general: dict[st
         if recorder.unruled:
             general |= recorder.unruled
             continue
-        for call in recorder.plan:
+        calls, k = recorder.plan, out.shape[1]
+        del recorder, out  # with all they hold of the pass
+        for call in calls:
             call.positions_first = bool(call.names & turned)
-        wrong, outside = _disagreement(
-            evaluator, few, Plan(recorder.plan, general, out.shape[1], size), collect, tolerance
-        )
+        wrong, outside = _disagreement(evaluator, few, Plan(calls, general, k, size), collect, tolerance)
         if outside and not outside <= set(general):
             general |= dict.fromkeys(outside, "a tensor made of it before the forward pass")
             continue
         if not wrong and not outside:
-            return Plan(recorder.plan, general, out.shape[1], size)
+            return Plan(calls, general, k, size)
         stubborn = [name for name in (*outside, *wrong) if name in general]
         if stubborn:
             _refuse(stubborn[0], general[stubborn[0]])
-        guessed = {name for call in recorder.plan if call.ambiguous for name in call.names & set(wrong)} - turned
+        guessed = {name for call in calls if call.ambiguous for name in call.names & set(wrong)} - turned
         if guessed:
             turned |= guessed
             continue
@@ -179,12 +179,19 @@ def _compare(
     flat, columns = found.vjp(c.reshape(-1)), {name: found.columns(name) for name in evaluator.parameters}
     c = c.to(captured.outputs)
     del captured, rows, found  # a model's gradients take their place
-    true, outside = evaluator.autograd_vjp(batch, c, project)
-    largest = max(float(grad.abs().max()) for grad in true.values())
-    wrong = [
-        name
-        for name, grad in true.items()
-        if not float((flat[columns[name]] - grad.reshape(-1)).abs().max())
-        <= tolerance * max(float(grad.abs().max()), 1e-3 * largest)
-    ]
+    errors = {name: _largest(flat[part]) for name, part in columns.items()}  # where autograd has none
+    sizes = dict.fromkeys(columns, 0.0)
+
+    def take(name: str, grad: Tensor) -> None:
+        sizes[name] = _largest(grad)
+        errors[name] = _largest(flat[columns[name]].sub_(grad.reshape(-1)))
+
+    outside = evaluator.autograd_vjp(batch, c, project, take)
+    largest = max(sizes.values())
+    wrong = [name for name in columns if not errors[name] <= tolerance * max(sizes[name], 1e-3 * largest)]
     return wrong, outside
+
+
+def _largest(x: Tensor) -> float:
+    """max |x|, NaN where there is one, without a copy."""
+    return float(torch.linalg.vector_norm(x.reshape(-1), float("inf")))

@@ -191,7 +191,8 @@ class Recorder(TorchFunctionMode):
     def _given(self, call: Call, function, args, kwargs, unique: list[Tensor], copies: list[Tensor]) -> Tensor:
         if plain_name(function) in COPIES:
             shape = function(*self._origins.swapped(args), **self._origins.swapped(kwargs)).shape
-            return repeated(shape, self._aligned(copies[0], unique[0], shape, call))
+            made = repeated(shape, self._aligned(copies[0], unique[0], shape, call))
+            return made.contiguous() if plain_name(function) == "repeat" else made  # a view may follow, as after repeat
         if function is _FUSED:  # a bias of attention
             shape = torch.Size((*args[0].shape[:-1], args[1].shape[-2]))
         else:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops.sketching.sums import TensorSums
-from .layers import Factor, Index, Outer, Use
+from .layers import Factor, Index, Outer, Patches, Use
 
 
 def as_read(use: Use, g: Tensor, dtype: torch.dtype) -> tuple[Use, Tensor]:
@@ -25,8 +25,11 @@ def streams_of(factors: list[Factor]) -> list:
 
 def add_sketch(sums: TensorSums, factor: Factor, order: list, shapes: dict[str, torch.Size]) -> None:
     stream = order.index(layer_order(factor))
+    bias = "bias" in factor.names
+    if isinstance(factor, Patches) and sums.windows(factor.image.x, factor.g, factor.image.window, stream, bias):
+        return
     if isinstance(factor, Outer):
-        sums.outer(factor.a, factor.g, stream, "bias" in factor.names)
+        sums.outer(factor.a, factor.g, stream, bias)
     elif isinstance(factor, Index):
         sums.index(factor.token, factor.g, shapes[factor.names["weight"]][0], stream)
     else:

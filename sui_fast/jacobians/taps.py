@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..ops.sketching.window import Window
 from .layers import Factor, Part, Place, Rows, Use, make_factors
 from .rules import RULES, Reading
 
@@ -24,6 +25,18 @@ _TRANSPOSED = {
     nn.ConvTranspose2d: F.conv_transpose2d,
     nn.ConvTranspose3d: F.conv_transpose3d,
 }
+
+
+def window_of(m: nn.Module) -> Window | None:
+    """How a convolution reads its images; None where a rule has to form its factors."""
+    if not isinstance(m, tuple(_CONVOLUTIONS)) or m.padding_mode != "zeros" or m.groups > 1:
+        return None
+    if isinstance(m.padding, str):  # those of "same" that are uneven have one more behind
+        total = [d * (k - 1) if m.padding == "same" else 0 for d, k in zip(m.dilation, m.kernel_size, strict=True)]
+        pads = tuple((t // 2, t - t // 2) for t in total)
+    else:
+        pads = tuple((p, p) for p in m.padding)
+    return Window(m.kernel_size, m.stride, m.dilation, pads)
 
 
 def _convolution(m, x: Tensor) -> Reading | None:

@@ -15,10 +15,17 @@ from sui_fast import ArgumentError, CoverageError, jacobian, score
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 SLOW_PATHS = {  # what has no rule, and why
-    "LSTM on packed sequences": "lstm",
-    "Mixtral (mixture of experts)": "linear",
-    "Mixture of experts by hand": "linear",
+    "LSTM on packed sequences": ["lstm"],
+    "Mixtral (mixture of experts)": ["linear"],
+    "Mixture of experts by hand": ["linear"],
+    "Qwen 3, mixture of experts": ["linear"],
+    "DeepSeek-V3": ["linear"],
+    "GPT-OSS": ["add", "matmul"],
+    "DeBERTa": ["div_", "linear"],
+    "CLIP": ["mul"],
+    "TimeSformer": ["a use that the rules do not see"],
 }
+SINGLE = {"Gemma 2", "DeepSeek-V3", "Cohere", "RecurrentGemma"}  # compute in float32 whatever the model is
 found = {}
 
 
@@ -41,8 +48,9 @@ def build(name):
 def test_every_parameter_agrees_with_autograd(name):
     build(name)
     facts = found[name] = zoo.facts(name)
-    assert facts["coverage"] == 1 and facts["rows"] < 1e-10 and facts["kernel"] < 1e-10
-    assert facts["why"] == ([SLOW_PATHS[name]] if name in SLOW_PATHS else [])
+    limit = 1e-6 if name in SINGLE else 1e-10
+    assert facts["coverage"] == 1 and facts["rows"] < limit and facts["kernel"] < limit
+    assert facts["why"] == SLOW_PATHS.get(name, [])
 
 
 def test_the_document_lists_every_model():

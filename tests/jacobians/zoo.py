@@ -11,6 +11,7 @@ from collections import Counter
 
 import torch
 import torch.nn.functional as F
+from families import FAMILIES
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -594,6 +595,7 @@ MODELS = {
     "Checkpointing, reentrant": lambda: (Checkpointed(True), sequences(), None),
     "Bare parameters": lambda: (Bare(), sequences(size=6), None),
     "EmbeddingBag": lambda: (Bag(), tokens(), None),
+    **FAMILIES,
 }
 
 
@@ -731,7 +733,8 @@ Precision: models in float32, float16 and bfloat16, and float32 models under aut
 in the dtype of the model, sums are float32. Kernels agree with float64 within 2e-5, 1e-2 and 6e-2 of their largest
 entry. More padding or another batch size changes them by less than 1e-10 in float64, 1e-5 in float32 and 2e-2 in
 bfloat16 (tests).
-Models that compute their norms in float32 whatever they are (T5, Llama, Gemma) are as exact as that.
+Models that compute parts in float32 whatever they are (norms of T5, Llama and Gemma, the recurrence of RecurrentGemma,
+the router of DeepSeek-V3) are as exact as that.
 
 Written by `python -m benchmarks.models`, or by `SUI_FAST_WRITE_MODELS=1 pytest tests/jacobians/test_models.py`.
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import sui_fast
+from sui_fast.jacobians.layers import Image
 from sui_fast.ops import sketch
 from sui_fast.ops.sketching.sums import TensorSums
+from sui_fast.ops.sketching.window import Window
 
 
 def draw(*shape, dtype=torch.float64):
@@ -65,6 +67,63 @@ def test_formed_rows_add_up_to_the_sketch_of_their_factors(backend, bias, rank):
         for part in (slice(0, 2), slice(2, 5)):
             found.formed(rows[part].contiguous(), part.start, 1, own[part] if bias else None)
         torch.testing.assert_close(found.total(), want.total())
+
+
+CONVOLUTIONS = [  # samples, outputs k, channels, outputs o, image, window
+    pytest.param(5, 1, 3, 7, (9,), Window((3,), (2,), (1,), ((1, 2),)), id="one-axis"),
+    pytest.param(18, 2, 2, 20, (6, 7), Window((3, 2), (1, 2), (2, 1), ((1, 1), (0, 1))), id="two-axes"),
+    pytest.param(3, 1, 5, 40, (4, 3, 5), Window((1, 2, 3), (1, 1, 2), (1, 1, 1), ((0, 0), (1, 1), (1, 0))), id="three"),
+    pytest.param(2, 1, 40, 1, (1, 1), Window((1, 1), (1, 1), (1, 1), ((0, 0), (0, 0))), id="one-position"),
+    pytest.param(4, 1, 1, 33, (12, 17), Window((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1))), id="long"),
+]
+
+
+def convolution(n, k, c, o, size, window, dtype):
+    """x, g [n, k, s, o] and the patches [n, s, c kernel]."""
+    x = draw(n, c, *size).to(dtype)
+    a = Image(x, window).unfolded()
+    g = draw(n, k, o, a.shape[1]).to(dtype).transpose(2, 3)
+    return x, g, a
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("n, k, c, o, size, window", CONVOLUTIONS)
+def test_convolutions_without_their_patches(n, k, c, o, size, window, bias, dtype):
+    kernels = pytest.importorskip("sui_fast.ops.sketching._windows_cpu", reason="the C++ module is not built")
+    x, g, a = convolution(n, k, c, o, size, window, dtype)
+    ones = torch.ones(*a.shape[:2], 1, dtype=torch.float64)
+    wide_a, wide_g = torch.cat([a.double(), ones], 2) if bias else a.double(), g.double()
+    rows = (wide_g.transpose(2, 3) @ a.double()[:, None]).unflatten(3, (c, -1))
+    turned = x.transpose(1, -1).contiguous().transpose(1, -1)  # another layout
+    bound = 1e-12 if dtype == torch.float64 else 2e-5 if dtype == torch.float32 else 1e-2
+    for rank in (48, 300):
+        folds = [(planes, width) for planes in {1, min(c, 3), c} for width in (16, 48)]
+        wants = [sketch.op.body(wide_a, wide_g, rank, 5, 3)]
+        wants += [kernels.folded(rows, wide_g.sum(2) if bias else None, *fold, rank, 5, 3) for fold in folds]
+        for given in (x, turned):
+            outs = [torch.zeros(n, k, rank, dtype=torch.promote_types(dtype, torch.float32)) for _ in wants]
+            kernels.add_windows(given, g.transpose(2, 3), window, outs[0], 5, 3, bias)
+            for out, fold in zip(outs[1:], folds, strict=True):
+                for q in range(k):
+                    one = out[:, q : q + 1].contiguous()
+                    kernels.fold_windows(given, g[:, q].transpose(1, 2), window, *fold, one, 5, 3, bias)
+                    out[:, q : q + 1] = one
+            for got, want in zip(outs, wants, strict=True):
+                assert float((got - want).abs().max()) <= bound * float(want.abs().max())
+
+
+@pytest.mark.parametrize("planes, width", [(8, 16), (3, 32), (1, 16)])
+def test_folded_rows_keep_products_in_expectation(planes, width):
+    """Every pair of entries has independent signs: over many seeds the products are those of the rows."""
+    kernels = pytest.importorskip("sui_fast.ops.sketching._windows_cpu", reason="the C++ module is not built")
+    rows, bias = draw(3, 1, 50, 8, 2), draw(3, 1, 50)
+    seeds = 500
+    found = torch.stack([kernels.folded(rows, bias, planes, width, 64, seed, 0)[:, 0] for seed in range(seeds)])
+    products = found @ found.transpose(1, 2)
+    flat = torch.cat([rows.flatten(1), bias.flatten(1)], 1)
+    error = (products.mean(0) - flat @ flat.T).abs()
+    assert (error <= 5 * products.std(0) / seeds**0.5 + 1e-9).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

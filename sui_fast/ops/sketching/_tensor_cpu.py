@@ -20,6 +20,7 @@ NAMES = {torch.float32: "float32", torch.float64: "float64"}
 _ROWS = 1 << 19  # numbers of formed rows at a time: they stay in the second cache
 
 
+@functools.lru_cache(maxsize=64)
 def call(name: str, dtype: torch.dtype):
     return getattr(_cpu, f"{name}_{NAMES[dtype]}")
 
@@ -55,19 +56,18 @@ def _hashed(*key) -> tuple[tuple[Tensor, Tensor], int, int]:
 
 
 def _side(x: Tensor, length: int, ones: bool, table: tuple[Any, int, int]) -> list[int]:
-    """A side as the kernel takes it; x [n, k or 1, s, length], positions or features adjacent."""
-    n, c, s, f = x.stride()
-    half = x.dtype == torch.bfloat16
-    return [x.data_ptr(), half, n, c if x.shape[1] > 1 else 0, s, f, length, ones, table[1], table[2]]
+    """A side as the kernel takes it; x [n, s, length] or [n, k, s, length], positions or features adjacent."""
+    n, *c, s, f = x.stride()
+    return [x.data_ptr(), x.dtype == torch.bfloat16, n, *(c or (0,)), s, f, length, ones, *table[1:]]
 
 
 def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [n, k, s, length] in a layout and dtype that the kernel reads."""
+    """x [n, (k,) s, length] in a layout and dtype that the kernel reads."""
     if x.dtype != dtype and not (x.dtype == torch.bfloat16 and dtype == torch.float32):
         x = x.to(dtype)
-    if x.stride(3) == 1 or x.shape[3] == 1:
-        return x if x.stride(3) == 1 else x.contiguous()
-    return x if x.stride(2) == 1 and x.shape[2] >= 16 else x.contiguous()
+    if x.stride(-1) == 1:
+        return x
+    return x if x.stride(-2) == 1 and x.shape[-2] >= 16 and x.shape[-1] > 1 else x.contiguous()
 
 
 def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums: Tensor, seed: int) -> None:
@@ -76,7 +76,7 @@ def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums:
     kept, sides = [], []
     for a, g, stream, ones in layers:
         i, o = a.shape[2], g.shape[3]
-        a, g = _readable(a[:, None], dtype), _readable(g, dtype)
+        a, g = _readable(a, dtype), _readable(g, dtype)
         left, right = _hashed(i + ones, rank, 0, stream, seed, dtype), _hashed(o, rank, 1, stream, seed, dtype)
         kept.append((a, g, left, right))
         sides.append((_side(a, i, ones, left), _side(g, o, False, right)))
@@ -84,9 +84,39 @@ def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums:
     call("fourier", dtype)(sides, n, k, s, length, roots.data_ptr(), sums.data_ptr(), torch.get_num_threads())
 
 
+def add_flat(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums: Tensor, seed: int) -> None:
+    """``add_fourier`` for layers x [n, i], g [n, o] of one position and one output."""
+    (n, _, _, length), dtype, sides, kept = sums.shape, sums.dtype, [], []
+    for x, g, stream, ones in layers:
+        if x.dtype != dtype or x.stride(1) != 1:
+            x = _readable(x[:, None], dtype)[:, 0]
+        if g.dtype != dtype or g.stride(1) != 1:
+            g = _readable(g[:, None], dtype)[:, 0]
+        kept.append((x, g))
+        i, o, a, b = x.shape[1], g.shape[1], x.stride(0), g.stride(0)
+        left, right = _hashed(i + ones, rank, 0, stream, seed, dtype), _hashed(o, rank, 1, stream, seed, dtype)
+        half_x, half_g = x.dtype == torch.bfloat16, g.dtype == torch.bfloat16
+        sides.append(
+            (
+                [x.data_ptr(), half_x, a, 0, a, 1, i, ones, left[1], left[2]],
+                [g.data_ptr(), half_g, b, 0, b, 1, o, False, right[1], right[2]],
+            )
+        )
+    roots = _tables(length, dtype)[0]
+    call("fourier", dtype)(sides, n, 1, 1, length, roots.data_ptr(), sums.data_ptr(), torch.get_num_threads())
+
+
+def prefers_flat(x: Tensor, g: Tensor, ones: bool, rank: int) -> bool:
+    return _fourier_is_cheaper(x.shape[0], 1, x.shape[1] + ones, g.shape[1], 1, rank)
+
+
 def prefers_fourier(a: Tensor, g: Tensor, ones: bool, out: Tensor) -> bool:
-    (n, k, s, o), i = g.shape, a.shape[2] + ones
-    sizes = n, s, i, o, k, out.shape[2]
+    n, k, s, o = g.shape
+    return _fourier_is_cheaper(n, s, a.shape[2] + ones, o, k, out.shape[2])
+
+
+@functools.lru_cache(maxsize=1024)
+def _fourier_is_cheaper(*sizes: int) -> bool:
     return own_fft_time(*sizes) < scatter_time(*sizes)
 
 
@@ -97,7 +127,7 @@ def new_sums(out: Tensor) -> Tensor:
 def finish(sums: Tensor, out: Tensor) -> None:
     """out [n, k, rank] += the sketches that the sums of `add_fourier` belong to."""
     (n, k, _, length), rank, dtype = sums.shape, out.shape[2], sums.dtype
-    tables = (table.data_ptr() for table in _tables(length, dtype))
+    tables = [table.data_ptr() for table in _tables(length, dtype)]
     found = out if length == rank else out.new_zeros(n, k, length)
     call("fourier_finish", dtype)(sums.data_ptr(), n * k, length, *tables, found.data_ptr(), torch.get_num_threads())
     if length != rank:
@@ -109,7 +139,7 @@ def add_scatter(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, ones:
     (n, k, s, o), i, rank, dtype = g.shape, a.shape[2], out.shape[2], out.dtype
     left, right = hashed(i + ones, rank, 0, stream, seed, dtype), hashed(o, rank, 1, stream, seed, dtype)
     if ones:
-        _add_bias(g.sum(2, dtype=dtype), left, right, i, out)
+        add_bias(g.sum(2, dtype=dtype), left, right, i, out)
     step = -(-max(16 // k, min(n, _ROWS // (k * o * i))) // 16) * 16
     flip = i < o  # the longer lines innermost
     tables = [*left, *right] if flip else [*right, *left]
@@ -129,7 +159,7 @@ def add_scatter(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, ones:
         call("scatter_rows", dtype)(*args, out[n0 : n0 + step].data_ptr(), torch.get_num_threads())
 
 
-def _add_bias(rows: Tensor, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], i: int, out: Tensor) -> None:
+def add_bias(rows: Tensor, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], i: int, out: Tensor) -> None:
     """Rows [n, k, o, 1] at the place of input i, the last: a column joined to a would be a copy of a."""
     (n, k, o), rows = rows.shape, rows.contiguous()
     tables = [right[0].data_ptr(), right[1].data_ptr(), left[0][i:].data_ptr(), left[1][i:].data_ptr()]
@@ -143,7 +173,7 @@ def add_formed(rows: Tensor, bias: Tensor | None, out: Tensor, seed: int, stream
     left = hashed(i + (bias is not None), rank, 0, stream, seed, dtype)
     right = hashed(o, rank, 1, stream, seed, dtype)
     if bias is not None:
-        _add_bias(bias.to(dtype), left, right, i, out)
+        add_bias(bias.to(dtype), left, right, i, out)
     rows = rows.to(dtype).contiguous()
     args = (rows.data_ptr(), n * k, o, i, *(t.data_ptr() for t in (*right, *left)), rank)
     call("scatter_rows", dtype)(*args, out.data_ptr(), torch.get_num_threads())

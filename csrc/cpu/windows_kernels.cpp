@@ -1,0 +1,220 @@
+// Rows of convolutions, compiled once per instruction set as rows_kernels.cpp is.
+//
+// A padded image and the gradients of its sample, turned to [positions, outputs], stay in the cache; a tile of some numbers
+// of the patch times some vectors of outputs stays in registers while it runs over all positions.
+#include "windows.h"
+
+#include "half.h"
+
+namespace sui {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kTile = 24;  // vectors of a tile: what the registers leave beside one row of the other side
+#else
+constexpr int kTile = 12;
+#endif
+
+template <class T>
+void zero(T* p, Index count) {
+  for (Index j = 0; j < count; ++j) p[j] = 0;
+}
+
+template <class T>
+Index image_size(const Windows<T>& w) {
+  return w.planes * w.padded[0] * w.padded[1] * w.padded[2];
+}
+
+// to = sign x, or += where it is not the first; count numbers that are `apart`.
+template <class T, bool first, class E>
+SUI_FN void copy_line(const E* from, Index apart, Index count, T sign, T* to) {
+  constexpr int lanes = Simd<T>::lanes;
+  Index q = 0;
+  if (apart == 1)
+    for (; q + lanes <= count; q += lanes) at(to + q) = (first ? Vector<T>{} : at(to + q)) + sign * load(from + q);
+  if constexpr (sizeof(E) == sizeof(T)) {  // lines of small images are shorter than a vector
+    typedef T Short __attribute__((vector_size(16), aligned(sizeof(T)), may_alias));
+    constexpr int some = 16 / sizeof(T);
+    if (apart == 1)
+      for (; q + some <= count; q += some) {
+        Short& here = *reinterpret_cast<Short*>(to + q);
+        here = (first ? Short{} : here) + sign * *reinterpret_cast<const Short*>(from + q);
+      }
+  }
+  for (; q < count; ++q) to[q] = (first ? T(0) : to[q]) + sign * one(from + q * apart);
+}
+
+// The inside of a padded image whose border is zero.
+template <class T, class E>
+void copy_image(const Windows<T>& w, const E* x, T* to) {
+  const Index plane = w.padded[0] * w.padded[1] * w.padded[2];
+  const Index inside = (w.before[0] * w.padded[1] + w.before[1]) * w.padded[2] + w.before[2];
+  for (Index c = 0, q = 0; c < w.channels; ++c, q = q + 1 == w.planes ? 0 : q + 1) {
+    const T sign = w.sign ? w.sign[c] : T(1);
+    for (Index z = 0; z < w.size[0]; ++z) {
+      const E* from = x + c * w.channel + z * w.stride[0];
+      T* line = to + q * plane + inside + z * w.padded[1] * w.padded[2];
+      for (Index y = 0; y < w.size[1]; ++y, from += w.stride[1], line += w.padded[2]) {
+        if (c < w.planes)
+          copy_line<T, true>(from, w.stride[2], w.size[2], sign, line);
+        else
+          copy_line<T, false>(from, w.stride[2], w.size[2], sign, line);
+      }
+    }
+  }
+}
+
+// g [o, s] to [s, width], with signs; output o is added to column o mod width.
+template <class T, class E>
+void turn(const E* g, Index o, Index s, const T* sign, Index width, T* to) {
+  constexpr int lanes = Simd<T>::lanes;
+  for (Index first = 0; first < width; first += lanes) {
+    for (Index p = 0; p < s; p += lanes) {
+      const int live = static_cast<int>(s - p < lanes ? s - p : lanes);
+      Vector<T> total[lanes] = {};
+      for (Index block = first; block < o || block == first; block += width) {
+        Vector<T> v[lanes];
+#pragma GCC unroll 16
+        for (int l = 0; l < lanes; ++l) {
+          v[l] = Vector<T>{};
+          if (block + l >= o) continue;
+          const E* from = g + (block + l) * s + p;
+          if (live == lanes)
+            v[l] = load(from);
+          else
+            for (int q = 0; q < live; ++q) v[l][q] = one(from + q);
+          if (sign) v[l] *= sign[block + l];
+        }
+        transpose<T>(v);
+#pragma GCC unroll 16
+        for (int l = 0; l < lanes; ++l) total[l] += v[l];
+      }
+      for (int l = 0; l < live; ++l) at(to + (p + l) * width + first) = total[l];
+    }
+  }
+}
+
+template <class T, int J, int V>
+struct Tile {
+  Vector<T> at[J][V];
+};
+
+// tile[j][v] = sum_p x[base[p] + offset[j]] g[p, v]
+template <class T, int J, int V>
+SUI_FN void multiply(const T* x, const int* base, const int* offset, Index s, const T* g, Index width,
+                     Tile<T, J, V>& tile) {
+  constexpr int lanes = Simd<T>::lanes;
+  Vector<T> sum[J][V] = {};
+  for (Index p = 0; p < s; ++p) {
+    const T* from = x + base[p];
+    const T* row = g + p * width;
+    Vector<T> right[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) right[v] = at(row + v * lanes);
+#pragma GCC unroll 24
+    for (int j = 0; j < J; ++j) {
+      const T left = from[offset[j]];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[j][v] += left * right[v];
+    }
+  }
+#pragma GCC unroll 24
+  for (int j = 0; j < J; ++j)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) tile.at[j][v] = sum[j][v];
+}
+
+// All tiles of V vectors of outputs from `column` on; take(j, v, vector).
+template <class T, int J, int V, class Take>
+void strip(const Windows<T>& w, Index j, const T* x, const T* g, Index width, Index column, const Take& take) {
+  constexpr int lanes = Simd<T>::lanes;
+  for (; j + J <= w.i; j += J) {
+    Tile<T, J, V> tile;
+    multiply<T, J, V>(x, w.base, w.offset + j, w.s, g + column, width, tile);
+    for (int q = 0; q < J; ++q)
+      for (int v = 0; v < V; ++v) take(j + q, column + v * lanes, tile.at[q][v]);
+  }
+  if constexpr (J > 1)
+    if (j < w.i) strip<T, J / 2, V>(w, j, x, g, width, column, take);
+}
+
+template <class T, class Take>
+void product(const Windows<T>& w, const T* x, const T* g, Index width, const Take& take) {
+  constexpr int lanes = Simd<T>::lanes;
+  Index column = 0;
+  for (; column + 4 * lanes <= width; column += 4 * lanes) strip<T, kTile / 4, 4>(w, 0, x, g, width, column, take);
+  for (; column + 2 * lanes <= width; column += 2 * lanes) strip<T, kTile / 2, 2>(w, 0, x, g, width, column, take);
+  for (; column < width; column += lanes) strip<T, kTile, 1>(w, 0, x, g, width, column, take);
+}
+
+// room: a padded image, gradients [s, width], a sketch with what goes beyond its end
+template <class T>
+Index room(const Windows<T>& w, Index width, Index rank) {
+  return image_size(w) + w.s * width + rank + width;
+}
+
+// each(sample, output, image, gradients)
+template <class T, class X, class G, class Each>
+void samples_as(const Windows<T>& w, Index first, Index last, const T* sign, Index width, T* room, const Each& each) {
+  T* const image = room;
+  T* const g = image + image_size(w);
+  zero(image, image_size(w));
+  for (Index n = first; n < last; ++n) {
+    copy_image(w, static_cast<const X*>(w.x) + n * w.sample, image);
+    for (Index c = 0; c < w.k; ++c) {
+      turn(static_cast<const G*>(w.g) + (n * w.k + c) * w.o * w.s, w.o, w.s, sign, width, g);
+      each(n, c, image, g);
+    }
+  }
+}
+template <class T, class Each>
+void samples(const Windows<T>& w, Index first, Index last, const T* sign, Index width, T* room, const Each& each) {
+  if constexpr (sizeof(T) == 4) {
+    const bool x = w.kind_x == Kind::bfloat16, g = w.kind_g == Kind::bfloat16;
+    if (x && g) return samples_as<T, Bfloat16, Bfloat16>(w, first, last, sign, width, room, each);
+    if (x) return samples_as<T, Bfloat16, T>(w, first, last, sign, width, room, each);
+    if (g) return samples_as<T, T, Bfloat16>(w, first, last, sign, width, room, each);
+  }
+  samples_as<T, T, T>(w, first, last, sign, width, room, each);
+}
+
+template <class T>
+void rows(const Windows<T>& w, Index first, Index last, Index width, T* room, T* out) {
+  samples<T>(w, first, last, nullptr, width, room, [&](Index n, Index c, const T* image, const T* g) {
+    T* const to = out + ((n - first) * w.k + c) * w.i * width;
+    product(w, image, g, width, [&](Index j, Index column, Vector<T> v) { at(to + j * width + column) = v; });
+  });
+}
+
+template <class T>
+void fold(const Windows<T>& w, const Folding<T>& f, Index first, Index last, T* room, T* out) {
+  constexpr int lanes = Simd<T>::lanes;
+  const Index width = f.width;
+  T* const sums = room + image_size(w) + w.s * width;
+  zero(sums, f.rank + width);
+  samples<T>(w, first, last, f.sign_o, width, room, [&](Index n, Index c, const T* image, const T* g) {
+    product(w, image, g, width, [&](Index j, Index column, Vector<T> v) {
+      at(sums + f.place[j] + column) += v * f.sign_i[j];
+    });
+    if (f.ones)
+      for (Index column = 0; column < width; column += lanes) {
+        Vector<T> total = {};
+        for (Index p = 0; p < w.s; ++p) total += at(g + p * width + column);
+        at(sums + f.place[w.i] + column) += total * f.sign_i[w.i];
+      }
+    T* const to = out + (n * w.k + c) * f.rank;
+    for (Index b = 0; b < f.rank; ++b) to[b] += sums[b];
+    for (Index b = 0; b < width; ++b) to[b] += sums[f.rank + b];  // width <= rank
+    zero(sums, f.rank + width);
+  });
+}
+
+}  // namespace
+
+#define SUI_TABLE(T)                                                   \
+  extern const WindowKernels<T> SUI_JOIN(windows_##T##_, SUI_VARIANT); \
+  const WindowKernels<T> SUI_JOIN(windows_##T##_, SUI_VARIANT) = {Simd<T>::lanes, room<T>, rows<T>, fold<T>}
+SUI_TABLE(float);
+SUI_TABLE(double);
+
+}  // namespace sui

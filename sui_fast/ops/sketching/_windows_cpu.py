@@ -1,0 +1,143 @@
+"""C++ kernels of convolutions (csrc/cpu/windows_kernels.cpp): their rows without the patches, sketched in two ways.
+
+``add_windows`` has the map of the tensor sketch. ``fold_windows`` has one of its own: channel c of the image, with a
+sign, is added to plane c mod planes; entry (o, i) of the weight of that smaller image goes to (o mod width + place[i])
+mod rank with the sign s[o] s'[i]. A row is added to the sketch as it leaves the registers, and what folds saves its
+part of the product: entries that meet differ by random signs, so E<Px, Py> = <x, y> for any planes and width.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from ._random import bucket_and_sign
+from ._tensor_cpu import add_bias, call, hashed
+from .window import Window
+
+LANES = 16  # widths are whole multiples
+
+
+@functools.lru_cache(maxsize=256)
+def _geometry(window: Window, channels: int, planes: int, size: tuple[int, ...]) -> tuple[Tensor, Tensor, list[int]]:
+    """Offsets of positions and of the numbers of a patch in a padded image; sizes and paddings for the kernel."""
+    fill = 3 - len(size)
+    padded = [n + before + after for n, (before, after) in zip(size, window.pads, strict=True)]
+    steps = [math.prod(padded[axis + 1 :]) for axis in range(len(padded))]
+
+    def places(counts: list[int], apart: tuple[int, ...]) -> Tensor:
+        found = torch.zeros(1, dtype=torch.int32)
+        for count, distance, step in zip(counts, apart, steps, strict=True):
+            found = (found[:, None] + torch.arange(count, dtype=torch.int32) * (distance * step)).flatten()
+        return found
+
+    reach = [(kernel - 1) * dilation for kernel, dilation in zip(window.kernel, window.dilation, strict=True)]
+    counts = [(n - r - 1) // step + 1 for n, r, step in zip(padded, reach, window.stride, strict=True)]
+    taps = places(list(window.kernel), window.dilation)
+    offset = (torch.arange(planes, dtype=torch.int32)[:, None] * math.prod(padded) + taps).flatten()
+    before = [before for before, _ in window.pads]
+    numbers = [channels, *[1] * fill, *size, *[0] * fill, *before, *[1] * fill, *padded]
+    return places(counts, window.stride), offset, numbers
+
+
+def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype or x.dtype == torch.bfloat16 and dtype == torch.float32 else x.to(dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(window: Window, planes: int, signs: int, axes: int, x_size, x_stride, x_half, g_size, g_half) -> tuple:
+    """The geometry as the kernel takes it but for two addresses, and what must live as long."""
+    base, offset, numbers = _geometry(window, x_size[1], planes, tuple(x_size[2:]))
+    n, c, *space = x_stride
+    *k, o, s = *g_size[1 : axes - 1], math.prod(g_size[axes - 1 :])
+    first = [x_half, n, c, *[0] * (3 - len(space)), *space, *numbers, planes, signs]
+    return first, [g_half, *(k or (1,)), s, len(offset), o, base.data_ptr(), offset.data_ptr()], (base, offset)
+
+
+def _described(
+    x: Tensor, g: Tensor, window: Window, dtype: torch.dtype, planes: int, signs: int, axes: int
+) -> tuple[list[int], Tensor, Tensor]:
+    """The geometry as the kernel takes it, and what must live until then; positions are axes axes - 1 .. of g."""
+    x, g = _readable(x, dtype), _readable(g, dtype).contiguous()
+    halves = x.dtype == torch.bfloat16, g.dtype == torch.bfloat16
+    first, last, _ = _layout(window, planes, signs, axes, x.shape, x.stride(), halves[0], g.shape, halves[1])
+    return [x.data_ptr(), *first, g.data_ptr(), *last], x, g
+
+
+def width_of(o: int) -> int:
+    """The least width that keeps o outputs apart."""
+    return -(-o // LANES) * LANES
+
+
+@functools.lru_cache(maxsize=256)
+def _wide(o: int, rank: int, stream: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Places and signs of outputs, with zeros up to the next width."""
+    more = width_of(o) - o
+    place, sign = hashed(o, rank, 1, stream, seed, dtype)
+    return torch.nn.functional.pad(place, (0, more)), torch.nn.functional.pad(sign, (0, more))
+
+
+def add_windows(x: Tensor, g: Tensor, window: Window, out: Tensor, seed: int, stream: int, ones: bool) -> None:
+    """out [n, k, rank] += tensor sketches of the rows of a convolution's weight; x [n, c, *space], g [n, k, o, s]."""
+    numbers, x, g = _described(x, g, window, out.dtype, x.shape[1], 0, 4)
+    (n, _, o, _), rank, i = g.shape, out.shape[2], numbers[23]
+    left = hashed(i + ones, rank, 0, stream, seed, out.dtype)
+    if ones:
+        add_bias(g.sum(3, dtype=out.dtype), left, hashed(o, rank, 1, stream, seed, out.dtype), i, out)
+    tables = [table.data_ptr() for table in (*_wide(o, rank, stream, seed, out.dtype), *left)]
+    call("scatter_windows", out.dtype)(numbers, n, width_of(o), *tables, rank, out.data_ptr(), torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=256)
+def _folding(i: int, o: int, channels: int, rank: int, stream: int, seed: int, dtype: torch.dtype) -> tuple:
+    """Places and signs of i, signs of o and of channels: their addresses, and themselves."""
+    tables = *hashed(i, rank, 0, stream, seed, dtype), *(
+        hashed(size, rank, word, stream, seed, dtype)[1] for size, word in ((o, 1), (channels, 2))
+    )
+    return [table.data_ptr() for table in tables], tables
+
+
+def fold_windows(
+    x: Tensor, g: Tensor, window: Window, planes: int, width: int, out: Tensor, seed: int, stream: int, ones: bool
+) -> None:
+    """out [n, 1, rank] += sketches of the same rows with the map of the module's head, g [n, o, *positions].
+
+    width: a multiple of 16, at most rank.
+    """
+    channels, o, rank = x.shape[1], g.shape[1], out.shape[2]
+    size = planes * math.prod(window.kernel) + ones
+    (*pointers, signs), _ = _folding(size, o, channels, rank, stream, seed, out.dtype)
+    numbers, x, g = _described(x, g, window, out.dtype, planes, signs, 3)
+    call("fold_windows", out.dtype)(
+        numbers, len(g), width, rank, ones, *pointers, out.data_ptr(), torch.get_num_threads()
+    )
+
+
+def folded(
+    rows: Tensor, bias: Tensor | None, planes: int, width: int, rank: int, seed: int, stream: int
+) -> Tensor:
+    """What ``fold_windows`` adds, from rows [n, k, o, channels, kernel] and of a bias [n, k, o]: the reference."""
+    o, channels, kernel = rows.shape[2:]
+    kind, i = dict(device=rows.device, dtype=rows.dtype), planes * kernel
+    place, sign_i = bucket_and_sign(i + (bias is not None), rank, 0, stream, seed, **kind)
+    sign = bucket_and_sign(o, rank, 1, stream, seed, **kind)[1]
+    sign_c = bucket_and_sign(channels, rank, 2, stream, seed, **kind)[1]
+    plane = torch.arange(channels, device=rows.device) % planes
+    to, signed = place[:i].view(planes, kernel)[plane], sign_i[:i].view(planes, kernel)[plane] * sign_c[:, None]
+    to, signed, flat = to.flatten(), signed.flatten(), rows.flatten(3)
+    if bias is not None:
+        to, signed = torch.cat([to, place[i:]]), torch.cat([signed, sign_i[i:]])
+        flat = torch.cat([flat, bias[..., None]], 3)
+    to = (torch.arange(o, device=rows.device)[:, None] % width + to) % rank
+    signed = flat * (sign[:, None] * signed)
+    return rows.new_zeros(*rows.shape[:2], rank).index_add(2, to.flatten(), signed.flatten(2))
+
+
+# Nanoseconds per sample, as those of `_tensor_cpu.py`
+def windows_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
+    """Of ``add_windows``; the image is no larger than its patches."""
+    wide = width_of(o)
+    return 10_000 / n + 0.1 * s * i / 4 + k * (0.021 * s * i * wide + 0.2 * i * wide + 0.2 * s * wide + 0.4 * rank)
