@@ -253,6 +253,7 @@ def test_a_store_of_another_run_is_refused(tmp_path):
             sui_fast.score(model, train, **common)
         sui_fast.score(model, train, resume=False, **common)
 
+
 KILL_LATE = """
 import os, signal
 from sui_fast.spectra import Store
