@@ -67,8 +67,8 @@ class Undersampled(Ranking):
     """``Ranking`` with the clusters inside the classes.
 
     Attributes:
-        cluster: of each sample, numbered over all classes [n]. clusters: rows (cluster, class, samples, mean value),
-            the most undersampled first.
+        cluster: of each sample, numbered over all classes [n]. clusters: rows (cluster, class, samples, mean F-SI, or
+            SI without validation data), the most undersampled first.
     """
 
     title: ClassVar[str] = "Undersampled parts of classes"
@@ -77,9 +77,9 @@ class Undersampled(Ranking):
 
     def summary(self) -> str:
         number, label, size, mean = self.clusters[0]
-        whole = float(self.value.mean())
+        times = mean / max(float(self.measures["fsi" if "fsi" in self.measures else "si"].mean()), 1e-300)
         return (
-            f"Most undersampled: cluster {number} of class {label}, {size} samples, on average {mean / whole:.1f} "
+            f"Most undersampled: cluster {number} of class {label}, {size} samples, on average {times:.1f} "
             f"times as informative as all. {super().summary()}"
         )
 
