@@ -67,8 +67,8 @@ class Undersampled(Ranking):
     """``Ranking`` with the clusters inside the classes.
 
     Attributes:
-        cluster: of each sample, numbered over all classes [n]. clusters: rows (cluster, class, samples, mean F-SI, or
-            SI without validation data), the most undersampled first.
+        cluster: of each sample, numbered over all classes [n]. clusters: rows (cluster, class, samples, mean value),
+            the most undersampled first.
     """
 
     title: ClassVar[str] = "Undersampled parts of classes"
@@ -77,10 +77,10 @@ class Undersampled(Ranking):
 
     def summary(self) -> str:
         number, label, size, mean = self.clusters[0]
-        times = mean / max(float(self.measures["fsi" if "fsi" in self.measures else "si"].mean()), 1e-300)
+        times = mean / max(float(self.value.mean()), 1e-300)
         return (
             f"Most undersampled: cluster {number} of class {label}, {size} samples, on average {times:.1f} "
-            f"times as informative as all. {super().summary()}"
+            f"times the value of all. {super().summary()}"
         )
 
     def columns(self) -> dict[str, np.ndarray]:
@@ -152,7 +152,7 @@ def find_undersampled(
         cluster[members] = own + count
         for c in np.unique(own):
             inside = members[own == c]
-            rows.append((int(c + count), int(label), len(inside), float(measures[by][inside].mean())))
+            rows.append((int(c + count), int(label), len(inside), float(value[inside].mean())))
         count += int(own.max()) + 1
     rows.sort(key=lambda row: -row[3])
     name = f"{by.upper()} over {neighbours} neighbours" if neighbours else by.upper()
