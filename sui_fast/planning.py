@@ -12,14 +12,16 @@ from dataclasses import dataclass
 import torch
 
 from .jacobians import Jacobian
+from .jacobians.arriving import LARGE
 from .jacobians.layers import Outer
+from .spectra import pool_size
 
 DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs up to which an eigendecomposition is worth its time
 DEFAULT_RANK = 1024
 PROBES = 64  # samples whose exact kernel the error estimate looks at
 _PROBE_ROWS = 512  # rows of the exact kernel that the effective dimension is estimated from
 HELD = 1 << 30  # bytes of factors that may stay in memory between passes
-_LIBRARIES = 14_000_000  # bytes that libraries take on first use, and malloc keeps
+_LIBRARIES = 22_000_000  # bytes that libraries take on first use, and malloc keeps
 SHARD = 1 << 21  # features of a shard: 8 MB
 PORTION = 1 << 19  # float64 features at a time in pass 2: larger intermediates are fresh memory each time
 METHODS = ("auto", "dense", "nystrom", "subspace", "sketch")
@@ -153,13 +155,17 @@ def _low_rank_bytes(
     shard = 4 * min(rows * wide, SHARD)
     features = 0 if stored else 4 * wide * (n + m) * k + 8 * (1 + k * (method != "sketch")) * rows
     capture = part * each + first.n * each * 2
+    layers = [factor for factor in first.select(range(1)).factors() if isinstance(factor, Outer)]
+    read = item * sum(layer.a.numel() for layer in layers)
+    given_out = item * sum(layer.g.numel() for layer in layers)
+    patches = max(0, read + given_out - each)  # what inputs of convolutions take beyond the images themselves
     if method == "sketch":
-        layers = [factor for factor in first.select(range(1)).factors() if isinstance(factor, Outer)]
-        graph = 12 * item * sum(layer.g.numel() for layer in layers)  # what autograd keeps of a sample
-        formed = item * k * d if any(layer.a.shape[1] > 1 for layer in layers) else 0  # its rows, written out
-        held, pool = 32 * item * d, min(n, 256)
-        fit = pool * (each + 8 * k * rank + min(formed, (1 << 20))) + 2 * held + first.n * graph
-        compute = first.n * (each * 2 + graph + 4 * formed + 20 * k * rank)
+        pool = pool_size(first, n, rank)  # 0: no anchors, and layers are sketched as the backward pass reaches them
+        formed = item * k * d if pool and any(layer.a.shape[1] > 1 for layer in layers) else 0  # rows, written out
+        held = 32 * item * d if pool else 0
+        fit = pool * (1.3 * each + 8 * k * rank + min(formed, 1 << 20)) + 2 * held + first.n * 1.6 * each
+        holds = first.n * each / item > LARGE and k == 1 and not pool
+        compute = first.n * ((1.6 if holds else 2.8) * each + 2 * patches + 4 * formed + 20 * k * rank)
     elif method == "nystrom":
         landmarks, pool = _landmarks(n, k, rank), min(n, max(2000, 4 * rank // k))
         held = landmarks * (each + 8 * k * rank)
@@ -176,9 +182,9 @@ def _low_rank_bytes(
         fit + held,
         held + features + compute + (3.4 if stored else 2) * shard,
         held + features + 2.0 * square + 3 * shard * stored + 8 * min(rows * wide, 1 << 20),
-        held + features + (6.5 + seen) * square,
+        held + features + (6.5 + seen) * square + 2 * shard * stored,
         held + features + after + 1.5 * square * (m > 0) + 3 * shard * stored + 24 * min(rows * wide, PORTION),
-        held + features + after + probes * each + 40 * (probes * k) ** 2 + 64 * k * (each + 16 * wide),
+        held + features + after + 2.3 * min(probes * each, HELD) + 2 * probes * patches + 40 * (probes * k) ** 2,
         2 * n * given + 60 * rows,
     )
     return int(_LIBRARIES + max(stages))
