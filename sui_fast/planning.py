@@ -151,7 +151,7 @@ def _low_rank_bytes(
 ) -> int:
     """Peak of a run of low rank: the largest of its stages, each with what it finds in memory and what it adds."""
     k, d, rows, item = first.k, first.shape[1], n * first.k, first.outputs.element_size()
-    square, part = 8 * wide * wide, min(256, n)
+    square, part, kept = 8 * wide * wide, min(256, n), 0
     shard = 4 * min(rows * wide, SHARD)
     features = 0 if stored else 4 * wide * (n + m) * k + 8 * (1 + k * (method != "sketch")) * rows
     capture = part * each + first.n * each * 2
@@ -169,18 +169,19 @@ def _low_rank_bytes(
     elif method == "nystrom":
         landmarks, pool = _landmarks(n, k, rank), min(n, max(2000, 4 * rank // k))
         held = landmarks * (each + 8 * k * rank)
-        fit = 1.2 * pool * each + 18 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
+        fit = pool * (1.2 * each + 4 * patches) + 18 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
         compute = capture + part * k * (12 * landmarks * k + 12 * rank)
     else:
         held = wide * d * item
-        fit = min(n * each, HELD) + 3 * held + part * (each + d * item)
+        kept = n * each if n * each <= HELD else 0  # factors that wait for the next pass; pass 1 lets go of them
+        fit = kept + 4.5 * held + part * (each + d * item)
         compute = capture + part * (d * item + 16 * k * wide)
     seen = 0 if m == 0 else 4 if m * k < wide else 8  # squares of the moment of the validation samples
     after = (2.0 + 0.4 * seen) * square
     probes = probe_count(first, n)
     stages = (
         fit + held,
-        held + features + compute + (3.4 if stored else 2) * shard,
+        held + max(kept, features) + compute + (3.4 if stored else 2) * shard,
         held + features + 2.0 * square + 3 * shard * stored + 8 * min(rows * wide, 1 << 20),
         held + features + (6.5 + seen) * square + 2 * shard * stored,
         held + features + after + 1.5 * square * (m > 0) + 3 * shard * stored + 24 * min(rows * wide, PORTION),
