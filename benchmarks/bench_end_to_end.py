@@ -99,9 +99,7 @@ def test_end_to_end(benchmark, name):
     score, epoch = problem(name)
     _, _, n, target = CASES[name]
     shape = f"{name}, n = {n}, r = 1024, k = 1, batches of 64"
-    compare(
-        benchmark, score, epoch, target=target, rounds=3, shape=shape, floor_name="one epoch: forward and backward"
-    )
+    compare(benchmark, score, epoch, target=target, rounds=3, shape=shape, floor_name="one epoch: forward and backward")
 
 
 def tell(name, validation, rounds=3):

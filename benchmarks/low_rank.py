@@ -23,8 +23,9 @@ from torch import nn
 import sui_fast
 from sui_fast.jacobians.data import as_samples
 from sui_fast.losses import Squared
+from sui_fast.probing import drawn, kernel_error
 from sui_fast.spectra import RANK_FOR
-from sui_fast.streaming import Processes, Source, fit_map, kernel_error
+from sui_fast.streaming import Processes, Source, fit_map
 
 TRAINING = {
     "reg 0.1": dict(reg=0.1),
@@ -63,7 +64,7 @@ def trials(network: str, n: int, k: int, count: int) -> None:
         for method in held:
             fmap = fit_map(source, goal, method, 8 + 7 * seed % 60, seed, Processes())
             z = fmap.features(jac).flatten(0, 1).double()
-            held[method] += float((exact - z @ z.T).norm() / exact.norm()) <= kernel_error(source, fmap, seed)
+            held[method] += float((exact - z @ z.T).norm() / exact.norm()) <= kernel_error(n, drawn(source, fmap, seed))
     print(f"{network}, k = {k}, n = {n}: the estimate held in", held, f"of {count} trials", flush=True)
 
 

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Digits: which samples teach the model, and which carry a wrong label?
 #
-# 400 of scikit-learn's handwritten digits, a tenth of them with a wrong label on purpose. One call scores them all.
+# 300 of scikit-learn's handwritten digits, a tenth of them with a wrong label on purpose. One call scores them all.
 
 # %%
 import csv
@@ -20,11 +20,11 @@ digits = load_digits()
 order = rng.permutation(len(digits.target))
 images = torch.tensor(digits.images[order] / 16, dtype=torch.float32)[:, None]
 true = torch.tensor(digits.target[order])
-train, val, test = slice(0, 400), slice(400, 700), slice(700, 1700)
+train, val, test = slice(0, 300), slice(300, 600), slice(600, 1700)
 
 given = true[train].clone()
-wrong = rng.permutation(400)[:40]
-given[wrong] = (given[wrong] + torch.tensor(rng.integers(1, 10, 40))) % 10
+wrong = rng.permutation(300)[:30]
+given[wrong] = (given[wrong] + torch.tensor(rng.integers(1, 10, 30))) % 10
 
 
 # %% [markdown]
@@ -50,10 +50,10 @@ print("least informative (F-SI):", scores.bottom(10).ids)
 # and estimates how many labels are wrong; `truth=` only says how well it did.
 
 # %%
-labels = sui_fast.find_mislabeled(scores, truth=np.isin(np.arange(400), wrong))
+labels = sui_fast.find_mislabeled(scores, truth=np.isin(np.arange(300), wrong))
 print(labels)
-found = np.isin(labels.order[:40], wrong).mean()
-print(f"of the 40 most suspicious samples {found:.0%} carry a wrong label")
+found = np.isin(labels.order[:30], wrong).mean()
+print(f"of the 30 most suspicious samples {found:.0%} carry a wrong label")
 repaired = labels.suggested[wrong] == true[wrong].numpy()
 print(f"the suggested label is the true one for {repaired.mean():.0%} of the wrong labels")
 assert found > 0.8 and repaired.mean() > 0.75 and labels.auroc > 0.95
@@ -75,7 +75,7 @@ def accuracy(rows):
     return (fresh(images[test]).argmax(1) == true[test]).float().mean().item()
 
 
-everything, cleaned = accuracy(np.arange(400)), accuracy(np.flatnonzero(~labels.flagged))
+everything, cleaned = accuracy(np.arange(300)), accuracy(np.flatnonzero(~labels.flagged))
 print(f"test accuracy: {everything:.3f} with all labels as given, {cleaned:.3f} without the suspects")
 assert cleaned > everything
 
@@ -90,11 +90,11 @@ with open(out / "review.csv", "w", newline="") as file:
     rows = [(i, "drop", given[i].item(), given[i].item()) for i in np.flatnonzero(labels.flagged)]
     csv.writer(file).writerows([("id", "decision", "label", "new_label"), *rows])
 data = (images[train], given), (images[val], true[val])
-kept = sui_fast.summarize(model, *data, m=120, review=out / "review.csv")
+kept = sui_fast.summarize(model, *data, m=90, review=out / "review.csv")
 good = np.flatnonzero(~labels.flagged)
-small, chance = accuracy(kept.kept), np.mean([accuracy(rng.choice(good, 120, replace=False)) for _ in range(3)])
+small, chance = accuracy(kept.kept), np.mean([accuracy(rng.choice(good, 90, replace=False)) for _ in range(3)])
 print(kept)
-print(f"test accuracy: {small:.3f} with 120 samples chosen, {chance:.3f} with 120 of the same drawn")
+print(f"test accuracy: {small:.3f} with 90 samples chosen, {chance:.3f} with 90 of the same drawn")
 assert small > chance and not labels.flagged[kept.kept].any()
 
 # %%

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ class Source:
     Attributes:
         model, samples, options: as ``jacobian`` takes them.
         begin, end: the slice of this process.
+        kept: Jacobians of whole portions that stay in memory for the next pass, by their bounds.
     """
 
     model: torch.nn.Module
@@ -27,6 +28,7 @@ class Source:
     options: dict[str, Any]
     begin: int
     end: int
+    kept: dict[tuple[int, int], Jacobian] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -37,10 +39,19 @@ class Source:
         """Jacobian of samples begin .. end."""
         return jacobian(self.model, self.samples.slice(begin, end), **self.options)
 
-    def parts(self, size: int, begin: int | None = None) -> Iterator[tuple[int, Jacobian]]:
-        """(first sample, Jacobian) of portions of this process's slice."""
-        for first in range(self.begin if begin is None else begin, self.end, size):
-            yield first, self.part(first, min(first + size, self.end))
+    def parts(self, size: int, most: int = 0) -> Iterator[tuple[int, Jacobian]]:
+        """(first sample, Jacobian) of portions of this process's slice, kept where all take at most ``most`` bytes."""
+        for first in range(self.begin, self.end, size):
+            bounds = first, min(first + size, self.end)
+            part = self.kept[bounds] if bounds in self.kept else self.part(*bounds)
+            if part.nbytes * (self.end - self.begin) <= most * part.n:
+                self.kept[bounds] = part
+            yield first, part
+
+    def last(self, begin: int, end: int) -> Jacobian:
+        """``part``, and no longer kept."""
+        kept = self.kept.pop((begin, end), None)
+        return self.part(begin, end) if kept is None else kept
 
     def some(self, numbers: np.ndarray) -> Jacobian:
         """Jacobian of the samples with these numbers."""

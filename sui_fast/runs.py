@@ -33,6 +33,7 @@ from .losses import ROOTS, Goal
 from .measures import feature_neighbours, information, kernel_neighbours, sgd_information
 from .parts import Merged, Part, check_map, open_parts
 from .planning import METHODS, return_memory
+from .probing import drawn, kernel_error, probed_dimension
 from .processes import Processes, Source
 from .spectra import (
     PROJECTIONS,
@@ -45,13 +46,10 @@ from .spectra import (
 from .streaming import (
     LowRank,
     collect,
-    drawn,
     features_of,
     fit_map,
-    kernel_error,
     moments_of,
     open_store,
-    probed_dimension,
     run_fingerprint,
     warn_of_rank,
 )
@@ -309,9 +307,9 @@ class Run:
                         begin = part.stop
                     self.new_values = processes.gather(self._join(columns))
             with stages("error estimate"):
-                probes = drawn(source, self.seed)
-                error = kernel_error(source, fmap, self.seed, probes)
-                edf = max(kept, probed_dimension(source, phi, float(spectrum.s[-1]), self.seed, probes))
+                drawn_ = drawn(source, fmap, self.seed)
+                error = kernel_error(n, drawn_)
+                edf = max(kept, probed_dimension(n, drawn_, phi, float(spectrum.s[-1]), self.seed))
                 if method != "sketch":  # features that lie below the kernel: the truth is between these two
                     edf = kept + missed if missed < 0.2 * kept else min(edf, kept + missed)
                 details["effective_dimension"] = edf

@@ -30,7 +30,6 @@ from .jacobians.data import Samples
 from .loo import (
     Addition,
     SpectralRemoval,
-    TrainingFilter,
     add_samples,
     check_stability,
     make_blocks,
@@ -38,7 +37,7 @@ from .loo import (
     shard_blocks,
 )
 from .losses import Goal
-from .planning import HELD, PORTION, PROBES, SHARD, probe_count
+from .planning import HELD, PORTION, SHARD
 from .processes import Processes, Source
 from .spectra import (
     RANK_FOR,
@@ -92,19 +91,9 @@ def fit_map(
         if n > most:
             pool = np.sort(np.random.default_rng(seed).choice(n, most, replace=False))
         return nystrom_map(source.some(pool), rank, seed)
-    held: list[tuple[int, Jacobian]] = []
 
     def passes() -> Iterator[tuple[int, Jacobian]]:
-        if held and held[-1][0] + held[-1][1].n == source.end:
-            yield from held
-            return
-        held.clear()
-        keep = True
-        for first, part in source.parts(256):
-            keep = keep and sum(p.nbytes for _, p in held) + part.nbytes < HELD
-            if keep:
-                held.append((first, part))
-            yield first, part
+        return source.parts(256, HELD)
 
     k = source.part(0, 1).k
     return subspace_map(passes, n * k, min(rank, n * k), seed, reduce=processes.total)
@@ -114,6 +103,7 @@ def collect(source: Source, fmap: FeatureMap, goal: Goal | None, store: Store | 
     """Pass 1: features [n, k, r] float32, residual [n, k] and the diagonal that the features miss [n, k, k]."""
     for shard in features_of(source, fmap, goal, source.begin + store.rows, progress):
         store.append(shard)
+    source.kept.clear()
 
 
 def features_of(
@@ -136,15 +126,11 @@ def features_of(
 
 def _features(source: Source, fmap: FeatureMap, goal: Goal | None, begin: int, end: int) -> dict[str, Tensor]:
     if fmap.portion is not None:
-
-        def take(jac: Jacobian) -> tuple:
-            features, own, layers = fmap.portion(jac, goal is not None)
-            return (features, layers) if own is None else (features, own, layers)
-
-        outputs, features, *own = portions(source.model, source.samples.slice(begin, end), take, **source.options)
+        function = fmap.portion(goal is not None)
+        outputs, features, *own = portions(source.model, source.samples.slice(begin, end), function, **source.options)
         own = own[0] if own else None
     else:
-        part = source.part(begin, end)
+        part = source.last(begin, end)
         outputs, (features, own) = part.outputs, fmap.both(part, goal is not None)
     features = features.to(torch.float32)
     found = {"features": features.cpu()}
@@ -251,82 +237,6 @@ class LowRank:
                 errors[number] += float(error(part, self.removal(shard, phi).loo_residual).sum())
             first = part.stop
         return np.array(regs), total(errors).numpy() / n
-
-
-def drawn(source: Source, seed: int) -> tuple[Jacobian, Tensor]:
-    """Jacobian of random samples, the same for the same seed, and their exact kernel in float64."""
-    n, one = source.samples.n, source.part(0, 1)
-    count = probe_count(one, n)
-    jac = source.some(np.sort(np.random.default_rng(seed + 1).choice(n, count, replace=False)))
-    return jac, jac.gram().to(torch.float64)
-
-
-def kernel_error(source: Source, fmap: FeatureMap, seed: int, probes: tuple[Jacobian, Tensor] | None = None) -> float:
-    """Relative error of the kernel, from the exact kernel of a few random samples.
-
-    ||Theta - Z Z^T|| / ||Theta|| (Frobenius) of the whole kernel, estimated from diagonal and off-diagonal blocks of
-    the probes, plus two standard deviations of that estimate (jackknife over the probes): the error lies below what is
-    returned in at least 95% of draws of probes and features.
-    """
-    n, (jac, exact) = source.samples.n, probes or drawn(source, seed)
-    m = min(jac.n, PROBES)
-    some = np.sort(np.random.default_rng(seed + 3).choice(jac.n, m, replace=False))
-    rows = (torch.from_numpy(some)[:, None] * jac.k + torch.arange(jac.k)).reshape(-1).to(exact.device)
-    jac, exact = jac.select(some.tolist()), exact[rows][:, rows]
-    z = fmap.features(jac).flatten(0, 1).to(torch.float64)
-    size = lambda x: x.square().reshape(m, jac.k, m, jac.k).sum((1, 3))  # noqa: E731
-    wrong, whole = size(exact - z @ z.T), size(exact)
-
-    def ratio(keep: Tensor) -> float:
-        count = int(keep.sum())
-        parts = []
-        for x in (wrong[keep][:, keep], whole[keep][:, keep]):
-            own = float(x.diagonal().sum())
-            across = (float(x.sum()) - own) * (n - 1) / max(count - 1, 1)
-            parts.append(own + across)
-        return math.sqrt(parts[0] / parts[1]) if parts[1] > 0 else 0.0
-
-    everything = torch.ones(m, dtype=torch.bool)
-    estimate = ratio(everything)
-    if 2 < m < n:
-        without = []
-        for i in range(m):
-            everything[i] = False
-            without.append(ratio(everything))
-            everything[i] = True
-        spread = math.sqrt((m - 1) / m * sum((x - sum(without) / m) ** 2 for x in without))
-        estimate += 2.0 * spread
-    return estimate
-
-
-def probed_dimension(
-    source: Source, phi: TrainingFilter, top: float, seed: int, probes: tuple[Jacobian, Tensor] | None = None
-) -> float:
-    """Effective dimension sum_l s_l phi(s_l) of the whole kernel from that of random samples, and of half of them.
-
-    The eigenvalues of a part, times n over its size, stand for those of all; what grows from the half to the whole part
-    is taken to go on growing, by the same factor less with every doubling.
-
-    Args:
-        phi: the training. top: largest eigenvalue of the features, beyond which a step size may not be stable.
-        probes: what ``drawn`` returned.
-    """
-    n, (one, exact) = source.samples.n, probes or drawn(source, seed)
-    m, found = one.n, []
-    pick = torch.from_numpy(np.random.default_rng(seed + 2).permutation(m)).to(exact.device)
-    for part in (m // 2, m):
-        rows = (pick[:part, None] * one.k + torch.arange(one.k, device=exact.device)).reshape(-1)
-        s = torch.linalg.eigvalsh(exact[rows][:, rows]).cpu().numpy() * (n / max(part, 1))
-        s = s[s > 1e-12 * max(s.max(initial=0.0), 0.0)].clip(max=top)
-        found.append(float((s * phi(s)).sum()))
-    half, whole = found
-    if m == n or not whole > half:
-        return whole
-    grown, total, size = whole / max(half, 1e-300), whole, m
-    while size < n and grown > 1.005:
-        share = min(1.0, math.log2(n / size))
-        total, size, grown = total * grown**share, 2 * size, grown**0.5
-    return min(total, float(n * one.k), float(one.shape[1]))
 
 
 def warn_of_rank(kind: str, rank: int, edf: float, most: int) -> int | None:

@@ -17,7 +17,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import sui_fast
+from sui_fast import probing
 from sui_fast.jacobians.data import as_samples
+from sui_fast.probing import drawn, kernel_error
 from sui_fast.processes import Source
 from sui_fast.spectra import (
     Moments,
@@ -27,7 +29,6 @@ from sui_fast.spectra import (
     sketch_map,
     subspace_map,
 )
-from sui_fast.streaming import kernel_error
 
 
 def digits(n, m, k, images):
@@ -149,7 +150,7 @@ def test_the_error_estimate_holds(method):
         exact, fmap = jac.gram(), MAPS[method](jac, 6 + seed % 29, seed)
         z = fmap.features(jac).flatten(0, 1)
         error = float((exact - z @ z.T).norm() / exact.norm())
-        held += error <= kernel_error(source, fmap, seed) + 1e-12
+        held += error <= kernel_error(n, drawn(source, fmap, seed)) + 1e-12
     assert held >= 0.95 * trials
 
 
@@ -251,6 +252,7 @@ def test_a_store_of_another_run_is_refused(tmp_path):
         with pytest.raises(sui_fast.StoreError, match="weights"):
             sui_fast.score(model, train, **common)
         sui_fast.score(model, train, resume=False, **common)
+
 
 KILL_LATE = """
 import os, signal
@@ -411,3 +413,18 @@ def test_an_anchored_sketch_is_unbiased():
         found.append(z @ z.T)
     mean, spread = torch.stack(found).mean(0), torch.stack(found).std(0) / 200**0.5
     assert float(((mean - exact) / spread).abs().max()) < 5
+
+
+def test_probes_with_large_factors_are_captured_in_parts(monkeypatch):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(40, 12), nn.Tanh(), nn.Linear(12, 2)).double(), torch.randn(90, 40).double()
+    source, fmap = Source(model, as_samples(x, with_targets=None), {}, 0, 90), sketch_map(16)
+    whole = drawn(source, fmap, 3)
+    most, some = [], source.some
+    monkeypatch.setattr(source, "some", lambda numbers: most.append(len(numbers)) or some(numbers))
+    monkeypatch.setattr(probing, "HELD", 20 * source.part(0, 1).nbytes)
+    parts = drawn(source, fmap, 3)
+    assert max(most) == 10 and whole.shape == parts.shape == (90, 2, 518)
+    assert (whole.some == parts.some).all()
+    torch.testing.assert_close(parts.exact, whole.exact, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(parts.features, whole.features, rtol=1e-12, atol=1e-12)

@@ -22,7 +22,7 @@ ROOMS = [
     ["planning"],
     ["checks"],
     ["processes"],
-    ["streaming"],
+    ["probing", "streaming"],
     ["parts"],
     ["runs"],
     ["scoring", "training"],

@@ -126,28 +126,39 @@ ELSEWHERE = {
 
 
 def main(seeds: int = 5) -> None:
-    other(min(seeds, 3))
+    other(seeds)
     by_method(seeds)
     names = ["iterative", "random", "all samples, same reg", "all samples, the best reg for all"]
-    means = np.mean([automatic(seed) for seed in range(seeds)], 0).tolist()
+    results = np.array([automatic(seed) for seed in range(seeds)])
+    means = results.mean(0).tolist()
     table(
         "Summaries with the default regularisation",
         ["kept", *(f"{share:.0%} kept" for share in SHARES)],
-        [[name, *row] for name, row in zip(names, means, strict=True)],
+        [[name, *row] for name, row in zip(names, means, strict=True)] + paired(names, results),
         f'As above with MLP-256 and reg = "auto", mean of {seeds} seeds. `python -m benchmarks.studies.summaries`',
     )
 
 
-def other(seeds: int) -> None:
+def paired(names: list[str], results: np.ndarray) -> list[list[str]]:
+    """Rows: mean difference between the first method and each other, and its standard error; of [seeds, ., shares]."""
     rows = []
+    for number, name in enumerate(names[1:], 1):
+        difference = results[:, 0] - results[:, number]
+        error = difference.std(0, ddof=1) / len(results) ** 0.5 if len(results) > 1 else difference[0] * np.nan
+        cells = zip(difference.mean(0), error, strict=True)
+        rows.append([f"{names[0]} minus {name}", *(f"{mean:+.3f} ± {own:.3f}" for mean, own in cells)])
+    return rows
+
+
+def other(seeds: int) -> None:
+    rows, names = [], ["iterative", "random", "all samples"]
     for name in ELSEWHERE:
         results = np.array([elsewhere(name, seed) for seed in range(seeds)])
-        for number, what in enumerate(("iterative", "random", "all samples")):
-            error = results.std(0)[number].max() / seeds**0.5
-            rows.append([name, what, *results.mean(0)[number].tolist(), f"{error:.3f}"])
+        rows += [[name, what, *row] for what, row in zip(names, results.mean(0).tolist(), strict=True)]
+        rows += [[name, *row] for row in paired(names, results)]
     table(
         "Summaries of other data",
-        ["data", "kept", *(f"{share:.0%} kept" for share in SHARES), "largest standard error"],
+        ["data", "kept", *(f"{share:.0%} kept" for share in SHARES)],
         rows,
         f"Test accuracy of an MLP-256 trained with Adam on what is kept; defaults of summarize; mean of {seeds} seeds, "
         "random of 3 draws each. `python -m benchmarks.studies.summaries`",
@@ -159,12 +170,16 @@ def by_method(seeds: int) -> None:
     full = np.mean([whole for _, whole in results])
     rows = [[name, *np.mean([found[name] for found, _ in results], 0).tolist()] for name in results[0][0]]
     rows.append(["all samples", *[float(full)] * len(SHARES)])
+    names = ["iterative", "random", "all samples"]
+    each = [[found["iterative"], found["random"], [whole] * len(SHARES)] for found, whole in results]
+    rows += paired(names, np.array(each))
     table(
         "Summaries",
         ["dropped first", *(f"{share:.0%} kept" for share in SHARES)],
         rows,
         f"Test accuracy of the linearised MLP-{WIDTH} retrained on what is kept (mean loss, reg = {REG}); digits "
-        f"below 5 against the rest, n = {N}, mean of {seeds} seeds. `python -m benchmarks.studies.summaries`",
+        f"below 5 against the rest, n = {N}, mean of {seeds} seeds; differences within a seed, with their standard "
+        "errors. `python -m benchmarks.studies.summaries`",
     )
 
 

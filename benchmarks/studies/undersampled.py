@@ -25,7 +25,7 @@ def one(rare: int, seed: int) -> list[float]:
     return [found.aurocs["si"], found.aurocs["fsi"], found.auroc, truth[best].mean(), truth[best].sum() / truth.sum()]
 
 
-def main(seeds: int = 3) -> None:
+def main(seeds: int = 5) -> None:
     rows = []
     for rare in (0, 2, 4, 6, 8):
         rows.append([rare, *np.mean([one(rare, seed) for seed in range(seeds)], 0).tolist()])

@@ -1,4 +1,5 @@
 // The only file that knows Python: addresses and sizes in, the GIL let go.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "removal.h"
+#include "results.h"
 #include "rows.h"
 #include "tensor.h"
 #include "triangular.h"
@@ -119,6 +121,11 @@ PYBIND11_MODULE(_cpu, module) {
   module.attr("MOST_ROWS") = sui::kMostRows;
   module.attr("FOURIER_RANKS") = py::make_tuple(sui::kLeastRank, sui::kMostRank);
   module.def("instruction_set", &sui::instruction_set);
+  module.def("result", [](Index rows, Index columns) {
+    void* memory = sui::take_result(rows * columns * Index(sizeof(double)));
+    if (!memory) throw std::bad_alloc();
+    return py::array_t<double>({rows, columns}, static_cast<double*>(memory), py::capsule(memory, sui::return_result));
+  });
   module.def(
       "converged_removal",
       [](Address u, bool single, sui::Index blocks, int m, sui::Index r, Address s, Address g, Address rest,

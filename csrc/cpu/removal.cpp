@@ -1,13 +1,6 @@
 // Tables of the eigenvalues, and blocks shared among threads.
 #include "removal.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <time.h>
-#endif
-
-#include <cstdint>
-
 #include "sui/resolvent.h"
 #include "triangular.h"
 #include "variant.h"
@@ -18,61 +11,14 @@ SUI_VARIANTS(Kernels, kernels)
 
 namespace {
 
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-// A large result is fresh memory, and its first touch costs more than the arithmetic: ask for pages of 2 MB, a few ahead
-// of the work. Where memory is in fragments the system may stop to clear each: after two of them the rest comes as it is.
-class LargePages {
- public:
-  LargePages(double* begin, double* end)
-      : next_((reinterpret_cast<Address>(begin) + kPage - 1) / kPage * kPage), end_(reinterpret_cast<Address>(end)) {}
-
-  // What lies before `until` is about to be written.
-  void prepare(double* until) {
-    for (; stops_ < 2 && next_ < reinterpret_cast<Address>(until) && next_ + kPage <= end_; next_ += kPage) {
-      madvise(reinterpret_cast<void*>(next_), kPage, MADV_HUGEPAGE);  // advice: failing is no matter
-      const double start = seconds();
-      *reinterpret_cast<volatile double*>(next_) = 0;
-      stops_ += seconds() - start > kSlow;
-    }
-  }
-
- private:
-  using Address = std::uintptr_t;
-  static constexpr Address kPage = 1 << 21;
-  static constexpr double kSlow = 1e-3;  // seconds; a page that is at hand takes a fifth of it
-
-  static double seconds() {  // of this thread: others that run meanwhile are no sign of fragments
-    timespec now;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-    return double(now.tv_sec) + 1e-9 * double(now.tv_nsec);
-  }
-
-  Address next_, end_;
-  int stops_ = 0;
-};
-#else
-struct LargePages {
-  LargePages(double*, double*) {}
-  void prepare(double*) {}
-};
-#endif
-
-constexpr Index kSlab = 1 << 20;  // numbers of the result that are prepared at a time
-
 Index run(const Removal& p, int threads) {
   const Kernels& kernels = choose(kernels_variants);
   const double work = double(p.blocks) * double(p.r) * (features(p.m) + p.m) * p.columns;
   const Index parts = parts_for(p.blocks, work, threads), room = kernels.scratch(p);
-  const Index step = std::max<Index>(1, kSlab / std::max<Index>(1, p.r));
   std::vector<double> scratch(static_cast<std::size_t>(room * parts));
   std::vector<Index> singular(parts);
   in_parts(p.blocks, parts, [&](Index part, Index begin, Index end) {
-    LargePages pages(p.coef + begin * p.r, p.coef + end * p.r);
-    for (Index first = begin; first < end; first += step) {
-      const Index last = std::min(end, first + step);
-      pages.prepare(p.coef + last * p.r);
-      singular[part] += kernels.run(p, first, last, scratch.data() + part * room);
-    }
+    singular[part] = kernels.run(p, begin, end, scratch.data() + part * room);
   });
   Index total = 0;
   for (const Index count : singular) total += count;

@@ -19,9 +19,10 @@ struct Stream {
   unsigned long long seed;
 };
 
-constexpr Index kGroup = 64;  // rows that share one pass over the hash of an sjlt
+// Rows that share one pass over the hash of an sjlt: as many as keep their sums in the second cache.
+constexpr Index kLeastGroup = 16, kMostGroup = 64, kGroupRoom = 1 << 18;
 
-// One per instruction set. room: kGroup rank numbers.
+// One per instruction set. room: rank numbers for each row of a group.
 template <class T>
 struct RowKernels {
   void (*write)(const Piece<T>* pieces, Index count, Index first, Index samples, Index k, T* out, Index pitch);

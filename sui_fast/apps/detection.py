@@ -111,10 +111,12 @@ def find_undersampled(
 
     ::
 
-        value_i = mean of F-SI over i and its nearest samples of the same class by the kernel
+        a_i     = F-SI_i (1 - mean likeness of its nearest samples of the same class)
+        value_i = a, averaged twice over a sample and its nearest
 
-    A hard sample on its own is informative too; the mean over neighbours tells a rare kind from it. Each class is
-    clustered by the kernel (k-means on its leading eigenvectors).
+    Likeness is the kernel divided by the lengths of both. A hard sample on its own is informative too; the means tell a
+    rare kind from it, and where samples are rare the nearest are far. Each class is clustered by the kernel (k-means on
+    its leading eigenvectors).
 
     Args:
         model, train, val: as in ``score``; without val SI takes the place of F-SI.
@@ -140,8 +142,12 @@ def find_undersampled(
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         block = kernel[members][:, members]
-        near = np.argsort(-block, axis=1, kind="stable")[:, : neighbours + 1]
-        value[members] = measures[by][members][near].mean(1)
+        if neighbours:
+            others = block - np.diag(np.full(len(members), np.inf))
+            near = np.argsort(-others, axis=1, kind="stable")[:, : min(neighbours, len(members) - 1)]
+            near = np.column_stack([np.arange(len(members)), near])
+            alone = value[members] * np.maximum(1 - _nearest(others, neighbours), 0)
+            value[members] = alone[near].mean(1)[near].mean(1)
         own = _cluster(block, min(clusters, len(members)), seed)
         cluster[members] = own + count
         for c in np.unique(own):
@@ -149,7 +155,7 @@ def find_undersampled(
             rows.append((int(c + count), int(label), len(inside), float(measures[by][inside].mean())))
         count += int(own.max()) + 1
     rows.sort(key=lambda row: -row[3])
-    name = f"{by.upper()}, mean over {neighbours} neighbours" if neighbours else by.upper()
+    name = f"{by.upper()} over {neighbours} neighbours" if neighbours else by.upper()
     return Undersampled(**_ranking(problem, value, measures, name, truth), cluster=cluster, clusters=rows)
 
 

@@ -3,7 +3,7 @@
 from .anchored import Anchors, goes_by_kernel, make_anchors, project, sketched_anchors
 from .capture import Evaluator
 from .data import Samples, as_samples, to_device
-from .engine import jacobian, ntk, portions, sketches
+from .engine import Sketch, jacobian, ntk, portions, sketches
 from .jacobian import Jacobian
 from .reading import Read, read_samples
 
@@ -13,6 +13,7 @@ __all__ = [
     "Jacobian",
     "Read",
     "Samples",
+    "Sketch",
     "as_samples",
     "goes_by_kernel",
     "jacobian",

@@ -77,11 +77,13 @@ def sketches(
     """
     common = dict(outputs=outputs, params=params, batch_size=batch_size, dtype=dtype, progress=progress)
 
-    return portions(model, data, _Sketch(rank, seed, kind), **common)
+    return portions(model, data, Sketch(rank, seed, kind), **common)
 
 
 @dataclass(frozen=True)
-class _Sketch:
+class Sketch:
+    """The function for ``portions`` that sketches: of large batches every layer as soon as the pass reaches it."""
+
     rank: int
     seed: int
     kind: str
@@ -127,7 +129,7 @@ def _pass(model, data, make, outputs, params, batch_size, dtype, progress):
         if key not in known or known[key].samples < batch_length(batch):  # one sample cannot show that others mix in
             known[key] = prove(evaluator, batch, _collect)
         for _ in range(2):
-            sketched = make is not _Store and isinstance(make.args[0], _Sketch)
+            sketched = make is not _Store and isinstance(make.args[0], Sketch)
             if sketched and known[key].outputs == 1 and known[key].ways is None:
                 known[key].ways = _ways(evaluator, batch, known[key])
             store = _run(evaluator, make(samples.n), samples, batch_size, known[key], progress)
@@ -222,7 +224,7 @@ class _Portions:
 
     def add(self, captured: Captured, rows: dict[str, Tensor], evaluator: Evaluator, plan: Plan) -> None:
         (n, k), known = captured.outputs.shape, plan.ways
-        sketch = self.function if isinstance(self.function, _Sketch) and self.function.kind == "tensor" else None
+        sketch = self.function if isinstance(self.function, Sketch) and self.function.kind == "tensor" else None
         if sketch and k == 1 and known and n * known.numbers > LARGE and known.fits(captured.uses):
             shapes = {name: p.shape for name, p in evaluator.parameters.items()}
             jac = Jacobian(captured.outputs, shapes, [], rows, {}, None, evaluator.dtype)

@@ -60,7 +60,7 @@ class Recorder(TorchFunctionMode):
         self.unruled: dict[str, str] = {}
         self._origins = Origins(parameters)
         self._seen = self._met = 0
-        self._turns: list[Callable[[Tensor], Tensor] | None] = []
+        self._turns: list[tuple | None] = []  # no closures: a cycle would keep the batch until the next collection
         self._versions: list[tuple[int, Call]] = []
         self._anchor: Tensor | None = None
 
@@ -278,12 +278,8 @@ class Recorder(TorchFunctionMode):
         order = reading.order and reading.order[1]
         shape = self._by_sample(out.detach(), call.result, call, order).shape
         use = Use(reading.rule, origins, saved, reading.options)
-
-        def turn(gradient: Tensor) -> Tensor:
-            return self._by_sample(gradient, call.result, call, order)
-
-        plain = call.result == Axis(0, False) and order is None
-        self._record(call, use, torch.autograd.graph.get_gradient_edge(out), shape, out.dtype, None if plain else turn)
+        turn = None if call.result == Axis(0, False) and order is None else (call.result, call, order)
+        self._record(call, use, torch.autograd.graph.get_gradient_edge(out), shape, out.dtype, turn)
         return out
 
     def _fits(self, call: Call, reading: Reading, args, kwargs) -> bool:
@@ -319,7 +315,7 @@ class Recorder(TorchFunctionMode):
         x = self._split(x, dim, call)
         return x.movedim(dim + int(call.positions_first), 0)
 
-    def _record(self, call: Call, use: Use, target: Any, shape: torch.Size, dtype, turn: Callable | None) -> None:
+    def _record(self, call: Call, use: Use, target: Any, shape: torch.Size, dtype, turn: tuple | None) -> None:
         self.uses.append(use)
         self.targets.append(target)
         self.shapes.append(shape)
@@ -334,7 +330,7 @@ class Recorder(TorchFunctionMode):
     def turned_one(self, number: int, gradient: Tensor) -> Tensor:
         """Gradient of one target as [b, ...]."""
         turn = self._turns[number]
-        return gradient if turn is None else turn(gradient)
+        return gradient if turn is None else self._by_sample(gradient, *turn)
 
     def spoiled(self) -> list[Use]:
         """Uses whose saved input was overwritten later; their calls will copy it from now on."""

@@ -69,7 +69,7 @@ def fit_family(filters: list[TrainingFilter], top: float) -> list[Rational]:
     base = None
     for phi in sorted(filters, key=lambda phi: -phi.time):
         fit = None
-        if base is not None and phi.time > _FEW_STEPS:
+        if base is not None and not (phi.dynamics == "gd" and phi.time == 1):
             poles = (found[base].poles + phi.shift) * (base.time / phi.time) - phi.shift
             fit = _in_unit_scale(_fit_with, phi, top, poles)
         if fit is None or fit.error >= _GOOD:

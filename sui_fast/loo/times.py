@@ -4,30 +4,28 @@ On eigenvector l the dual weights of the others change by
 
     D_il(t) = d_l(t) g_l - sum_c u_icl a_ic(s_l, t),     a_ic(s, t) = c0(t) r0_ic + sum_q Re(c_q(t) y_icq / (s - p_q))
 
-when sample i leaves (docs/math.md, section 6). As functions of s all 1 / (s - p_q), of all times, nearly lie in a space
-of few dimensions on an interval whose ends differ by a factor of three. With an orthonormal basis of each such space
-sums over eigenvectors become sums over the bases, the same for all times; only small products are left to each time.
+when sample i leaves (docs/math.md, section 6). As functions of s all 1 / (s - p_q), of all times, nearly lie in spaces
+of few dimensions (``bases.py``). Sums over eigenvectors become sums over their bases, the same for all times; only
+small products are left to each time.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..spectra import Spectrum
+from .bases import Bases, mm
 from .blocks import make_blocks
 from .filters import TrainingFilter
 from .rational import Rational, fit_family
-from .removal import CHUNK
 from .solve import check_stability, remove_from_spectrum
 
-_RATIO = 3.0  # of the ends of an interval
-_TOLERANCE = 1e-14  # what a basis leaves out, relative to each function on its interval
-_SKETCH = 48  # random combinations of the functions from which a basis is taken; about 16 suffice
 _WORK = 1 << 19  # float64 elements of one intermediate: what stays in the cache
-_TALL = 128  # samples of a product with a wide table
-_SLOW = 1.5  # the small products run at about two thirds of full speed
+_TOLERANCE = 1e-13  # what the bases leave out, relative to each resolvent
 
 
 def remove_at_times(
@@ -92,10 +90,10 @@ def _moves_stably(changed: TrainingFilter, top: float) -> bool:
 
 
 class _Times:
-    """The formula at the head of this file for finite times, a portion of the samples at a time.
+    """The formula at the head of this file for finite times.
 
-    Letters: b samples of a portion, t times, q poles of a time (filled up with residues of zero), v basis functions of
-    all intervals, r eigenvectors, p rows of the probe.
+    Letters: b samples of a portion, t times, q poles of all times, v basis functions of all intervals, r eigenvectors,
+    p rows of the probe.
     """
 
     def __init__(self, spectrum: Spectrum, pairs, fits: list[Rational], r0: Tensor, cross, convention: str, idle):
@@ -103,100 +101,143 @@ class _Times:
         self.u, self.s, self.r0 = spectrum.u.view(n, k, len(s)), s, r0
         self.idle = idle.view(n, k).all(1)
         self.g = spectrum.u.T @ r0.reshape(-1)
-        most = max(1, *(len(fit.poles) for fit in fits)) if len(fits) > 1 else max(1, len(fits[0].poles))
-        poles = np.full((len(fits), most), -spectrum.top, dtype=complex)
-        residues = np.zeros_like(poles)
-        for row, fit in enumerate(fits):
-            poles[row, : len(fit.poles)], residues[row, : len(fit.poles)] = fit.poles, fit.residues
+        counts = [len(fit.poles) for fit in fits]
+        poles, residues = (np.concatenate([getattr(fit, name) for fit in fits]) for name in ("poles", "residues"))
+        self.poles_of = [slice(end - count, end) for count, end in zip(counts, np.cumsum(counts).tolist(), strict=True)]
         self.residues = torch.from_numpy(residues).to(s.device)
         self.constants = torch.tensor([fit.constant for fit in fits], dtype=s.dtype, device=s.device)
-        resolvents = 1 / (s - torch.from_numpy(poles.reshape(-1, 1)).to(s.device))  # [t q, r]
-        self.bases = _bases(resolvents, s, float(np.abs(poles).min()))
-        self.real, self.imag = (self._inner(x) for x in (resolvents.real, resolvents.imag))  # [t q, v]
-        self.one = self._inner(torch.ones_like(s))
-        rows = [_on(s, other) - _on(s, phi) if other != phi else torch.zeros_like(s) for phi, other in pairs]
-        self.beyond = torch.stack(rows) * self.g  # [t, r]
-        self.moves_more = bool((self.beyond != 0).any())
+        resolvents = 1 / (s - torch.from_numpy(poles[:, None]).to(s.device))  # [q, r]
+        self.more = torch.stack([_on(s, other) - _on(s, phi) for phi, other in pairs])  # of the filter, [t, r]
+        self.moves_more = bool((self.more != 0).any())
+        one = torch.ones_like(s)[None]
+        functions = torch.cat([resolvents.real, resolvents.imag, one, self.more])
+        self.bases = Bases.of(functions, s, float(np.abs(poles).min(initial=spectrum.top)), _TOLERANCE)
+        self.resolvents = torch.cat([self.bases.inner(x) for x in (resolvents.real, resolvents.imag)])  # [2 q, v]
+        self.one = self.bases.inner(one[0])
         self.probe = None
         if cross is not None:
             probe = (cross @ spectrum.u) * (s > 0)
-            if len(probe) > len(s):
-                probe = torch.linalg.qr(probe).R
-            self.probe, self.share = probe, k / len(cross)
-
-    def _inner(self, x: Tensor) -> Tensor:
-        """Coefficients [..., v] of functions of the eigenvalues [..., r]."""
-        return torch.cat([_mm(x[..., part], basis.T) for part, basis in self.bases], -1)
+            self.probe, self.share = torch.linalg.qr(probe, mode="r").R, k / len(cross)
 
     def sqnorms(self) -> tuple[Tensor, Tensor | None]:
         """||dw||^2 and the mean ||df||^2, [t, n]."""
         n, k, r = self.u.shape
-        times, v, rows = len(self.beyond), len(self.one), 0 if self.probe is None else len(self.probe)
-        # two ways to the predictions: through the changes at every time, or through the predictions of every basis
-        spread = sum(len(basis) * basis.shape[1] for _, basis in self.bases)
-        through_bases = rows > 0 and k * spread + _SLOW * times * k * v < times * r
-        few = max(1, _WORK // max(times * r, k * k * max(r, 2 * len(self.real)), k * v * rows * through_bases))
-        many = max(few, min(_TALL, CHUNK // (k * v * max(rows, 1)))) // few * few if through_bases else few
-        tables = [(basis[:, None] * self.probe[:, x]).flatten(0, 1).T for x, basis in self.bases * through_bases]
-        weights, predictions = self.s.new_empty(n, times), None if rows == 0 else self.s.new_empty(n, times)
-        told = self.s.new_empty(many if through_bases else 0, k * v, rows)  # one for all: fresh memory is slow
-        for first in range(0, n, many):
-            last = min(first + many, n)
-            if through_bases:
-                self._tell(self.u[first:last], tables, told)
-            for begin in range(first, last, few):
-                part = slice(begin, min(begin + few, last))
-                coefficients = self._coefficients(part)
-                moved = None
-                if through_bases:
-                    moved = coefficients.transpose(1, 2).flatten(2) @ told[begin - first : part.stop - first]
-                    moved = self.beyond @ self.probe.T - moved if self.moves_more else moved
-                weights[part], moved = self._changes(self.u[part], coefficients, moved)
-                if rows:
-                    predictions[part] = moved.square_().sum(2) * self.share
-        return weights.T, None if rows == 0 else predictions.T
+        times, v = len(self.more), self.bases.size
+        found = self.s.new_empty(n, times, 1 if self.probe is None else 2)
+        norms = _SqNorms(self)
+        predictions = None if self.probe is None else _Predictions(self)
+        step = max(1, _WORK // max((k + 1) ** 2 * max(r, len(self.resolvents)), k * times * v))
+        for begin in range(0, n, step):
+            part = slice(begin, min(begin + step, n))
+            coefficients = self.coefficients(part)
+            found[part, :, 0] = norms(self.u[part], coefficients)
+            if predictions is not None:
+                found[part, :, 1] = predictions(self.u[part], coefficients)
+        weights, *rest = found.permute(2, 1, 0)
+        return weights, rest[0] if rest else None
 
-    def _tell(self, u: Tensor, tables: list[Tensor], told: Tensor) -> None:
-        """The probe's view of every sample's eigenvectors times every basis function, into [b, k v, p]."""
-        b, k, _ = u.shape
-        flat = told[:b].view(b * k, -1)
-        place = 0
-        for (columns, _), table in zip(self.bases, tables, strict=True):
-            torch.mm(u[..., columns].reshape(b * k, -1), table, out=flat[:, place : place + table.shape[1]])
-            place += table.shape[1]
-
-    def _changes(self, u: Tensor, coefficients: Tensor, moved: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """||dw||^2 [b, t] and the change of the predictions [b, t, p], but where it is given or not asked for."""
-        weights, through_changes = 0.0, self.probe is not None and moved is None
-        place = 0
-        for columns, basis in self.bases:
-            found = _mm(coefficients[..., place : place + len(basis)], basis).mul_(u[:, :, None, columns])
-            change = found[:, 0] if found.shape[1] == 1 else found.sum(1)  # -D, [b, t, r_j]
-            if self.moves_more:
-                change = self.beyond[:, columns] - change
-            if through_changes:
-                seen = _mm(change, self.probe[:, columns].T)
-                moved = seen if moved is None else moved.add_(seen)
-            weights = weights + change.square_() @ self.s[columns]
-            place += len(basis)
-        return weights, moved
-
-    def _coefficients(self, part: slice) -> Tensor:
+    def coefficients(self, part) -> Tensor:
         """a on the bases, [b, k, t, v]."""
-        u, (times, most) = self.u[part], self.residues.shape
-        k = u.shape[1]
-        kernel = self._inner(u[:, :, None] * u[:, None])  # [b, k, k, v]
-        right = self._inner(u * self.g)
-        kernel, right = (torch.complex(_mm(x, self.real.T), _mm(x, self.imag.T)) for x in (kernel, right))
-        y = _solve(kernel, right)
-        y = y.reshape(-1, times, most) * self.residues
-        y = y.transpose(0, 1)  # [t, b k, q]
-        tables = self.real.view(times, most, -1), self.imag.view(times, most, -1)
-        found = y.real @ tables[0] - y.imag @ tables[1]
-        found = found.transpose(0, 1).reshape(len(u), k, times, -1)
-        found += (self.r0[part][:, :, None] * self.constants)[..., None] * self.one
+        u = self.u[part]
+        b, k, _ = u.shape
+        left, right = torch.triu_indices(k, k, device=u.device)
+        moments = torch.cat([u[:, left] * u[:, right], u * self.g], 1)
+        moments = torch.complex(*mm(self.bases.inner(moments), self.resolvents.T).chunk(2, -1))  # [b, pairs + k, q]
+        kernel = moments.new_empty(b, k, k, moments.shape[2])
+        kernel[:, left, right] = kernel[:, right, left] = moments[:, : len(left)]
+        y = _solve(kernel, moments[:, len(left) :]) * self.residues
+        y = torch.stack([y.real, -y.imag], 2)  # [b, k, 2, q]
+        found = (self.r0[part][:, :, None] * self.constants)[..., None] * self.one
+        tables = self.resolvents.view(2, -1, self.bases.size)
+        for time, poles in enumerate(self.poles_of):
+            found[:, :, time] += mm(y[..., poles].flatten(2), tables[:, poles].flatten(0, 1))
         found[self.idle[part]] = 0.0
         return found
+
+
+class _SqNorms:
+    """||dw||^2 = sum_l s_l D_l^2 as a form of the coefficients, whose matrix is the same for all times."""
+
+    def __init__(self, times: _Times):
+        self.bases, self.s, self.g = times.bases, times.s, times.g
+        # the change of the filter is one more row of u, and one more output
+        self.more = -times.bases.inner(times.more) if times.moves_more else None
+        self.tables = []
+        for columns, basis in zip(self.bases.columns, self.bases.basis, strict=True):
+            left, right = torch.triu_indices(len(basis), len(basis), device=basis.device)
+            self.tables.append((left, right, (basis[left] * basis[right] * self.s[columns]).T))
+
+    def __call__(self, u: Tensor, coefficients: Tensor) -> Tensor:
+        """[b, t] of u [b, k, r] and coefficients [b, k, t, v]."""
+        if self.more is not None:
+            u = torch.cat([u, self.g.expand(len(u), 1, -1)], 1)
+            coefficients = torch.cat([coefficients, self.more.expand(len(u), 1, -1, -1)], 1)
+        b, k, times, _ = coefficients.shape
+        one, other = torch.triu_indices(k, k, device=u.device)
+        pairs, total = u[:, one] * u[:, other], 0.0
+        for columns, places, (left, right, table) in zip(
+            self.bases.columns, self.bases.places, self.tables, strict=True
+        ):
+            v = places.stop - places.start
+            moments = mm(pairs[..., columns], table)
+            square = moments.new_empty(b, len(one), v, v)
+            square[..., left, right] = square[..., right, left] = moments
+            matrix = moments.new_empty(b, k, v, k, v)
+            matrix[:, one, :, other] = matrix[:, other, :, one] = square.transpose(0, 1)
+            own = coefficients[..., places].transpose(1, 2).reshape(b, times, k * v)
+            total = total + (own @ matrix.view(b, k * v, k * v)).mul_(own).sum(2)
+        return total.clamp_(min=0.0)
+
+
+class _Predictions:
+    """The mean ||df||^2 over the probe, each interval by the shorter of two ways."""
+
+    def __init__(self, times: _Times):
+        self.bases, self.probe, self.share = times.bases, times.probe, times.share
+        self.base = (times.more * times.g) @ self.probe.T
+        k, count, rows = times.u.shape[1], len(times.more), len(self.probe)
+        most = max(max(count, k * len(basis)) * max(rows, basis.shape[1]) for basis in self.bases.basis)
+        self.step = max(1, _WORK // most)
+        self.room: dict[str, Tensor] = {}
+
+    def __call__(self, u: Tensor, coefficients: Tensor) -> Tensor:
+        """[b, t] of u [b, k, r] and coefficients [b, k, t, v]."""
+        parts = [slice(begin, begin + self.step) for begin in range(0, len(u), self.step)]
+        return torch.cat([self._portion(u[part], coefficients[part]) for part in parts])
+
+    def _portion(self, u: Tensor, coefficients: Tensor) -> Tensor:
+        (b, k, times, _), rows = coefficients.shape, len(self.probe)
+        moved = self._out("moved", b, times, rows)
+        moved.copy_(self.base)
+        for columns, places, basis in zip(self.bases.columns, self.bases.places, self.bases.basis, strict=True):
+            v, r = basis.shape
+            live = min(rows, columns.stop)  # the probe is triangular
+            seen, to = self.probe[:live, columns].T, moved[..., :live]
+            own = coefficients[..., places].transpose(1, 2).flatten(2)  # [b, t, k v]
+            spread = self._out("spread", b, k, v, r)
+            torch.mul(u[:, :, None, columns], basis, out=spread)
+            spread = spread.view(b, k * v, r)
+            if _through_bases(k, v, r, times):
+                told = self._out("told", b, k * v, live)
+                torch.mm(spread.flatten(0, 1), seen, out=told.flatten(0, 1))
+                to.baddbmm_(own, told, alpha=-1)
+            else:
+                change = self._out("told", b, times, r)
+                torch.bmm(own, spread, out=change)
+                to.flatten(0, 1).addmm_(change.flatten(0, 1), seen, alpha=-1)
+        return moved.square_().sum(2) * self.share
+
+    def _out(self, name: str, *shape: int) -> Tensor:
+        """Memory for an intermediate, the same every time: fresh memory is slow."""
+        size = math.prod(shape)
+        if name not in self.room or self.room[name].numel() < size:
+            self.room[name] = self.probe.new_empty(size)
+        return self.room[name][:size].view(shape)
+
+
+def _through_bases(k: int, v: int, r: int, times: int) -> bool:
+    """Whether the predictions of every basis function are cheaper than those of the change at every time."""
+    return k * v * (r + times) < times * r
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
@@ -214,34 +255,6 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
         right[:, j] /= matrix[:, j, j]
         right[:, :j] -= matrix[:, :j, j] * right[:, j, None]
     return right
-
-
-def _bases(resolvents: Tensor, s: Tensor, nearest: float) -> list[tuple[slice, Tensor]]:
-    """Intervals of eigenvalues, and for each an orthonormal basis [v, r_j] of the functions on it."""
-    top, low = float(s[-1]), max(nearest / 16, float(s[-1]) * 1e-15)
-    edges = top / _RATIO ** np.arange(max(1, int(np.ceil(np.log(top / low) / np.log(_RATIO)))))
-    cuts = np.unique([0, *np.searchsorted(s.cpu().numpy(), edges[1:]), len(s)])
-    functions = torch.cat([resolvents.real, resolvents.imag, torch.ones_like(s)[None]])
-    mix = torch.randn(_SKETCH, len(functions), generator=torch.Generator().manual_seed(0), dtype=s.dtype).to(s)
-    found = []
-    for begin, end in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
-        part = slice(begin, end)
-        basis = torch.eye(end - begin, dtype=s.dtype, device=s.device)
-        if end - begin > 8:
-            own = functions[:, part]
-            size = own.abs().amax(1, keepdim=True)
-            own = own / torch.where(size > 0, size, 1.0)
-            _, values, rows = torch.linalg.svd(mix @ own, full_matrices=False)
-            few = rows[values > _TOLERANCE * values[0]]
-            if float((own - (own @ few.T) @ few).abs().max()) < 100 * _TOLERANCE:
-                basis = few
-        found.append((part, basis))
-    return found
-
-
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """a [..., x] times b [x, y] as one product of two matrices."""
-    return (a.reshape(-1, a.shape[-1]) @ b).view(*a.shape[:-1], b.shape[1])
 
 
 def _on(s: Tensor, phi: TrainingFilter) -> Tensor:

@@ -69,14 +69,16 @@ def anchored_sketch_map(pool: Jacobian, residual: Tensor, rank: int, seed: int =
         sketched = project(pool, anchors, columns, seed, kind, False)[0].flatten(0, 1).to(torch.float64)
         sketched = (chosen.T @ sketched).to(pool.dtype)
 
-    def portion(jac: Jacobian, own: bool) -> tuple[Tensor, Tensor | None, list]:
+    def features(jac: Jacobian, own: bool) -> tuple[Tensor, Tensor | None, list]:
         found, along, blocks, layers = project(jac, anchors, columns, seed, kind, own)
         rest = torch.addmm(found.flatten(0, 1), along.flatten(0, 1), sketched, alpha=-1)
         return torch.cat([along, rest.view(jac.n, jac.k, -1)], 2), blocks, layers
 
-    state = {"anchors": chosen}
-    both = lambda jac, own: portion(jac, own)[:2]  # noqa: E731
-    return FeatureMap("sketch", len(sketched) + columns, both, state, portion)
+    def portion(own: bool):
+        return lambda jac: tuple(x for x in features(jac, own) if x is not None)
+
+    both = lambda jac, own: features(jac, own)[:2]  # noqa: E731
+    return FeatureMap("sketch", len(sketched) + columns, both, {"anchors": chosen}, portion)
 
 
 def _explicit(jac: Jacobian, rows: int) -> bool:

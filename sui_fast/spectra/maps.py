@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .._errors import ArgumentError, complaint
-from ..jacobians import Jacobian
+from ..jacobians import Jacobian, Sketch
 from ..ops.sketching._random import signs
 from .moments import add_upper, mirrored
 
@@ -31,15 +31,14 @@ class FeatureMap:
 
     own: whether the blocks are wanted. state: what it was fitted to, by name.
 
-    portion: for sketches the same, batch by batch, with the layers as ``Jacobian.sketch_of_uses`` returns them: whoever
-        reads them needs no Jacobian of more than a batch.
+    portion: for sketches own -> the function for ``jacobians.portions``: no Jacobian of more than a batch is held.
     """
 
     kind: str
     rank: int
     both: Callable[[Jacobian, bool], tuple[Tensor, Tensor | None]]
     state: dict[str, Tensor] = field(default_factory=dict)
-    portion: Callable[[Jacobian, bool], tuple[Tensor, Tensor | None, list]] | None = None
+    portion: Callable[[bool], Callable[[Jacobian], tuple]] | None = None
 
     def features(self, jac: Jacobian) -> Tensor:
         """Features [n, k, r] alone."""
@@ -78,12 +77,8 @@ def sketch_map(rank: int, seed: int = 0, kind: str = "tensor") -> FeatureMap:
         rank: columns. seed: of the random numbers. kind: "tensor", "sjlt", "rademacher" or "two_sided".
     Source: Pham and Pagh 2013; docs/math.md, section 10.
     """
-
-    def portion(jac: Jacobian, own: bool) -> tuple[Tensor, None, list]:
-        found, layers = jac.sketch_of_uses(rank, seed, kind)
-        return found, None, layers
-
-    return FeatureMap("sketch", rank, lambda jac, own: portion(jac, own)[:2], portion=portion)
+    sketch = Sketch(rank, seed, kind)
+    return FeatureMap("sketch", rank, lambda jac, own: (sketch(jac)[0], None), portion=lambda own: sketch)
 
 
 def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:

@@ -17,6 +17,7 @@ from sui_fast import (
     influence_functions,
     information_curves,
     jacobian,
+    ntk,
     overlap,
     redundancy,
     score,
@@ -209,6 +210,23 @@ def test_influence_of_a_network_by_two_methods(problem):
     assert close(a.prediction_sqnorm, b.prediction_sqnorm, rtol=1e-5)
     with pytest.raises(ArgumentError, match="samples"):
         influence_functions(model, train, samples=[40])
+
+
+def test_rarity_is_information_where_the_nearest_are_far_averaged_twice():
+    (x, y), model = blobs(20, 3), network(3)
+    found = find_undersampled(model, (x, y), blobs(9, 3, seed=5), neighbours=4, reg=0.1, progress=False)
+    kernel = ntk(model, x, dtype=torch.float64).view(20, 3, 20, 3).diagonal(dim1=1, dim2=3).sum(2)
+    likeness = kernel / (kernel.diag()[:, None] * kernel.diag()).sqrt()
+    near = {}
+    for i in range(20):
+        others = [j for j in range(20) if j != i and y[j] == y[i]]
+        near[i] = sorted(others, key=lambda j: -likeness[i, j])[:4]
+    value = {i: found.measures["fsi"][i] * (1 - float(likeness[i, near[i]].mean())) for i in near}
+    for _ in range(2):
+        value = {i: np.mean([value[j] for j in (i, *near[i])]) for i in near}
+    assert close(found.value, list(value.values()))
+    plain = find_undersampled(model, (x, y), blobs(9, 3, seed=5), neighbours=0, reg=0.1, progress=False)
+    assert close(plain.value, plain.measures["fsi"])
 
 
 def test_rare_kind_and_strange_inputs_are_found():

@@ -1,6 +1,8 @@
 """The Jacobian engine against autograd, module by module, and its promise to leave the model alone."""
 
+import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 import sui_fast
 from sui_fast import ArgumentError, CoverageError, DataError, jacobian, ntk
-from sui_fast.jacobians import as_samples
+from sui_fast.jacobians import as_samples, portions
 from sui_fast.jacobians.quiet import modules_as_they_are
 
 
@@ -455,3 +457,27 @@ def test_patches_end_with_the_last_thread():
         thread.join()
     assert sorted(refused) == [0, 1]
     assert (nn.Module._apply, CheckpointFunction.apply) == before and "apply" not in vars(CheckpointFunction)
+
+
+@pytest.mark.parametrize("name", ["mlp", "encoder layer"])
+def test_a_batch_is_let_go_without_a_collection_of_cycles(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
+    if name == "encoder layer":  # results that are turned, so that gradients are as well
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        model = nn.Sequential(nn.Linear(6, 8), layer, nn.Flatten(), nn.Linear(24, 1)).eval()
+    x = torch.randn(12, 6) if name == "mlp" else torch.randn(12, 3, 6)
+    seen = []
+
+    def watch(jac):
+        seen.extend(weakref.ref(x) for use, g in jac._uses for x in (use.saved, g))
+        return jac.outputs, []
+
+    portions(model, x, watch, batch_size=4)
+    seen.clear()
+    gc.disable()
+    try:
+        portions(model, x, watch, batch_size=4)
+        assert len(seen) >= 6 and all(ref() is None for ref in seen)
+    finally:
+        gc.enable()

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -173,3 +174,49 @@ def test_other_instruction_sets(instructions):
     environment = {**os.environ, "SUI_FAST_CPU": instructions, "PYTEST_ADDOPTS": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "6 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_memory_of_a_large_result_is_used_again_and_never_shared():
+    first, second = kernel._result(1 << 11, 1 << 10), kernel._result(1 << 11, 1 << 9)
+    first.fill_(1.0)
+    second.fill_(2.0)
+    assert (first == 1).all() and first.shape == (1 << 11, 1 << 10) and first.is_contiguous()
+    view, address = first[5:, :7], first.data_ptr()
+    del first
+    assert kernel._result(1 << 11, 1 << 10).data_ptr() != address  # a view still holds it
+    assert (view == 1).all()
+    del view
+    assert kernel._result(1 << 10, (1 << 10) + 1).data_ptr() == address  # about the same size
+    far = kernel._result(1 << 11, 1 << 12)  # larger: fresh memory
+    far.fill_(3.0)
+    assert (second == 2).all()
+
+
+@pytest.mark.parametrize("op", ["converged", "rational"])
+def test_a_used_result_is_overwritten_entirely(op):
+    case = problem(1030, 1, 1024, 3)
+    rational = lambda: kernel.rational_removal(**case)  # noqa: E731
+    arguments = [case[name] for name in ("u", "s", "g", "rest", "null")]
+    run = rational if op == "rational" else lambda: kernel.converged_removal(*arguments, 0.1)[1]
+    want = run().clone()
+    stale = kernel._result(1030, 1024)
+    stale.fill_(float("nan"))
+    address = stale.data_ptr()
+    del stale
+    got = run()
+    assert got.data_ptr() == address
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_threads_take_results_at_once():
+    def work(value):
+        good = True
+        for _ in range(20):
+            mine = kernel._result(1 << 10, 1 << 10)
+            mine.fill_(value)
+            good &= bool((mine == value).all())
+            del mine
+        return good
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ... import _cpu
 
+_LARGE = 1 << 20  # numbers of a result, beyond which the system clears fresh memory for every one
+
 
 def converged_removal(
     u: Tensor, s: Tensor, g: Tensor, rest: Tensor, null: Tensor, shift: float
@@ -14,7 +16,7 @@ def converged_removal(
     """See the op of the same name."""
     blocks, m, r = u.shape
     arrays = [_dense(x) for x in (u, s, g, rest, null)]
-    v, coef = s.new_empty(blocks, m), s.new_empty(blocks, r)
+    v, coef = s.new_empty(blocks, m), _result(blocks, r)
     singular = _cpu.converged_removal(
         *_block(arrays[0]),
         *(x.data_ptr() for x in arrays[1:]),
@@ -41,7 +43,7 @@ def rational_removal(
     """See the op of the same name."""
     blocks, _, r = u.shape
     arrays = [_dense(x) for x in (u, s, g, rest, null, r0, poles, residues)]
-    coef = s.new_empty(blocks, r)
+    coef = _result(blocks, r)
     singular = _cpu.rational_removal(
         *_block(arrays[0]),
         *(x.data_ptr() for x in arrays[1:6]),
@@ -127,6 +129,13 @@ def _dense(x: Tensor) -> Tensor:
 def _block(u: Tensor) -> tuple:
     blocks, m, r = u.shape
     return u.data_ptr(), u.dtype == torch.float32, blocks, m, r
+
+
+def _result(rows: int, columns: int) -> Tensor:
+    """Memory [rows, columns] for a result; that of an earlier one where it is large."""
+    if rows * columns < _LARGE:
+        return torch.empty(rows, columns, dtype=torch.float64)
+    return torch.from_numpy(_cpu.result(rows, columns))
 
 
 def _check_solved(singular: int, blocks: int) -> None:

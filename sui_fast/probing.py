@@ -1,0 +1,117 @@
+"""How good features are, from the exact kernel of a few random samples: its error, and its effective dimension."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .loo import TrainingFilter
+from .planning import HELD, PROBES, probe_count
+from .processes import Source
+from .spectra import FeatureMap
+
+
+@dataclass
+class Probes:
+    """Random samples, the same for the same seed.
+
+    Attributes:
+        shape: (samples p, outputs k, parameters d). exact: their kernel [p k, p k], float64.
+        some: which of them have features [m], sorted. features: [m, k, r], float64.
+    """
+
+    shape: tuple[int, int, int]
+    exact: Tensor
+    some: np.ndarray
+    features: Tensor
+
+
+def drawn(source: Source, fmap: FeatureMap, seed: int) -> Probes:
+    """Probes of a run; where their factors are large they are captured in parts, two of them in memory at a time."""
+    n, one = source.samples.n, source.part(0, 1)
+    count, k = probe_count(one, n), one.k
+    numbers = np.sort(np.random.default_rng(seed + 1).choice(n, count, replace=False))
+    some = np.sort(np.random.default_rng(seed + 3).choice(count, min(count, PROBES), replace=False))
+    step = count if count * one.nbytes <= HELD else max(1, HELD // (2 * one.nbytes))
+    exact = torch.empty(count * k, count * k, dtype=torch.float64, device=source.device)
+    features = []
+    for begin in range(0, count, step):
+        part, rows = source.some(numbers[begin : begin + step]), slice(begin * k, (begin + step) * k)
+        exact[rows, rows] = part.gram().to(torch.float64)
+        here = some[(some >= begin) & (some < begin + step)] - begin
+        if len(here):
+            features.append(fmap.features(part.select(here.tolist())).to(torch.float64))
+        for other in range(begin + step, count, step):
+            columns = slice(other * k, (other + step) * k)
+            block = part.gram(source.some(numbers[other : other + step])).to(torch.float64)
+            exact[rows, columns], exact[columns, rows] = block, block.T
+    return Probes((count, k, one.shape[1]), exact, some, torch.cat(features))
+
+
+def kernel_error(n: int, probes: Probes) -> float:
+    """Relative error of the kernel, from the exact kernel of a few random samples.
+
+    ||Theta - Z Z^T|| / ||Theta|| (Frobenius) of the whole kernel, estimated from diagonal and off-diagonal blocks of
+    the probes, plus two standard deviations of that estimate (jackknife over the probes): the error lies below what is
+    returned in at least 95% of draws of probes and features.
+
+    Args:
+        n: samples of the run. probes: of these.
+    """
+    (m, k, _), z = probes.features.shape, probes.features.flatten(0, 1)
+    rows = (torch.from_numpy(probes.some)[:, None] * k + torch.arange(k)).reshape(-1).to(z.device)
+    exact = probes.exact[rows][:, rows]
+    size = lambda x: x.square().reshape(m, k, m, k).sum((1, 3))  # noqa: E731
+    wrong, whole = size(exact - z @ z.T), size(exact)
+
+    def ratio(keep: Tensor) -> float:
+        count = int(keep.sum())
+        parts = []
+        for x in (wrong[keep][:, keep], whole[keep][:, keep]):
+            own = float(x.diagonal().sum())
+            across = (float(x.sum()) - own) * (n - 1) / max(count - 1, 1)
+            parts.append(own + across)
+        return math.sqrt(parts[0] / parts[1]) if parts[1] > 0 else 0.0
+
+    everything = torch.ones(m, dtype=torch.bool)
+    estimate = ratio(everything)
+    if 2 < m < n:
+        without = []
+        for i in range(m):
+            everything[i] = False
+            without.append(ratio(everything))
+            everything[i] = True
+        spread = math.sqrt((m - 1) / m * sum((x - sum(without) / m) ** 2 for x in without))
+        estimate += 2.0 * spread
+    return estimate
+
+
+def probed_dimension(n: int, probes: Probes, phi: TrainingFilter, top: float, seed: int) -> float:
+    """Effective dimension sum_l s_l phi(s_l) of the whole kernel from that of random samples, and of half of them.
+
+    The eigenvalues of a part, times n over its size, stand for those of all; what grows from the half to the whole part
+    is taken to go on growing, by the same factor less with every doubling.
+
+    Args:
+        n: samples of the run. probes: of these. phi: the training. seed: of the half.
+        top: largest eigenvalue of the features, beyond which a step size may not be stable.
+    """
+    (m, k, d), exact, found = probes.shape, probes.exact, []
+    pick = torch.from_numpy(np.random.default_rng(seed + 2).permutation(m)).to(exact.device)
+    for part in (m // 2, m):
+        rows = (pick[:part, None] * k + torch.arange(k, device=exact.device)).reshape(-1)
+        s = torch.linalg.eigvalsh(exact[rows][:, rows]).cpu().numpy() * (n / max(part, 1))
+        s = s[s > 1e-12 * max(s.max(initial=0.0), 0.0)].clip(max=top)
+        found.append(float((s * phi(s)).sum()))
+    half, whole = found
+    if m == n or not whole > half:
+        return whole
+    grown, total, size = whole / max(half, 1e-300), whole, m
+    while size < n and grown > 1.005:
+        share = min(1.0, math.log2(n / size))
+        total, size, grown = total * grown**share, 2 * size, grown**0.5
+    return min(total, float(n * k), float(d))
