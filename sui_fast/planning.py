@@ -12,14 +12,16 @@ from dataclasses import dataclass
 import torch
 
 from .jacobians import Jacobian
+from .jacobians.arriving import LARGE
 from .jacobians.layers import Outer
+from .spectra import pool_size
 
 DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs up to which an eigendecomposition is worth its time
 DEFAULT_RANK = 1024
 PROBES = 64  # samples whose exact kernel the error estimate looks at
 _PROBE_ROWS = 512  # rows of the exact kernel that the effective dimension is estimated from
 HELD = 1 << 30  # bytes of factors that may stay in memory between passes
-_LIBRARIES = 14_000_000  # bytes that libraries take on first use, and malloc keeps
+_LIBRARIES = 22_000_000  # bytes that libraries take on first use, and malloc keeps
 SHARD = 1 << 21  # features of a shard: 8 MB
 PORTION = 1 << 19  # float64 features at a time in pass 2: larger intermediates are fresh memory each time
 METHODS = ("auto", "dense", "nystrom", "subspace", "sketch")
@@ -149,36 +151,41 @@ def _low_rank_bytes(
 ) -> int:
     """Peak of a run of low rank: the largest of its stages, each with what it finds in memory and what it adds."""
     k, d, rows, item = first.k, first.shape[1], n * first.k, first.outputs.element_size()
-    square, part = 8 * wide * wide, min(256, n)
+    square, part, kept = 8 * wide * wide, min(256, n), 0
     shard = 4 * min(rows * wide, SHARD)
     features = 0 if stored else 4 * wide * (n + m) * k + 8 * (1 + k * (method != "sketch")) * rows
     capture = part * each + first.n * each * 2
+    layers = [factor for factor in first.select(range(1)).factors() if isinstance(factor, Outer)]
+    read = item * sum(layer.a.numel() for layer in layers)
+    given_out = item * sum(layer.g.numel() for layer in layers)
+    patches = max(0, read + given_out - each)  # what inputs of convolutions take beyond the images themselves
     if method == "sketch":
-        layers = [factor for factor in first.select(range(1)).factors() if isinstance(factor, Outer)]
-        graph = 12 * item * sum(layer.g.numel() for layer in layers)  # what autograd keeps of a sample
-        formed = item * k * d if any(layer.a.shape[1] > 1 for layer in layers) else 0  # its rows, written out
-        held, pool = 32 * item * d, min(n, 256)
-        fit = pool * (each + 8 * k * rank + min(formed, (1 << 20))) + 2 * held + first.n * graph
-        compute = first.n * (each * 2 + graph + 4 * formed + 20 * k * rank)
+        pool = pool_size(first, n, rank)  # 0: no anchors, and layers are sketched as the backward pass reaches them
+        formed = item * k * d if pool and any(layer.a.shape[1] > 1 for layer in layers) else 0  # rows, written out
+        held = 32 * item * d if pool else 0
+        fit = pool * (1.3 * each + 8 * k * rank + min(formed, 1 << 20)) + 2 * held + first.n * 1.6 * each
+        holds = first.n * each / item > LARGE and k == 1 and not pool
+        compute = first.n * ((1.6 if holds else 2.8) * each + 2 * patches + 4 * formed + 20 * k * rank)
     elif method == "nystrom":
         landmarks, pool = _landmarks(n, k, rank), min(n, max(2000, 4 * rank // k))
         held = landmarks * (each + 8 * k * rank)
-        fit = 1.2 * pool * each + 18 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
+        fit = pool * (1.2 * each + 4 * patches) + 18 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
         compute = capture + part * k * (12 * landmarks * k + 12 * rank)
     else:
         held = wide * d * item
-        fit = min(n * each, HELD) + 3 * held + part * (each + d * item)
+        kept = n * each if n * each <= HELD else 0  # factors that wait for the next pass; pass 1 lets go of them
+        fit = kept + 4.5 * held + part * (each + d * item)
         compute = capture + part * (d * item + 16 * k * wide)
     seen = 0 if m == 0 else 4 if m * k < wide else 8  # squares of the moment of the validation samples
     after = (2.0 + 0.4 * seen) * square
     probes = probe_count(first, n)
     stages = (
         fit + held,
-        held + features + compute + (3.4 if stored else 2) * shard,
+        held + max(kept, features) + compute + (3.4 if stored else 2) * shard,
         held + features + 2.0 * square + 3 * shard * stored + 8 * min(rows * wide, 1 << 20),
-        held + features + (6.5 + seen) * square,
+        held + features + (6.5 + seen) * square + 2 * shard * stored,
         held + features + after + 1.5 * square * (m > 0) + 3 * shard * stored + 24 * min(rows * wide, PORTION),
-        held + features + after + probes * each + 40 * (probes * k) ** 2 + 64 * k * (each + 16 * wide),
+        held + features + after + 2.3 * min(probes * each, HELD) + 2 * probes * patches + 40 * (probes * k) ** 2,
         2 * n * given + 60 * rows,
     )
     return int(_LIBRARIES + max(stages))

@@ -21,7 +21,7 @@ from .jacobians import as_samples, jacobian, read_samples
 from .jacobians.engine import predict
 from .measures import UNITS
 from .parts import check_part
-from .planning import Plan, choose_method, least_seconds, make_plan
+from .planning import Plan, choose_method, least_seconds, make_plan, return_memory
 from .projections import Signed
 from .runs import Run, Stages, authors_definitions
 from .scores import Scores
@@ -316,7 +316,10 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     seconds = least_seconds(lambda: jacobian(model, few, **options))
     small = small_inputs(few) if shown(samples) else None
     given = 0 if small is None or samples.n * small[0].nbytes >= MOST_INPUTS else small[0].nbytes
-    return make_plan(first, seconds, samples.n, m, method, rank, reason, stored, given, bound.arguments["sketch"])
+    found = make_plan(first, seconds, samples.n, m, method, rank, reason, stored, given, bound.arguments["sketch"])
+    del first
+    return_memory()
+    return found
 
 
 def _check_labels(labels, groups) -> None:
