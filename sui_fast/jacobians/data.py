@@ -23,6 +23,7 @@ from torch.utils.data import (
 from torch.utils.data import default_collate as collate
 
 from .._errors import DataError, complaint
+from .finite import check_rows
 
 _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 _ID_KEYS = ("id", "ids", "idx", "index")
@@ -426,27 +427,10 @@ def join_ids(parts: list[Any]) -> np.ndarray | None:
 
 def check_inputs(chunk: Any, numbers: Sequence[int], argument: str) -> None:
     """DataError where an input of a batch of samples with these numbers is not finite."""
-
-    def look(x: Tensor) -> None:
-        if x.is_floating_point() and not torch.isfinite(x.sum()):
-            bad = torch.nonzero(~torch.isfinite(x.reshape(len(x), -1)).all(1)).flatten()
-            if len(bad):
-                got = f"NaN or infinity in the input of sample {numbers[int(bad[0])]}"
-                raise DataError(complaint(argument, "finite inputs", got, "Remove or repair that sample."))
-
-    map_batch(look, chunk)
+    map_batch(lambda x: check_rows(x, numbers, "input", argument), chunk)
 
 
 def check_targets(targets: Tensor | None, argument: str) -> None:
     """DataError where a target is not finite."""
-    if targets is not None and targets.is_floating_point():
-        bad = torch.nonzero(~torch.isfinite(targets.reshape(len(targets), -1)).all(1)).flatten()
-        if len(bad):
-            raise DataError(
-                complaint(
-                    argument,
-                    "finite targets",
-                    f"NaN or infinity in the target of sample {int(bad[0])}",
-                    "Remove or repair that sample.",
-                )
-            )
+    if targets is not None:
+        check_rows(targets, range(len(targets)), "target", argument)
