@@ -77,10 +77,10 @@ class Undersampled(Ranking):
 
     def summary(self) -> str:
         number, label, size, mean = self.clusters[0]
-        whole = float(self.value.mean())
+        times = mean / max(float(self.value.mean()), 1e-300)
         return (
-            f"Most undersampled: cluster {number} of class {label}, {size} samples, on average {mean / whole:.1f} "
-            f"times as informative as all. {super().summary()}"
+            f"Most undersampled: cluster {number} of class {label}, {size} samples, on average {times:.1f} "
+            f"times the value of all. {super().summary()}"
         )
 
     def columns(self) -> dict[str, np.ndarray]:
@@ -152,7 +152,7 @@ def find_undersampled(
         cluster[members] = own + count
         for c in np.unique(own):
             inside = members[own == c]
-            rows.append((int(c + count), int(label), len(inside), float(measures[by][inside].mean())))
+            rows.append((int(c + count), int(label), len(inside), float(value[inside].mean())))
         count += int(own.max()) + 1
     rows.sort(key=lambda row: -row[3])
     name = f"{by.upper()} over {neighbours} neighbours" if neighbours else by.upper()

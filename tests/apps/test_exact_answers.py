@@ -225,6 +225,9 @@ def test_rarity_is_information_where_the_nearest_are_far_averaged_twice():
     for _ in range(2):
         value = {i: np.mean([value[j] for j in (i, *near[i])]) for i in near}
     assert close(found.value, list(value.values()))
+    number, _, size, mean = found.clusters[0]
+    assert close(mean, found.value[found.cluster == number].mean()) and size == (found.cluster == number).sum()
+    assert f"on average {mean / found.value.mean():.1f} times the value of all" in found.summary()
     plain = find_undersampled(model, (x, y), blobs(9, 3, seed=5), neighbours=0, reg=0.1, progress=False)
     assert close(plain.value, plain.measures["fsi"])
 

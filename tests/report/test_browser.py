@@ -243,6 +243,7 @@ def test_hostile_text_does_not_execute(visit, tmp_path):
     )
     scores.values[HOSTILE[1]] = scores.values.pop("si")
     page = visit(scores.report(tmp_path / "r.html", title=HOSTILE[1], sections=[Result()]))
+    assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
     page.keyboard.press("k")
     page.keyboard.press("r")
     page.click("#suspect-list button.relabel >> nth=0")
