@@ -210,3 +210,20 @@ def test_columns_for_a_data_set(plain):
     with pytest.raises(SuiError, match="prefix"):
         plain.to_datasets(found)
     assert "sui_si" in plain.to_datasets(found, prefix="sui_").column_names
+
+
+def test_lists_of_rows_and_tables():
+    """Samples one by one, of several lengths, as a Trainer takes them; a table of pandas; not a DatasetDict."""
+    rows = [dict(input_ids=TOKENS[i], labels=LABELS[i], id=f"r{i}") for i in range(N)]
+    tensors = [row | dict(input_ids=torch.tensor(row["input_ids"]), labels=torch.tensor(row["labels"])) for row in rows]
+    model, options = bert(torch.float64), dict(loss="cross_entropy", reg=0.1, measures=("si",), dtype=torch.float64)
+    table = pytest.importorskip("pandas").DataFrame(rows)
+    found = [score(model, data, **options) for data in (datasets.Dataset.from_list(rows), rows, tensors, table)]
+    for other in found[1:]:
+        assert list(other.ids) == list(found[0].ids)
+        np.testing.assert_allclose(other["si"], found[0]["si"], rtol=1e-9)
+    linear, x = torch.nn.Linear(4, K), torch.randn(N, 4)
+    pairs = score(linear, [(x[i], LABELS[i]) for i in range(N)], reg=0.1, measures=("si",))
+    np.testing.assert_allclose(pairs["si"], score(linear, (x, LABELS), reg=0.1, measures=("si",))["si"], rtol=1e-6)
+    with pytest.raises(SuiError, match="one data set"):
+        score(model, datasets.DatasetDict(train=datasets.Dataset.from_list(rows)), **options)

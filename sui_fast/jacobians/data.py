@@ -23,6 +23,7 @@ from torch.utils.data import (
 from torch.utils.data import default_collate as collate
 
 from .._errors import DataError, complaint
+from .finite import check_rows
 
 _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 _ID_KEYS = ("id", "ids", "idx", "index")
@@ -121,7 +122,7 @@ def as_samples(data: Any, *, with_targets: bool | None, argument: str = "train")
 
     Args:
         data: Dataset, unshuffled DataLoader, (inputs, targets) tensors or arrays, Hugging Face Dataset, list of
-            batches, or a tensor, array or dict of tensors (one batch).
+            batches or of rows, table of pandas, or a tensor, array or dict of tensors (one batch).
         with_targets: True: they are required; False: everything is input; None: taken off where they are.
         argument: its name in error messages.
     Returns:
@@ -131,6 +132,8 @@ def as_samples(data: Any, *, with_targets: bool | None, argument: str = "train")
     """
     if isinstance(data, Samples):
         return data
+    if hasattr(data, "iloc") and hasattr(data, "columns"):  # a table of pandas
+        data = data.to_dict("records")
     if isinstance(data, DataLoader):
         refuse_shuffled(data, argument)
         items = [split(batch, with_targets, argument) for batch in quietly(data)]
@@ -141,6 +144,9 @@ def as_samples(data: Any, *, with_targets: bool | None, argument: str = "train")
     elif isinstance(data, Tensor | np.ndarray):
         items = [(_tensor(data, argument), None, None)]
     elif isinstance(data, Mapping):
+        if data and all(hasattr(part, "column_names") for part in data.values()):
+            got, todo = f"{type(data).__name__} of {sorted(map(str, data))}", "Pass one of them."
+            raise DataError(complaint(argument, "one data set", got, todo))
         items = [split(data, with_targets, argument)]
     elif _named(data) is not data:
         items = [split(data, with_targets, argument)]
@@ -148,6 +154,8 @@ def as_samples(data: Any, *, with_targets: bool | None, argument: str = "train")
         items = [split(data, with_targets, argument)]
     elif isinstance(data, tuple) and with_targets is False and _is_arrays(data):
         items = [(map_batch(lambda x: _tensor(x, argument), data), None, None)]
+    elif isinstance(data, list) and data and _is_row(data[0]):
+        items = [split(batch, with_targets, argument) for batch in rows_in_batches(data, argument)]
     elif isinstance(data, list) and data and not np.isscalar(data[0]):
         items = [split(batch, with_targets, argument) for batch in data]
     elif is_dataset(data):
@@ -239,6 +247,16 @@ def map_batch(function, batch: Any) -> Any:
 
 def _is_arrays(data: Iterable[Any]) -> bool:
     return all(isinstance(x, Tensor | np.ndarray | Mapping) or _is_nested(x) for x in data)
+
+
+def _is_row(x: Any) -> bool:
+    """Whether an entry of a list is one sample: its target (or its id) is a single number or text."""
+    x = _named(x)
+    if isinstance(x, Mapping):
+        values = [value for key, value in x.items() if key in _TARGET_KEYS or key in _ID_KEYS]
+    else:
+        values = x[-1:] if isinstance(x, tuple) and len(x) > 1 else ()
+    return any(np.isscalar(value) or isinstance(value, Tensor | np.ndarray) and value.ndim == 0 for value in values)
 
 
 def _is_nested(x: Any) -> bool:
@@ -409,27 +427,10 @@ def join_ids(parts: list[Any]) -> np.ndarray | None:
 
 def check_inputs(chunk: Any, numbers: Sequence[int], argument: str) -> None:
     """DataError where an input of a batch of samples with these numbers is not finite."""
-
-    def look(x: Tensor) -> None:
-        if x.is_floating_point() and not torch.isfinite(x.sum()):
-            bad = torch.nonzero(~torch.isfinite(x.reshape(len(x), -1)).all(1)).flatten()
-            if len(bad):
-                got = f"NaN or infinity in the input of sample {numbers[int(bad[0])]}"
-                raise DataError(complaint(argument, "finite inputs", got, "Remove or repair that sample."))
-
-    map_batch(look, chunk)
+    map_batch(lambda x: check_rows(x, numbers, "input", argument), chunk)
 
 
 def check_targets(targets: Tensor | None, argument: str) -> None:
     """DataError where a target is not finite."""
-    if targets is not None and targets.is_floating_point():
-        bad = torch.nonzero(~torch.isfinite(targets.reshape(len(targets), -1)).all(1)).flatten()
-        if len(bad):
-            raise DataError(
-                complaint(
-                    argument,
-                    "finite targets",
-                    f"NaN or infinity in the target of sample {int(bad[0])}",
-                    "Remove or repair that sample.",
-                )
-            )
+    if targets is not None:
+        check_rows(targets, range(len(targets)), "target", argument)

@@ -56,7 +56,7 @@ def read_samples(
         reader: _Rows | _Loader | _Stream = _Loader(data) if random else _Stream(data, argument)
     elif is_stream(data):
         reader = _Stream(data, argument)
-    elif is_dataset(data) and not isinstance(data, Samples) and len(data):
+    elif is_dataset(data) and not isinstance(data, Samples) and not hasattr(data, "iloc") and len(data):
         reader = _Rows(data, argument)
     else:  # in memory as they are
         return as_samples(data, with_targets=with_targets, argument=argument)
