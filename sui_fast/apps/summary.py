@@ -36,7 +36,8 @@ class Summary(Result):
         labels: classes of all samples [n], after the review, or None. method, by: how it was chosen.
         accuracy: {kept samples: validation accuracy of the linearised model retrained on them}, where there is one.
         reviewed_out: numbers of the samples that a review dropped.
-        reg: of the mean loss, as given or found; None where only scores were ranked.
+        reg: of the mean loss, as given or found; None where only scores were ranked. Train with it on what is kept:
+            ``reg="auto"`` anew would be misled, for the kept samples are the hard ones.
     """
 
     title: ClassVar[str] = "Summary of the training set"
