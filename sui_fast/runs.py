@@ -307,9 +307,9 @@ class Run:
                         begin = part.stop
                     self.new_values = processes.gather(self._join(columns))
             with stages("error estimate"):
-                drawn_ = drawn(source, fmap, self.seed)
-                error = kernel_error(n, drawn_)
-                edf = max(kept, probed_dimension(n, drawn_, phi, float(spectrum.s[-1]), self.seed))
+                some = drawn(source, fmap, self.seed)
+                error = kernel_error(n, some)
+                edf = max(kept, probed_dimension(n, some, phi, float(spectrum.s[-1]), self.seed))
                 if method != "sketch":  # features that lie below the kernel: the truth is between these two
                     edf = kept + missed if missed < 0.2 * kept else min(edf, kept + missed)
                 details["effective_dimension"] = edf

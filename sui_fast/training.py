@@ -128,7 +128,7 @@ class TrainingScores:
         self._handles: list[Any] = []
         self._waiting: list[tuple[nn.Module, Tensor, Tensor]] = []
         self._sums: TensorSums | None = None
-        self._kept: tuple[tuple, TensorSums | None] = ((), None)  # of the last step, with what it was made for
+        self._spare: tuple[tuple, TensorSums | None] = ((), None)  # of the last step, with what it was made for
         self._numbers: dict[Any, int] = {}  # row of each sample in the table
         self._table = torch.empty(0, rank)
         self._survey()
@@ -197,7 +197,7 @@ class TrainingScores:
     def __exit__(self, *_: Any) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._waiting, self._sums, self._kept = [], [], None, ((), None)
+        self._handles, self._waiting, self._sums, self._spare = [], [], None, ((), None)
 
     # -- in the passes ------------------------------------------------------------------------------------------------
 
@@ -233,7 +233,8 @@ class TrainingScores:
                 if axes == 2 and key in self._plain:
                     self._sums.flat(x, g.detach(), *self._plain[key])
                     continue
-                if key in self._images and axes == self._images[key][0] and self._fold(key, x, g.detach()):
+                image = self._images.get(key)
+                if image is not None and axes == image[0] and self._sums.folded(x, g.detach(), *image[1:]):
                     continue
             others.append(layer)
         if not others:
@@ -243,19 +244,15 @@ class TrainingScores:
             for module, x, g in others:
                 self._add(module, x, g, n)
 
-    def _fold(self, key: int, x: Tensor, g: Tensor) -> bool:
-        """Add a convolution; False where nothing was done."""
-        return self._sums.folded(x, g, *self._images[key][1:])
-
     def _begin(self, n: int, g: Tensor) -> None:
         """Sums for a batch of n, in the memory of the last one where that fits."""
         if self._sums is None:
             made_for = n, g.dtype, g.device
-            if self._kept[0] != made_for:
-                self._kept = made_for, TensorSums(n, 1, self.rank, self.seed, g)
+            if self._spare[0] != made_for:
+                self._spare = made_for, TensorSums(n, 1, self.rank, self.seed, g)
             else:
-                self._kept[1].clear()
-            self._sums = self._kept[1]
+                self._spare[1].clear()
+            self._sums = self._spare[1]
 
     def _add(self, module: nn.Module, x: Tensor, g: Tensor, n: int) -> None:
         """Add the sketch of a layer's part to that of the batch of n samples."""
@@ -266,7 +263,7 @@ class TrainingScores:
         if axis:
             x, g = x.movedim(axis, 0), g.movedim(axis, 0)
         image = self._images.get(id(module))
-        if image is not None and x.ndim == g.ndim == image[0] and self._fold(id(module), x, g):
+        if image is not None and x.ndim == g.ndim == image[0] and self._sums.folded(x, g, *image[1:]):
             return
         if id(module) in self._plain:
             a, g = x.reshape(n, -1, x.shape[-1]), g.reshape(n, 1, -1, g.shape[-1])

@@ -119,6 +119,7 @@ PYBIND11_MODULE(_cpu, module) {
       "C++ kernels of sui_fast. Arguments are addresses of dense arrays (removal: float64, u float32 where `single`); "
       "word, stream and seed name the random numbers.";
   module.attr("MOST_ROWS") = sui::kMostRows;
+  module.attr("WIDTH") = sui::kWidth;
   module.attr("FOURIER_RANKS") = py::make_tuple(sui::kLeastRank, sui::kMostRank);
   module.def("instruction_set", &sui::instruction_set);
   module.def("result", [](Index rows, Index columns) {

@@ -5,17 +5,7 @@
 
 namespace sui {
 
-SUI_VARIANTS(RowKernels<float>, rows_float)
-SUI_VARIANTS(RowKernels<double>, rows_double)
-
-template <>
-const RowKernels<float>& row_kernels() {
-  return choose(rows_float_variants);
-}
-template <>
-const RowKernels<double>& row_kernels() {
-  return choose(rows_double_variants);
-}
+SUI_TYPED_VARIANTS(RowKernels, rows, row_kernels)
 
 template <class T>
 void count_sketch(const T* x, Index rows, Index length, const int* place, Index rank, T* out, int threads) {

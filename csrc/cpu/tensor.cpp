@@ -8,17 +8,7 @@
 
 namespace sui {
 
-SUI_VARIANTS(TensorKernels<float>, tensor_float)
-SUI_VARIANTS(TensorKernels<double>, tensor_double)
-
-template <>
-const TensorKernels<float>& tensor_kernels() {
-  return choose(tensor_float_variants);
-}
-template <>
-const TensorKernels<double>& tensor_kernels() {
-  return choose(tensor_double_variants);
-}
+SUI_TYPED_VARIANTS(TensorKernels, tensor, tensor_kernels)
 
 // Numbers for each part, from a cache line on.
 template <class T>

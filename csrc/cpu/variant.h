@@ -43,6 +43,19 @@ const Table& choose(const Variants<Table>& variants) {
   constexpr Variants<Table> name##_variants{&name##_baseline, nullptr, nullptr};
 #endif
 
+// The same for a table of each type, and the function that gives the chosen one.
+#define SUI_TYPED_VARIANTS(Table, name, function)                                              \
+  SUI_VARIANTS(Table<float>, name##_float)                                                     \
+  SUI_VARIANTS(Table<double>, name##_double)                                                   \
+  template <>                                                                                  \
+  const Table<float>& function() {                                                             \
+    return choose(name##_float_variants);                                                      \
+  }                                                                                            \
+  template <>                                                                                  \
+  const Table<double>& function() {                                                            \
+    return choose(name##_double_variants);                                                     \
+  }
+
 constexpr double kThreadWork = 5e6;  // multiplications that pay for one more thread
 
 inline Index parts_for(Index items, double work, int threads) {

@@ -8,17 +8,7 @@
 
 namespace sui {
 
-SUI_VARIANTS(WindowKernels<float>, windows_float)
-SUI_VARIANTS(WindowKernels<double>, windows_double)
-
-template <>
-const WindowKernels<float>& window_kernels() {
-  return choose(windows_float_variants);
-}
-template <>
-const WindowKernels<double>& window_kernels() {
-  return choose(windows_double_variants);
-}
+SUI_TYPED_VARIANTS(WindowKernels, windows, window_kernels)
 
 template <class T>
 Index parts_of(const Windows<T>& w, Index samples, Index width, int threads) {

@@ -35,7 +35,6 @@ struct Folding {
 
 template <class T>
 struct WindowKernels {
-  Index lanes;
   Index (*room)(const Windows<T>& windows, Index width, Index rank);
   // out [last - first, k, i, width], width >= o: what is beyond o is zero
   void (*rows)(const Windows<T>& windows, Index first, Index last, Index width, T* room, T* out);

@@ -213,7 +213,7 @@ void fold(const Windows<T>& w, const Folding<T>& f, Index first, Index last, T* 
 
 #define SUI_TABLE(T)                                                   \
   extern const WindowKernels<T> SUI_JOIN(windows_##T##_, SUI_VARIANT); \
-  const WindowKernels<T> SUI_JOIN(windows_##T##_, SUI_VARIANT) = {Simd<T>::lanes, room<T>, rows<T>, fold<T>}
+  const WindowKernels<T> SUI_JOIN(windows_##T##_, SUI_VARIANT) = {room<T>, rows<T>, fold<T>}
 SUI_TABLE(float);
 SUI_TABLE(double);
 

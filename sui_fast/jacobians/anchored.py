@@ -11,7 +11,7 @@ from ..ops.sketching.sums import TensorSums
 from .gram import flat_gram
 from .jacobian import Jacobian, own_block
 from .layers import Factor, Index, Outer, Rows
-from .streams import layer_order
+from .streams import add_factor, layer_order
 
 _ENTRIES = 1 << 24  # of formed rows at a time
 
@@ -85,22 +85,13 @@ def project(
             else:
                 along += jac.along(anchors.rows, factor)
             if sums is not None:
-                _add(sums, jac, factor, stream)
+                add_factor(sums, factor, stream, jac._shapes)
             if blocks is not None:
                 blocks += own_block(factor)
         if kernel is not None:
             along += (kernel.to(torch.float64) @ anchors.chosen).view(along.shape).to(along)
         sketched = jac.sketch(rank, seed, kind) if sums is None else sums.total()
         return sketched, along, blocks, list(map(layer_order, factors))
-
-
-def _add(sums: TensorSums, jac: Jacobian, factor: Factor, stream: int) -> None:
-    if isinstance(factor, Outer):
-        sums.outer(factor.a, factor.g, stream, "bias" in factor.names)
-    elif isinstance(factor, Index):
-        sums.index(factor.token, factor.g, jac.vocabulary(factor), stream)
-    else:
-        sums.rows(factor.rows, stream)
 
 
 def _form(jac, factor: Outer, directions: Tensor, stream: int, sums, along: Tensor, blocks: Tensor | None) -> None:

@@ -227,12 +227,8 @@ class Jacobian:
         target = self.part_of(flat, factor, role)
         target += values.reshape(target.shape)
 
-    def vocabulary(self, factor: Index) -> int:
-        """Rows of an embedding."""
-        return self._shapes[factor.names["weight"]][0]
-
     def _dense(self, factor: Index) -> Tensor:
-        return dense_index(factor.token, factor.g, self.vocabulary(factor))
+        return dense_index(factor.token, factor.g, self._shapes[factor.names["weight"]][0])
 
     def _typed(self, use: Use) -> Use:
         """The use with its input in the dtype of the factors (models in bfloat16, autocast)."""

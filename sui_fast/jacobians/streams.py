@@ -24,7 +24,12 @@ def streams_of(factors: list[Factor]) -> list:
 
 
 def add_sketch(sums: TensorSums, factor: Factor, order: list, shapes: dict[str, torch.Size]) -> None:
-    stream = order.index(layer_order(factor))
+    """``add_factor`` by the map of the factor's own place in the order of the streams."""
+    add_factor(sums, factor, order.index(layer_order(factor)), shapes)
+
+
+def add_factor(sums: TensorSums, factor: Factor, stream: int, shapes: dict[str, torch.Size]) -> None:
+    """Add the sketch of a factor by the map of a stream; shapes: of the parameters."""
     bias = "bias" in factor.names
     if isinstance(factor, Patches) and sums.windows(factor.image.x, factor.g, factor.image.window, stream, bias):
         return

@@ -38,22 +38,25 @@ class Bases:
         cuts = np.unique([0, *np.searchsorted(s.cpu().numpy(), edges[1:]), len(s)]).tolist()
         columns = [slice(*pair) for pair in zip(cuts[:-1], cuts[1:], strict=True)]
         mix = _mix(functions)
-        return cls(columns, [leading_rows(functions[:, part], mix, tolerance) for part in columns])
+        return cls(columns, [_leading_rows(functions[:, part], mix, tolerance) for part in columns])
 
     def inner(self, x: Tensor) -> Tensor:
         """Coefficients [..., v] of functions x [..., r]."""
         return torch.cat([mm(x[..., part], basis.T) for part, basis in zip(self.columns, self.basis, strict=True)], -1)
 
 
-def leading_rows(functions: Tensor, mix: Tensor, tolerance: float) -> Tensor:
+def _leading_rows(functions: Tensor, mix: Tensor, tolerance: float) -> Tensor:
     """Orthonormal rows that hold every function, a row [f, x], up to 100 times the tolerance relative to its own size.
 
     They are taken from combinations, mix [., f]; the identity where these leave a function out, or where x is small.
     """
     if functions.shape[1] > 8:
-        _, values, rows = torch.linalg.svd((mix / _sizes(functions)[:, 0]) @ functions, full_matrices=False)
+        size = functions.abs().amax(1)
+        size = torch.where(size > 0, size, 1.0)
+        _, values, rows = torch.linalg.svd((mix / size) @ functions, full_matrices=False)
         rows = rows[values > tolerance * values[0]]
-        if _hold(rows, functions, functions @ rows.T, tolerance):
+        left_out = (functions - (functions @ rows.T) @ rows).abs_().amax(1)
+        if bool((left_out <= 100 * tolerance * size).all()):
             return rows
     return torch.eye(functions.shape[1], dtype=functions.dtype, device=functions.device)
 
@@ -66,13 +69,3 @@ def _mix(functions: Tensor) -> Tensor:
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """a [..., x] times b [x, y] as one product of two matrices."""
     return (a.reshape(a.shape[:-1].numel(), a.shape[-1]) @ b).view(*a.shape[:-1], b.shape[1])
-
-
-def _hold(rows: Tensor, functions: Tensor, coefficients: Tensor, tolerance: float) -> bool:
-    left_out = (functions - mm(coefficients, rows)).abs_().amax(-1, keepdim=True)
-    return bool((left_out <= 100 * tolerance * _sizes(functions)).all())
-
-
-def _sizes(functions: Tensor) -> Tensor:
-    size = functions.abs().amax(-1, keepdim=True)
-    return torch.where(size > 0, size, 1.0)

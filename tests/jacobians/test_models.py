@@ -25,7 +25,8 @@ SLOW_PATHS = {  # what has no rule, and why
     "CLIP": ["mul"],
     "TimeSformer": ["a use that the rules do not see"],
 }
-SINGLE = {"Gemma 2", "DeepSeek-V3", "Cohere", "RecurrentGemma"}  # compute in float32 whatever the model is
+# parts in float32 whatever the model is; with these in float64 they agree to 1e-15
+SINGLE = {"Gemma 2", "DeepSeek-V3", "Cohere", "RecurrentGemma"}
 found = {}
 
 
@@ -48,7 +49,7 @@ def build(name):
 def test_every_parameter_agrees_with_autograd(name):
     build(name)
     facts = found[name] = zoo.facts(name)
-    limit = 1e-6 if name in SINGLE else 1e-10
+    limit = 1e-7 if name in SINGLE else 1e-10
     assert facts["coverage"] == 1 and facts["rows"] < limit and facts["kernel"] < limit
     assert facts["why"] == SLOW_PATHS.get(name, [])
 

@@ -61,10 +61,14 @@ def _side(x: Tensor, length: int, ones: bool, table: tuple[Any, int, int]) -> li
     return [x.data_ptr(), x.dtype == torch.bfloat16, n, *(c or (0,)), s, f, length, ones, *table[1:]]
 
 
+def readable_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in a dtype that the kernels read."""
+    return x if x.dtype == dtype or x.dtype == torch.bfloat16 and dtype == torch.float32 else x.to(dtype)
+
+
 def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x [n, (k,) s, length] in a layout and dtype that the kernel reads."""
-    if x.dtype != dtype and not (x.dtype == torch.bfloat16 and dtype == torch.float32):
-        x = x.to(dtype)
+    x = readable_dtype(x, dtype)
     if x.stride(-1) == 1:
         return x
     return x if x.stride(-2) == 1 and x.shape[-2] >= 16 and x.shape[-1] > 1 else x.contiguous()

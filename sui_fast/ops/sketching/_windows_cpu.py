@@ -14,11 +14,10 @@ import math
 import torch
 from torch import Tensor
 
+from ... import _cpu
 from ._random import bucket_and_sign
-from ._tensor_cpu import add_bias, call, hashed
+from ._tensor_cpu import add_bias, call, hashed, readable_dtype
 from .window import Window
-
-LANES = 16  # widths are whole multiples
 
 
 @functools.lru_cache(maxsize=256)
@@ -43,10 +42,6 @@ def _geometry(window: Window, channels: int, planes: int, size: tuple[int, ...])
     return places(counts, window.stride), offset, numbers
 
 
-def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype or x.dtype == torch.bfloat16 and dtype == torch.float32 else x.to(dtype)
-
-
 @functools.lru_cache(maxsize=256)
 def _layout(window: Window, planes: int, signs: int, axes: int, x_size, x_stride, x_half, g_size, g_half) -> tuple:
     """The geometry as the kernel takes it but for two addresses, and what must live as long."""
@@ -61,15 +56,15 @@ def _described(
     x: Tensor, g: Tensor, window: Window, dtype: torch.dtype, planes: int, signs: int, axes: int
 ) -> tuple[list[int], Tensor, Tensor]:
     """The geometry as the kernel takes it, and what must live until then; positions are axes axes - 1 .. of g."""
-    x, g = _readable(x, dtype), _readable(g, dtype).contiguous()
+    x, g = readable_dtype(x, dtype), readable_dtype(g, dtype).contiguous()
     halves = x.dtype == torch.bfloat16, g.dtype == torch.bfloat16
     first, last, _ = _layout(window, planes, signs, axes, x.shape, x.stride(), halves[0], g.shape, halves[1])
     return [x.data_ptr(), *first, g.data_ptr(), *last], x, g
 
 
 def width_of(o: int) -> int:
-    """The least width that keeps o outputs apart."""
-    return -(-o // LANES) * LANES
+    """The least width that keeps o outputs apart: a whole multiple."""
+    return -(-o // _cpu.WIDTH) * _cpu.WIDTH
 
 
 @functools.lru_cache(maxsize=256)
@@ -105,7 +100,7 @@ def fold_windows(
 ) -> None:
     """out [n, 1, rank] += sketches of the same rows with the map of the module's head, g [n, o, *positions].
 
-    width: a multiple of 16, at most rank.
+    width: as ``width_of`` returns it, at most rank.
     """
     channels, o, rank = x.shape[1], g.shape[1], out.shape[2]
     size = planes * math.prod(window.kernel) + ones

@@ -91,10 +91,10 @@ class TensorSums:
         entries are independent, so E<Px, Py> = <x, y>. Measured (two CNNs, untrained and trained, ranks 256 and 1024):
         the error of the Gram matrix is that of the tensor sketch within the spread of seeds.
         """
-        if self.kernels is not _tensor_cpu or _tensor_cpu is None or self.rank < 16:
+        if self.kernels is not _tensor_cpu or _tensor_cpu is None or self.rank < _windows_cpu.width_of(1):
             return False
         planes = min(x.shape[1], -(-self.rank // (4 * prod(window.kernel))))
-        width = 16 * -(-min(max(self.rank // 16, 1), g.shape[1]) // 16)
+        width = _windows_cpu.width_of(min(self.rank // 16, g.shape[1]))
         if g.numel():
             _windows_cpu.fold_windows(x, g, window, planes, width, self.out, self._key, stream, ones)
         return True
