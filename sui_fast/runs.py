@@ -109,7 +109,7 @@ class Run:
         if self.probes is not None:
             with stages("validation kernel"):
                 cross = even_rows(projected_cross(probe, jac, features, self.progress), probe.n, jac.k)
-        if is_certain(theta, r0, self.goal):
+        if is_certain(theta.diagonal(), r0, self.goal):
             return self._weighted(stages, common, None if self.probes is None else probe)
         with stages("leave one out"):
             shared = dict(cross=cross, blocks=blocks, convention=self.convention, as_numpy=False)
@@ -384,9 +384,9 @@ def _curve(regs: np.ndarray, errors: np.ndarray) -> dict[str, list[float]]:
     return {"reg": regs.tolist(), "loo_error": errors.tolist()}
 
 
-def is_certain(theta: Tensor, r0: Tensor, goal: Goal) -> bool:
-    """Whether rows of the whitened kernel are so small, or residuals so large, that their digits are lost there."""
-    size = theta.diagonal().reshape(r0.shape).abs()
+def is_certain(size: Tensor, r0: Tensor, goal: Goal) -> bool:
+    """Whether rows of the whitened kernel (``size`` its diagonal) are so small, or residuals so large, that digits go."""
+    size = size.reshape(r0.shape).abs()
     lost = (size < 1e-8 * size.max()) & (r0 != 0) & (size > 0)
     if goal.kind in ("cross_entropy", "binary_cross_entropy"):
         lost |= r0.abs() > 1e4

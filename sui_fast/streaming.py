@@ -72,9 +72,12 @@ class _Memory(list):
 
 
 def fit_map(
-    source: Source, goal: Goal, kind: str, rank: int, seed: int, processes: Processes, sketch: str = "tensor"
+    source: Source, goal: Goal, kind: str, rank: int, seed: int, processes: Processes | None, sketch: str = "tensor"
 ) -> FeatureMap:
-    """The feature map of a method; the same on every process. sketch: kind of random map of a "sketch"."""
+    """The feature map of a method; the same on every process, who must be named for "subspace".
+
+    sketch: kind of random map of a "sketch".
+    """
     n = source.samples.n
     if kind == "sketch":
         size = pool_size(source.part(0, 1), n, rank)

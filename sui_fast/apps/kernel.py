@@ -109,8 +109,14 @@ class LinearProblem:
         if m < 1:
             return self.choose_reg("auto")
         repeats = int(np.clip((self.n / m) ** 3, 2, 5))  # the price of one spectrum of all samples, or two
-        regs, errors = part_error_curve(self.theta, self.r0, m, repeats=repeats, **self.training)
+        regs, errors = part_error_curve(self.learn, self.r0, m, repeats=repeats, **self.training)
         return self.choose_reg(float(regs[errors.argmin()]))
+
+    def learn(self, inside: np.ndarray, others: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``part_error_curve`` asks of samples by number."""
+        rows, rest = self.rows(inside), self.rows(others)
+        spectrum = dense_spectrum(self.theta[rows][:, rows])
+        return spectrum.s, spectrum.u.T @ self.r0.reshape(-1)[rows], self.theta[rest][:, rows] @ spectrum.u
 
     def removal(self, groups=None, cross: Tensor | None = None, **changed) -> Removal:
         """Of every sample or group, from the spectrum where there is one; seen by ``cross`` in place of its own."""
@@ -166,7 +172,38 @@ class LinearProblem:
         return torch.from_numpy(rows).to(self.theta.device)
 
 
-def linear_problem(
+@dataclass
+class Aim:
+    """What every linearised problem begins with.
+
+    Attributes:
+        model, samples: as given. goal: of the training. inputs, trained: samples and outputs of the Jacobian trained on.
+        first: Jacobian of one sample. rows: of the kernel. probes: validation samples or None, of val_labels, or None.
+        common: options of ``jacobian``. training: time, lr, dynamics. convention, projection: of the solver.
+        seed, progress: as given.
+    """
+
+    model: torch.nn.Module
+    samples: Samples
+    goal: Goal
+    inputs: Samples
+    trained: Any
+    first: Jacobian
+    probes: Samples | None
+    val_labels: Tensor | None
+    common: dict[str, Any]
+    training: dict[str, Any]
+    convention: str
+    projection: tuple[str, int | None] | None
+    seed: int
+    progress: bool
+
+    @property
+    def rows(self) -> int:
+        return self.samples.n * self.goal.rows
+
+
+def take_aim(
     model: torch.nn.Module,
     train,
     val=None,
@@ -184,15 +221,10 @@ def linear_problem(
     outputs=None,
     params="trainable",
     batch_size: int = 64,
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype | None = torch.float64,
     progress: bool = True,
-) -> LinearProblem:
-    """The exact kernel problem; arguments as in ``score``.
-
-    Raises:
-        ArgumentError: more rows than an exact kernel can have, a loss that is certain of some samples; as ``score``
-            otherwise.
-    """
+) -> Aim:
+    """Check the arguments, which are those of ``score``, and find what is trained for."""
     check_loss(loss)
     convention, method, rank, projection = authors_definitions(compat, convention, method, rank)
     one_of("convention", convention, CONVENTIONS)
@@ -205,27 +237,53 @@ def linear_problem(
     samples = as_samples(train, with_targets=True, argument="train")
     common = dict(outputs=outputs, params=params, batch_size=batch_size, dtype=dtype)
     first = jacobian(model, samples.slice(0, 1), **common)
-    k = first.k
-    rows = samples.n * (k - (loss == "cross_entropy"))
-    if rows > MOST_ROWS:
-        got = f"{samples.n} samples x {rows // samples.n} outputs"
-        todo = "Pass fewer samples, or outputs= with fewer outputs; score() has methods of low rank."
-        raise ArgumentError(complaint("train", f"at most {MOST_ROWS} rows of an exact kernel", got, todo))
-    targets = loss_targets(loss, samples.targets, k)
+    targets = loss_targets(loss, samples.targets, first.k)
     goal, inputs, trained = aim(model, loss, samples, targets, first.device, common, progress)
-    jac = jacobian(model, inputs, progress=progress, **{**common, "outputs": trained})
-    theta, features = projected_kernel(jac, projection, seed, progress)
-    probe = reach = val_labels = None
+    probes = val_labels = None
     if val is not None:
         probes = as_samples(val, with_targets=None, argument="val")
-        probe = jacobian(model, probes, progress=progress, **common)
-        reach = projected_cross(probe, jac, features, progress)
         if probes.targets is not None:
-            val_labels = loss_targets(loss, probes.targets, k, "val")[1]
-    problem = LinearProblem(samples, jac, probe, theta, reach, goal, val_labels, training, convention)
-    if is_certain(theta, problem.r0, goal):
+            val_labels = loss_targets(loss, probes.targets, first.k, "val")[1]
+    return Aim(
+        model, samples, goal, inputs, trained, first, probes, val_labels, common, training, convention, projection,
+        seed, progress,
+    )  # fmt: skip
+
+
+def linear_problem(model: torch.nn.Module, train, val=None, *, reg: float | str = "auto", **arguments) -> LinearProblem:
+    """The exact kernel problem; arguments as in ``take_aim``.
+
+    Raises:
+        ArgumentError: more rows than an exact kernel can have, a loss that is certain of some samples; as ``score``
+            otherwise.
+    """
+    return kernel_problem(take_aim(model, train, val, reg=reg, **arguments), reg)
+
+
+def kernel_problem(start: Aim, reg: float | str) -> LinearProblem:
+    """``linear_problem`` from where it begins."""
+    if start.rows > MOST_ROWS:
+        got = f"{start.samples.n} samples x {start.goal.rows} outputs"
+        todo = "Pass fewer samples, or outputs= with fewer outputs; score() and summarize() have low rank."
+        raise ArgumentError(complaint("train", f"at most {MOST_ROWS} rows of an exact kernel", got, todo))
+    common, progress = start.common, start.progress
+    jac = jacobian(start.model, start.inputs, progress=progress, **{**common, "outputs": start.trained})
+    theta, features = projected_kernel(jac, start.projection, start.seed, progress)
+    probe = reach = None
+    if start.probes is not None:
+        probe = jacobian(start.model, start.probes, progress=progress, **common)
+        reach = projected_cross(probe, jac, features, progress)
+    problem = LinearProblem(
+        start.samples, jac, probe, theta, reach, start.goal, start.val_labels, start.training, start.convention
+    )
+    refuse_certainty(theta.diagonal(), problem.r0, start.goal)
+    problem.choose_reg(reg)
+    return problem
+
+
+def refuse_certainty(size: Tensor, r0: Tensor, goal: Goal) -> None:
+    """Raises ArgumentError where the loss is certain of a sample; size: diagonal of the kernel."""
+    if is_certain(size, r0, goal):
         got = "a sample predicted with certainty (curvature of its loss below 1e-8 of the largest)"
         todo = "Start from weights that are less sure, or use loss='mse'; score() takes such samples with reg > 0."
         raise ArgumentError(complaint("loss", "predictions short of certainty", got, todo))
-    problem.choose_reg(reg)
-    return problem

@@ -17,7 +17,7 @@ from ..measures import suggested_label
 from ..review import Review, read_review
 from ..scores import Scores
 from ..targets import loss_targets
-from .kernel import linear_problem
+from .features import FeatureProblem, shrinking_problem
 from .results import Result
 
 METHODS = ("iterative", "one-shot")
@@ -38,6 +38,7 @@ class Summary(Result):
         reviewed_out: numbers of the samples that a review dropped.
         reg: of the mean loss, as given or found; None where only scores were ranked. Train with it on what is kept:
             ``reg="auto"`` anew would be misled, for the kept samples are the hard ones.
+        rank: of the sketch that stood for the kernel; None for an exact one.
     """
 
     title: ClassVar[str] = "Summary of the training set"
@@ -52,6 +53,7 @@ class Summary(Result):
     accuracy: dict[int, float]
     reviewed_out: np.ndarray
     reg: float | None
+    rank: int | None
 
     def at(self, m: int) -> np.ndarray:
         """Numbers of the m samples that are kept at that size (m at least ``len(kept)``), ascending."""
@@ -64,6 +66,8 @@ class Summary(Result):
     def summary(self) -> str:
         n, name = len(self.order), self.by.upper()
         text = f"{len(self.kept)} of {n} samples kept, {self.method}, least {name} dropped first."
+        if self.rank is not None:
+            text += f" Information from a sketch of rank {self.rank}."
         if len(self.reviewed_out):
             text += f" {len(self.reviewed_out)} of those left out were dropped by the review."
         if self.labels is not None:
@@ -106,6 +110,7 @@ def summarize(
     step: float = 0.05,
     quota: str | dict[int, int] | None = None,
     reg: float | str = "auto",
+    rank: int | None = None,
     review: Review | str | os.PathLike | None = None,
     progress: bool = True,
     **arguments,
@@ -123,6 +128,8 @@ def summarize(
         by: "fsi" (default where val is given) or "si".
         step: share of the remaining samples that leave between two looks.
         quota: per class, the samples that must stay: {class: samples}, "equal" or "proportional" shares of m.
+        rank: of a sketch in place of the exact kernel: n k r float32 numbers in memory, each look costs what ``score``
+            does after its features. None: the exact kernel up to 32,000 rows (samples x outputs), beyond them 1024.
         review: decisions of a person, from ``read_review``, or the CSV file that the report exports: samples it drops
             are not used, those it relabels count with their new label.
         reg: of the mean loss; "auto": that with the smallest error of models trained on m random samples, judged on the
@@ -166,7 +173,8 @@ def summarize(
         clean = samples if review is None else review.clean(samples)
         m = _size(m, len(used))
         automatic = isinstance(reg, str) and reg == "auto"
-        problem = linear_problem(model, clean, val, reg=0.0 if automatic else reg, progress=progress, **arguments)
+        common = dict(reg=0.0 if automatic else reg, rank=rank, progress=progress, **arguments)
+        problem = shrinking_problem(model, clean, val, **common)
         if automatic:
             problem.choose_reg_for(m)
         labels = None
@@ -194,9 +202,7 @@ def summarize(
             if len(kept) <= _RESCALE * base:
                 remaining.rescale()
                 base = len(kept)
-            removal = remaining.removal()
-            sqnorm = removal.prediction_sqnorm if by == "fsi" else removal.weight_sqnorm
-            value = sqnorm.cpu().numpy() / 2
+            value = remaining.sqnorm(by == "fsi").cpu().numpy() / 2
         else:
             value = scores[by][used[kept]]
         information[kept] = value
@@ -229,6 +235,7 @@ def summarize(
         accuracy=_accuracies(problem, order, m),
         reviewed_out=reviewed_out,
         reg=None if problem is None else problem.reg,
+        rank=problem.rank if isinstance(problem, FeatureProblem) else None,
     )
 
 

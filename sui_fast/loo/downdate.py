@@ -120,6 +120,11 @@ class Remaining:
             idle=idle,
         )  # fmt: skip
 
+    def sqnorm(self, seen: bool) -> Tensor:
+        """||dw||^2, or with ``seen`` the mean ||df||^2, of leaving out each kept sample."""
+        removal = self.removal()
+        return removal.prediction_sqnorm if seen else removal.weight_sqnorm
+
     def _drifted(self, theta: Tensor, shift: float) -> bool:
         """Whether (theta + shift) A differs from 1 on a few fixed vectors by more than rounding may."""
         size = len(theta)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._errors import StabilityError
-from ..spectra import Spectrum, dense_spectrum
+from ..spectra import Spectrum
 from .blocks import Blocks
 from .solve import check_stability, make_filter, remove_from_spectrum
 
@@ -85,7 +85,7 @@ def _converged_left_out(spectrum: Spectrum, r0: Tensor, shifts: Tensor) -> Tenso
 
 
 def part_error_curve(
-    theta: Tensor,
+    learn: Callable[[np.ndarray, np.ndarray], tuple[Tensor, Tensor, Tensor]],
     r0: Tensor,
     m: int,
     *,
@@ -99,32 +99,32 @@ def part_error_curve(
     """Mean squared error on the others of training on m random samples, for regularisations as in ``loo_error_curve``.
 
     Args:
-        theta: training kernel [n k, n k]. r0: residual at the initial weights [n, k]. m: samples of a part, below n.
+        learn: (numbers of samples, numbers of the others) -> spectrum s of the kernel of the samples, ascending [q],
+            u^T r0 [q], and Theta(others, samples) u [others k, q].
+        r0: residual at the initial weights [n, k]. m: samples of a part, below n.
         repeats: parts drawn; seed: of the draw; points: size of the logarithmic grid. time, lr, dynamics: as above.
     Returns:
         regs [p] (of the mean loss of m samples, those for which the training is stable) and errors [p].
     """
-    n, k = r0.shape
-    rng, flat = np.random.default_rng(seed), r0.reshape(-1)
+    n = len(r0)
+    rng = np.random.default_rng(seed)
     regs, errors = np.zeros(0), np.zeros(points)
     for _ in range(repeats):
-        order = torch.from_numpy(rng.permutation(n)).to(theta.device)
-        rows = order[:, None] * k + torch.arange(k, device=theta.device)
-        inside, others = rows[:m].flatten(), rows[m:].flatten()
-        spectrum = dense_spectrum(theta[inside][:, inside])
+        order = rng.permutation(n)
+        s, gain, cross = learn(order[:m], order[m:])
+        rest, top = r0[torch.from_numpy(order[m:]).to(r0.device)].reshape(-1), float(s[-1])
         if not len(regs):
-            regs = (spectrum.top / m if spectrum.top > 0 else 1.0) * np.logspace(-9, 1, points)
-        gain, cross = spectrum.u.T @ flat[inside], theta[others][:, inside] @ spectrum.u
+            regs = (top / m if top > 0 else 1.0) * np.logspace(-9, 1, points)
         for place, reg in enumerate(regs):
             phi = make_filter(m, reg=float(reg), time=time, lr=lr, dynamics=dynamics)
             try:
-                check_stability(phi, spectrum.top, m)
+                check_stability(phi, top, m)
             except StabilityError:
                 if not place:
                     raise
                 regs = regs[:place]
                 break
-            scale = torch.from_numpy(phi(spectrum.s.cpu().numpy())).to(gain)
-            left = flat[others] - cross @ torch.where(spectrum.s > 0, scale * gain, 0.0)
+            scale = torch.from_numpy(phi(s.cpu().numpy())).to(gain)
+            left = rest - cross @ torch.where(s > 0, scale * gain, 0.0)
             errors[place] += float(left.square().sum()) / ((n - m) * repeats)
     return regs, errors[: len(regs)]

@@ -16,19 +16,16 @@ _ROWS = 256  # of features made float64 at a time
 _PORTION = 1 << 20  # numbers made float64 at a time for a sum
 
 
-def add_upper(total: Tensor, x: Tensor) -> None:
-    """total += x^T x [r, r], its upper triangle at least: the blocks of it, half the work."""
+def add_upper(total: Tensor, x: Tensor, sign: int = 1) -> None:
+    """total += sign x^T x [r, r], its upper triangle at least: the blocks of it, half the work."""
     for begin in range(0, x.shape[1], _BLOCK):
         block = slice(begin, begin + _BLOCK)
-        total[block, begin:].addmm_(x[:, block].T, x[:, begin:])
+        total[block, begin:].addmm_(x[:, block].T, x[:, begin:], alpha=sign)
 
 
 def mirrored(upper: Tensor) -> Tensor:
     """The symmetric matrix with this upper triangle."""
     return upper.triu() + upper.triu(1).T
-
-
-_ROWS = 256  # of features made float64 at a time
 
 
 class Moments:
@@ -45,21 +42,21 @@ class Moments:
         self.pull = torch.zeros(rank, dtype=torch.float64, device=device)
         self.samples, self.energy = 0, 0.0
 
-    def add(self, features: Tensor, residual: Tensor | None = None) -> None:
-        """features [n, k, r], residual [n, k] (None for validation samples)."""
+    def add(self, features: Tensor, residual: Tensor | None = None, sign: int = 1) -> None:
+        """features [n, k, r], residual [n, k] (None for validation samples); sign -1 takes them away (no kept rows)."""
         step = max(1, _PORTION // max(1, features[0].numel())) if len(features) else 1
         for begin in range(0, len(features), step):
             part = slice(begin, begin + step)
             flat = features[part].flatten(0, 1).to(torch.float64)
             if self.rows is None:
-                add_upper(self._upper, flat)
+                add_upper(self._upper, flat, sign)
             else:
                 self.rows.append(flat)
             if residual is not None:
-                self.pull.addmv_(flat.T, residual[part].reshape(-1).to(torch.float64))
-        self.samples += len(features)
+                self.pull.addmv_(flat.T, residual[part].reshape(-1).to(torch.float64), alpha=sign)
+        self.samples += sign * len(features)
         if residual is not None:
-            self.energy += float(residual.to(torch.float64).square().sum())
+            self.energy += sign * float(residual.to(torch.float64).square().sum())
 
     @property
     def gram(self) -> Tensor:

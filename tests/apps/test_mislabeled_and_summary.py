@@ -172,7 +172,7 @@ def test_regularisation_of_a_summary_is_that_of_training_on_few(problem):
     model, train, val = problem
     problem = linear_problem(model, train, reg=0.0, progress=False)
     n, k, m = 40, problem.k, 8
-    regs, errors = part_error_curve(problem.theta, problem.r0, m, time=None, lr=None, dynamics="gd", repeats=2)
+    regs, errors = part_error_curve(problem.learn, problem.r0, m, time=None, lr=None, dynamics="gd", repeats=2)
     theta, flat, rng = problem.theta.numpy(), problem.r0.numpy().ravel(), np.random.default_rng(0)
     expected = np.zeros(len(regs))
     for _ in range(2):
@@ -184,7 +184,7 @@ def test_regularisation_of_a_summary_is_that_of_training_on_few(problem):
             expected[place] += (left**2).sum() / (n - m) / 2
     assert np.allclose(errors, expected, rtol=1e-4)
     found = summarize(model, train, val, m, progress=False)
-    assert found.reg in part_error_curve(problem.theta, problem.r0, m, time=None, lr=None, dynamics="gd")[0]
+    assert found.reg in part_error_curve(problem.learn, problem.r0, m, time=None, lr=None, dynamics="gd")[0]
     assert summarize(model, train, val, 40, progress=False).reg > 0
     assert summarize(model, train, val, m, reg=0.5, progress=False).reg == 0.5
     assert summarize(model, train, val, m, time=50, lr=0.01, progress=False).reg > 0
