@@ -385,7 +385,7 @@ def _curve(regs: np.ndarray, errors: np.ndarray) -> dict[str, list[float]]:
 
 
 def is_certain(size: Tensor, r0: Tensor, goal: Goal) -> bool:
-    """Whether rows of the whitened kernel (``size`` its diagonal) are so small, or residuals so large, that digits go."""
+    """Whether rows of the whitened kernel (diagonal: size) are so small, or residuals so large, that digits go."""
     size = size.reshape(r0.shape).abs()
     lost = (size < 1e-8 * size.max()) & (r0 != 0) & (size > 0)
     if goal.kind in ("cross_entropy", "binary_cross_entropy"):

@@ -177,7 +177,7 @@ class Aim:
     """What every linearised problem begins with.
 
     Attributes:
-        model, samples: as given. goal: of the training. inputs, trained: samples and outputs of the Jacobian trained on.
+        model, samples: as given. goal: of the training. inputs, trained: samples and outputs of its Jacobian.
         first: Jacobian of one sample. rows: of the kernel. probes: validation samples or None, of val_labels, or None.
         common: options of ``jacobian``. training: time, lr, dynamics. convention, projection: of the solver.
         seed, progress: as given.

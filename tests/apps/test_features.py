@@ -12,6 +12,8 @@ from sui_fast.loo import Remaining, part_error_curve
 from sui_fast.losses import Squared
 from tests.apps.problems import network
 
+pytestmark = pytest.mark.filterwarnings("ignore:sui_fast. rank")
+
 
 def made(n, k, r, m=6, reg=0.02, convention="sum", **training):
     """A problem of random features, and its kernels."""
@@ -84,7 +86,6 @@ def problem_rows(samples, k):
     return (torch.from_numpy(np.asarray(samples))[:, None] * k + torch.arange(k)).flatten()
 
 
-@pytest.mark.filterwarnings("ignore:sui_fast. rank")
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
 def test_a_summary_by_a_sketch_begins_as_the_scores_do(loss):
     rng = torch.Generator().manual_seed(0)
@@ -104,7 +105,6 @@ def test_a_summary_by_a_sketch_begins_as_the_scores_do(loss):
     assert alone.by == "si" and alone.rank == 64
 
 
-@pytest.mark.filterwarnings("ignore:sui_fast. rank")
 def test_a_large_set_is_summarized_by_a_sketch(monkeypatch):
     rng = torch.Generator().manual_seed(0)
     x, y = torch.randn(60, 6, generator=rng), torch.arange(60) % 2
