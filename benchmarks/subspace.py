@@ -1,6 +1,6 @@
 """method="subspace" against the forward and backward products it needs: `python -m benchmarks.subspace`.
 
-The fit takes one vjp, then a jvp and a vjp per iteration, and a jvp for the small eigenproblem, over all samples and
+The fit takes one vjp, then a jvp and a vjp, and a jvp for the small eigenproblem, over all samples and
 with the oversampled columns; pass 1 takes one more jvp. Floor: these products alone, and the capture of the factors
 once. Interleaved in one process, CPU seconds, minimum of several.
 """
@@ -16,6 +16,7 @@ from benchmarks.plan_memory import network
 from sui_fast import jacobian
 from sui_fast.jacobians.data import as_samples
 from sui_fast.losses import Squared
+from sui_fast.spectra import subspace_columns
 from sui_fast.streaming import Processes, Source, _Memory, collect, fit_map
 
 
@@ -23,7 +24,7 @@ def floor(source: Source, wide: int) -> None:
     parts = [part for _, part in source.parts(256)]
     basis = torch.randn(wide, parts[0].shape[1])
     for part in parts:
-        for _ in range(3):
+        for _ in range(2):
             part.vjp(part.jvp(basis))
         part.jvp(basis)
 
@@ -52,7 +53,7 @@ def main() -> None:
     for name in a.networks:
         model = network(name, 1)
         source = Source(model, as_samples((x, x[:, :1]), with_targets=True, argument="x"), {}, 0, a.samples)
-        goal, wide = Squared(x[:, :1].double(), None), a.rank + a.rank // 2 + 16
+        goal, wide = Squared(x[:, :1].double(), None), subspace_columns(a.rank)
         jacobian(model, x[:64])  # the proof comes once per model
 
         pairs = [(timed(floor, source, wide), timed(ours, source, goal, a.rank)) for _ in range(a.repeats)]

@@ -14,7 +14,7 @@ import torch
 from .jacobians import Jacobian
 from .jacobians.arriving import LARGE
 from .jacobians.layers import Outer
-from .spectra import pool_size
+from .spectra import pool_size, subspace_columns
 
 DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs up to which an eigendecomposition is worth its time
 DEFAULT_RANK = 1024
@@ -75,7 +75,7 @@ def choose_method(
     wanted = min(rank or DEFAULT_RANK, rows) if method != "sketch" else rank or DEFAULT_RANK
     if method != "auto":
         return method, wanted, "asked for"
-    if 24 * wanted * parameters <= memory and n <= 200_000:
+    if 18 * subspace_columns(wanted) * parameters <= memory and n <= 200_000:
         return "subspace", wanted, f"{rows} rows; a basis of {wanted} directions of {parameters} parameters fits memory"
     return "sketch", wanted, f"{rows} rows of {parameters} parameters; one pass, nothing to fit"
 
@@ -105,9 +105,9 @@ def make_plan(
         peak = int(_LIBRARIES + 1.2 * (n + m) * each + 8 * rows * rows * 5.4 + 8 * rows * m * k)
         gram = _seconds_of(lambda: first.gram(first)) / first.n**2 * (n * n / 2 + n * m)
         return Plan(method, rows, reason, 1, 0, peak, capture * (n + m) + gram + 12 * rows**3 * product)
-    wide = min(rank + rank // 2 + 16, rows) if method == "subspace" else rank  # columns that come out
+    wide = min(subspace_columns(rank), rows) if method == "subspace" else rank  # columns that come out
     size = _low_rank_bytes(first, n, m, method, rank, wide, each, stored, given)
-    passes = {"sketch": 1, "nystrom": 1, "subspace": 5}[method]
+    passes = {"sketch": 1, "nystrom": 1, "subspace": 4}[method]
     disk = (4 * wide + 8 + (8 * k if method != "sketch" else 0)) * rows + 4 * wide * m * k
     work = 2.0 * rows * wide**2 * (1.8 + 0.5 * (m > 0)) + m * k * wide**2 + 15.0 * wide**3 * (1 + (m > 0))
     if method == "sketch":
@@ -124,8 +124,8 @@ def make_plan(
         forward = _seconds_of(lambda: first.jvp(tangents)) / (first.n * few)
         back = _seconds_of(lambda: first.vjp(first.outputs.new_ones(first.n * k, few))) / (first.n * few)
         each_map = forward * wide
-        again = 1 if n * each < HELD else 4
-        fit = n * (again * capture + 3 * wide * (forward + back)) + 5.0 * d * wide**2 * product
+        again = 1 if n * each < HELD else 3
+        fit = n * (again * capture + 2 * wide * (forward + back)) + 5.0 * d * wide**2 * product
     probes = probe_count(first, n)
     total = fit + (n + m) * (capture + each_map) + work * product + 0.2 + 2 * probes * capture
     return Plan(method, rank, reason, passes, disk, size, total, sketch if method == "sketch" else None)

@@ -33,7 +33,8 @@ class FeatureProblem:
     """What a shrinking training set asks of ``LinearProblem``, from a sketch.
 
     Attributes:
-        held: of the training samples, "features" [n, k, r] float32, "residual" [n, k] and, of anchored sketches, "missed"
+        held: of the training samples, "features" [n, k, r] float32, "residual" [n, k] and, of anchored sketches,
+            "missed"
             [n, k, k], float64. seen: "features" [m, k', r] of the validation samples, or None; outputs: theirs [m, k'].
         goal, val_labels, training, convention, reg: as in ``LinearProblem``.
     """

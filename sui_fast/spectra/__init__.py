@@ -2,7 +2,7 @@
 
 from .anchors import anchored_sketch_map, pool_size
 from .dense import Spectrum, dense_spectrum
-from .maps import RANK_FOR, FeatureMap, nystrom_map, sketch_map, sketch_rank, subspace_map
+from .maps import RANK_FOR, FeatureMap, nystrom_map, sketch_map, sketch_rank, subspace_columns, subspace_map
 from .moments import FeatureSpectrum, Moments, feature_spectrum
 from .projections import PROJECTIONS, project, projection_matrix
 from .store import Store, fingerprint_of
@@ -25,5 +25,6 @@ __all__ = [
     "projection_matrix",
     "sketch_map",
     "sketch_rank",
+    "subspace_columns",
     "subspace_map",
 ]

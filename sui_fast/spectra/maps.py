@@ -137,23 +137,29 @@ def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
     return FeatureMap("nystrom", root.shape[1], both, state)
 
 
+def subspace_columns(rank: int) -> int:
+    """Columns with the oversampling."""
+    return 2 * rank + 64
+
+
 def subspace_map(
     passes: Callable[[], Iterable[tuple[int, Jacobian]]],
     samples: int,
     rank: int,
     seed: int = 0,
-    iterations: int = 2,
+    iterations: int = 1,
     reduce: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> FeatureMap:
     """Leading right singular space of J, matrix-free: every iteration is one vjp and one jvp over the data.
 
     Args:
         passes: called once per pass, yields (number of the first sample, Jacobian) part by part. samples: rows in all.
-        rank: columns at least; those of the oversampling stay. seed: of the start. iterations: of Y <- orth(J^T J Y).
+        rank: columns at least; those of the oversampling stay, for F-SI gains more by them than by another iteration.
+        seed: of the start. iterations: of Y <- orth(J^T J Y).
         reduce: sums a tensor over processes.
     Source: Halko, Martinsson, Tropp 2011; Musco and Musco 2015.
     """
-    basis, wide = None, min(rank + rank // 2 + 16, samples)
+    basis, wide = None, min(subspace_columns(rank), samples)
     for _ in range(iterations + 1):
         total = None
         for first, part in passes():
