@@ -1,8 +1,7 @@
 """method="subspace" against the forward and backward products it needs: `python -m benchmarks.subspace`.
 
-The fit takes one vjp, then a jvp and a vjp, and a jvp for the small eigenproblem, over all samples and
-with the oversampled columns; pass 1 takes one more jvp. Floor: these products alone, and the capture of the factors
-once. Interleaved in one process, CPU seconds, minimum of several.
+The fit takes a vjp, a jvp and a vjp over all samples with the oversampled columns; pass 1 takes one more jvp. Floor:
+these products alone, and the capture of the factors once. Interleaved in one process, CPU seconds, minimum of several.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ def floor(source: Source, wide: int) -> None:
     for part in parts:
         for _ in range(2):
             part.vjp(part.jvp(basis))
-        part.jvp(basis)
 
 
 def ours(source: Source, goal: Squared, rank: int) -> None:

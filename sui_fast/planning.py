@@ -107,7 +107,7 @@ def make_plan(
         return Plan(method, rows, reason, 1, 0, peak, capture * (n + m) + gram + 12 * rows**3 * product)
     wide = min(subspace_columns(rank), rows) if method == "subspace" else rank  # columns that come out
     size = _low_rank_bytes(first, n, m, method, rank, wide, each, stored, given)
-    passes = {"sketch": 1, "nystrom": 1, "subspace": 4}[method]
+    passes = {"sketch": 1, "nystrom": 1, "subspace": 3}[method]
     disk = (4 * wide + 8 + (8 * k if method != "sketch" else 0)) * rows + 4 * wide * m * k
     work = 2.0 * rows * wide**2 * (1.8 + 0.5 * (m > 0)) + m * k * wide**2 + 15.0 * wide**3 * (1 + (m > 0))
     if method == "sketch":
@@ -124,8 +124,8 @@ def make_plan(
         forward = _seconds_of(lambda: first.jvp(tangents)) / (first.n * few)
         back = _seconds_of(lambda: first.vjp(first.outputs.new_ones(first.n * k, few))) / (first.n * few)
         each_map = forward * wide
-        again = 1 if n * each < HELD else 3
-        fit = n * (again * capture + 2 * wide * (forward + back)) + 5.0 * d * wide**2 * product
+        again = 1 if n * each < HELD else 2
+        fit = n * (again * capture + wide * (forward + 2 * back)) + 6.0 * d * wide**2 * product
     probes = probe_count(first, n)
     total = fit + (n + m) * (capture + each_map) + work * product + 0.2 + 2 * probes * capture
     return Plan(method, rank, reason, passes, disk, size, total, sketch if method == "sketch" else None)
