@@ -47,13 +47,6 @@ void define_rows(py::module_& module, const char* type) {
                      double size, Address out) {
     sui::row_kernels<T>().signs({word, stream, seed}, begin, rows, columns, static_cast<T>(size), at<T>(out));
   }, release);
-  define("count_sketch", [](Address x, Index rows, Index length, Address place, Index rank, Address out, int threads) {
-    sui::count_sketch(at<const T>(x), rows, length, at<int>(place), rank, at<T>(out), threads);
-  }, release);
-  define("multiply_sum", [](Address left, Address right, Index samples, Index k, Index s, Index width, Address out,
-                            int threads) {
-    sui::multiply_sum(at<const T>(left), at<const T>(right), samples, k, s, width, at<T>(out), threads);
-  }, release);
   define("sjlt", [](unsigned word, unsigned stream, unsigned long long seed, Address x, Index rows, Index begin,
                     Index length, Index pitch, Index rank, Address out, int threads) {
     sui::sjlt({word, stream, seed}, at<const T>(x), rows, begin, length, pitch, rank, at<T>(out), threads);

@@ -1,7 +1,6 @@
 """C++ kernels of the tensor sketch (csrc/cpu/tensor_kernels.cpp), adding to sums that several layers share.
 
-The fft route leaves its sums in the Fourier domain, in the order in which the transform ends; `finish` brings all of
-them back at once.
+The fft route leaves its sums in the Fourier domain; `finish` brings all of them back at once.
 """
 
 from __future__ import annotations
@@ -103,17 +102,12 @@ def add_flat(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums: Te
 
 
 def prefers_flat(x: Tensor, g: Tensor, ones: bool, rank: int) -> bool:
-    return _fourier_is_cheaper(x.shape[0], 1, x.shape[1] + ones, g.shape[1], 1, rank)
+    return fft_is_cheaper(x.shape[0], 1, x.shape[1] + ones, g.shape[1], 1, rank)
 
 
 def prefers_fourier(a: Tensor, g: Tensor, ones: bool, out: Tensor) -> bool:
     n, k, s, o = g.shape
-    return _fourier_is_cheaper(n, s, a.shape[2] + ones, o, k, out.shape[2])
-
-
-@functools.lru_cache(maxsize=1024)
-def _fourier_is_cheaper(*sizes: int) -> bool:
-    return own_fft_time(*sizes) < scatter_time(*sizes)
+    return fft_is_cheaper(n, s, a.shape[2] + ones, o, k, out.shape[2])
 
 
 def new_sums(out: Tensor) -> Tensor:
@@ -184,21 +178,16 @@ def add_index(token: Tensor, g: Tensor, vocabulary: int, out: Tensor, seed: int,
     call("scatter_index", dtype)(*args)
 
 
-# Nanoseconds per sample, fitted to 500 random shapes (AVX-512); vectors are full or paid in full
-def own_fft_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
+# Nanoseconds per sample, fitted to some hundred random shapes (AVX-512); vectors are full or paid in full
+def fft_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
     """Of `add_fourier` and `finish`."""
     length = fourier_length(rank)
     transform = length * math.log2(length)
-    positions = -(-s // 16) * 16 if s >= 16 else -(-n * s // 16) * 16 / n
-    each = (0.046 if length > 2048 else 0.03) * transform + 0.59 * length + 0.017 * (i + o)
-    back = 0.116 * (-(-n * k // 32) * 32 / n) * transform + (1.6 if s < 16 else 0.37) * k * length
-    return 16_000 / n + k * (positions * each + 0.156 * s * (i + o)) + back
-
-
-def library_fft_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
-    """Of PyTorch's transforms."""
-    each = (0.132 if _smooth(rank) else 0.7) * rank * math.log2(max(rank, 2))
-    return 62_000 / n + s * (0.94 * (i + k * o) + (1 + k) * each + 0.14 * k * rank) + 1.2 * k * each
+    positions, rows = -(-s // 16) * 16 if s >= 16 else -(-n * s // 16) * 16 / n, -(-n * k // 16) * 16 / n
+    of_a = k if s > 16 else 1
+    return (
+        9_400 / n + positions * (0.052 * (k + of_a) * transform + 0.21 * (of_a * i + k * o)) + 0.11 * rows * transform
+    )
 
 
 def scatter_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
@@ -208,10 +197,11 @@ def scatter_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
     return 26_000 / n + rows * (0.065 * o * i + 0.385 * rank) + entry * k * o * i + products
 
 
+@functools.lru_cache(maxsize=1024)
 def fft_is_cheaper(n: int, s: int, i: int, o: int, k: int, rank: int) -> bool:
-    """Whether either way through the Fourier domain takes less time than the scatter route."""
+    """Whether the way through the Fourier domain takes less time than the scatter route."""
     sizes = n, s, i, o, k, rank
-    return min(own_fft_time(*sizes), library_fft_time(*sizes)) < scatter_time(*sizes)
+    return fft_time(*sizes) < scatter_time(*sizes)
 
 
 def _smooth(rank: int) -> bool:
