@@ -89,9 +89,8 @@ def add_windows(x: Tensor, g: Tensor, window: Window, out: Tensor, seed: int, st
 @functools.lru_cache(maxsize=256)
 def _folding(i: int, o: int, channels: int, rank: int, stream: int, seed: int, dtype: torch.dtype) -> tuple:
     """Places and signs of i, signs of o and of channels: their addresses, and themselves."""
-    tables = (
-        *hashed(i, rank, 0, stream, seed, dtype),
-        *(hashed(size, rank, word, stream, seed, dtype)[1] for size, word in ((o, 1), (channels, 2))),
+    tables = *hashed(i, rank, 0, stream, seed, dtype), *(
+        hashed(size, rank, word, stream, seed, dtype)[1] for size, word in ((o, 1), (channels, 2))
     )
     return [table.data_ptr() for table in tables], tables
 
@@ -112,7 +111,9 @@ def fold_windows(
     )
 
 
-def folded(rows: Tensor, bias: Tensor | None, planes: int, width: int, rank: int, seed: int, stream: int) -> Tensor:
+def folded(
+    rows: Tensor, bias: Tensor | None, planes: int, width: int, rank: int, seed: int, stream: int
+) -> Tensor:
     """What ``fold_windows`` adds, from rows [n, k, o, channels, kernel] and of a bias [n, k, o]: the reference."""
     o, channels, kernel = rows.shape[2:]
     kind, i = dict(device=rows.device, dtype=rows.dtype), planes * kernel
