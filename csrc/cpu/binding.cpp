@@ -47,13 +47,6 @@ void define_rows(py::module_& module, const char* type) {
                      double size, Address out) {
     sui::row_kernels<T>().signs({word, stream, seed}, begin, rows, columns, static_cast<T>(size), at<T>(out));
   }, release);
-  define("count_sketch", [](Address x, Index rows, Index length, Address place, Index rank, Address out, int threads) {
-    sui::count_sketch(at<const T>(x), rows, length, at<int>(place), rank, at<T>(out), threads);
-  }, release);
-  define("multiply_sum", [](Address left, Address right, Index samples, Index k, Index s, Index width, Address out,
-                            int threads) {
-    sui::multiply_sum(at<const T>(left), at<const T>(right), samples, k, s, width, at<T>(out), threads);
-  }, release);
   define("sjlt", [](unsigned word, unsigned stream, unsigned long long seed, Address x, Index rows, Index begin,
                     Index length, Index pitch, Index rank, Address out, int threads) {
     sui::sjlt({word, stream, seed}, at<const T>(x), rows, begin, length, pitch, rank, at<T>(out), threads);
@@ -64,19 +57,14 @@ void define_rows(py::module_& module, const char* type) {
     return sui::Side<T>{at<void>(Address(x[0])), x[1] ? sui::Kind::bfloat16 : sui::Kind::real, x[2], x[3], x[4], x[5],
                         x[6], x[7] != 0, at<const int>(Address(x[8])), at<const T>(Address(x[9]))};
   };
-  define("fourier_order", [](Index rank, Address frequency) {
-    sui::tensor_kernels<T>().order(rank, at<int>(frequency));
-  }, release);
   define("fourier", [side](const std::vector<std::pair<Numbers, Numbers>>& sides, Index samples, Index k, Index s,
-                           Index rank, Address roots, Address out, int threads) {
+                           Index rank, Address out, int threads) {
     std::vector<sui::Layer<T>> layers;
     for (const auto& [a, g] : sides) layers.push_back({side(a), side(g)});
-    sui::fourier(layers.data(), Index(layers.size()), samples, k, s, rank, at<const T>(roots), at<T>(out), threads);
+    sui::fourier(layers.data(), Index(layers.size()), samples, k, s, rank, at<T>(out), threads);
   }, release);
-  define("fourier_finish", [](Address sums, Index rows, Index rank, Address roots, Address frequency, Address place,
-                              Address out, int threads) {
-    sui::finish(at<const T>(sums), rows, rank, at<const T>(roots), at<const int>(frequency), at<const int>(place),
-                at<T>(out), threads);
+  define("fourier_finish", [](Address sums, Index rows, Index rank, Address out, int threads) {
+    sui::finish(at<const T>(sums), rows, rank, at<T>(out), threads);
   }, release);
   define("scatter_rows", [](Address x, Index rows, Index o, Index i, Address place_o, Address sign_o, Address place_i,
                             Address sign_i, Index rank, Address out, int threads) {
@@ -120,7 +108,6 @@ PYBIND11_MODULE(_cpu, module) {
       "word, stream and seed name the random numbers.";
   module.attr("MOST_ROWS") = sui::kMostRows;
   module.attr("WIDTH") = sui::kWidth;
-  module.attr("FOURIER_RANKS") = py::make_tuple(sui::kLeastRank, sui::kMostRank);
   module.def("instruction_set", &sui::instruction_set);
   module.def("result", [](Index rows, Index columns) {
     void* memory = sui::take_result(rows * columns * Index(sizeof(double)));

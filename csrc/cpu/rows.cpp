@@ -8,23 +8,6 @@ namespace sui {
 SUI_TYPED_VARIANTS(RowKernels, rows, row_kernels)
 
 template <class T>
-void count_sketch(const T* x, Index rows, Index length, const int* place, Index rank, T* out, int threads) {
-  const double work = double(rows) * double(length + rank / 8);
-  in_parts(rows, parts_for(rows, work, threads), [&](Index, Index begin, Index end) {
-    row_kernels<T>().count_sketch(x + begin * length, end - begin, length, place, rank, out + begin * rank);
-  });
-}
-
-template <class T>
-void multiply_sum(const T* left, const T* right, Index samples, Index k, Index s, Index width, T* out, int threads) {
-  const double work = double(samples) * double(k) * double(s) * double(width);
-  in_parts(samples, parts_for(samples, work, threads), [&](Index, Index begin, Index end) {
-    row_kernels<T>().multiply_sum(left + 2 * begin * s * width, right + 2 * begin * k * s * width, end - begin, k, s,
-                                  width, out + 2 * begin * k * width);
-  });
-}
-
-template <class T>
 void sjlt(const Stream& stream, const T* x, Index rows, Index begin, Index length, Index pitch, Index rank, T* out,
           int threads) {
   // every part takes rows of its own: the hash is drawn again in each, which costs less than sums that meet
@@ -43,8 +26,6 @@ void sjlt(const Stream& stream, const T* x, Index rows, Index begin, Index lengt
 }
 
 #define SUI_FOR(T)                                                                                                   \
-  template void count_sketch(const T*, Index, Index, const int*, Index, T*, int);                                    \
-  template void multiply_sum(const T*, const T*, Index, Index, Index, Index, T*, int);                               \
   template void sjlt(const Stream&, const T*, Index, Index, Index, Index, Index, T*, int)
 SUI_FOR(float);
 SUI_FOR(double);

@@ -28,8 +28,6 @@ struct RowKernels {
   void (*write)(const Piece<T>* pieces, Index count, Index first, Index samples, Index k, T* out, Index pitch);
   void (*hash)(const Stream&, Index begin, Index count, Index buckets, int* place, T* sign);
   void (*signs)(const Stream&, Index begin, Index rows, Index columns, T size, T* out);
-  void (*count_sketch)(const T* x, Index rows, Index length, const int* place, Index rank, T* out);
-  void (*multiply_sum)(const T* left, const T* right, Index samples, Index k, Index s, Index width, T* out);
   void (*sjlt)(const Stream&, const T* x, Index rows, Index begin, Index length, Index pitch, Index rank, T* room,
                T* out);
 };
@@ -38,14 +36,6 @@ template <class T>
 const RowKernels<T>& row_kernels();
 
 // What uses threads; `row_kernels` has the rest.
-
-// out[row, place[j]] += x[row, j], from zero; x carries its signs.
-template <class T>
-void count_sketch(const T* x, Index rows, Index length, const int* place, Index rank, T* out, int threads);
-
-// out[n, k, f] += sum_s left[n, s, f] right[n, k, s, f], complex.
-template <class T>
-void multiply_sum(const T* left, const T* right, Index samples, Index k, Index s, Index width, T* out, int threads);
 
 // out[row, place(e)] += sign(e) x[row, e - begin], e = begin .. begin + length; rows of x lie `pitch` apart.
 template <class T>

@@ -74,51 +74,6 @@ void sign_table(const Stream& from, Index begin, Index rows, Index columns, T si
   }
 }
 
-// Tensor sketch ----------------------------------------------------------------------------------------------------
-
-template <class T>
-void count_sketch_rows(const T* x, Index rows, Index length, const int* place, Index rank, T* out) {
-  for (Index row = 0; row < rows; ++row, x += length, out += rank) {
-    for (Index b = 0; b < rank; ++b) out[b] = 0;
-    for (Index j = 0; j < length; ++j) out[place[j]] += x[j];
-  }
-}
-
-// Sums over positions stay in registers for a strip of frequencies; real and imaginary parts alternate in memory.
-template <class T>
-void multiply_sum_rows(const T* left, const T* right, Index samples, Index k, Index s, Index width, T* out) {
-  constexpr Index kStrip = 2 * Simd<T>::lanes;  // numbers: complex values of two vectors
-  for (Index n = 0; n < samples; ++n, left += 2 * s * width) {
-    for (Index c = 0; c < k; ++c, right += 2 * s * width, out += 2 * width) {
-      Index f = 0;
-      for (; f + kStrip <= 2 * width; f += kStrip) {
-        T re[kStrip / 2] = {}, im[kStrip / 2] = {};
-        for (Index p = 0; p < s; ++p) {
-          const T *x = left + 2 * p * width + f, *y = right + 2 * p * width + f;
-          for (Index l = 0; l < kStrip / 2; ++l) {
-            re[l] += x[2 * l] * y[2 * l] - x[2 * l + 1] * y[2 * l + 1];
-            im[l] += x[2 * l] * y[2 * l + 1] + x[2 * l + 1] * y[2 * l];
-          }
-        }
-        for (Index l = 0; l < kStrip / 2; ++l) {
-          out[f + 2 * l] += re[l];
-          out[f + 2 * l + 1] += im[l];
-        }
-      }
-      for (; f < 2 * width; f += 2) {
-        T re = 0, im = 0;
-        for (Index p = 0; p < s; ++p) {
-          const T *x = left + 2 * p * width + f, *y = right + 2 * p * width + f;
-          re += x[0] * y[0] - x[1] * y[1];
-          im += x[0] * y[1] + x[1] * y[0];
-        }
-        out[f] += re;
-        out[f + 1] += im;
-      }
-    }
-  }
-}
-
 // Sparse sketch of formed rows -------------------------------------------------------------------------------------
 
 // A vector holds one entry of as many rows as it has lanes, and one place of their sums: [rank, lanes] for each such group
@@ -171,7 +126,7 @@ void sjlt_rows(const Stream& from, const T* x, Index rows, Index begin, Index le
 #define SUI_TABLE(T)                                                                                                \
   extern const RowKernels<T> SUI_JOIN(rows_##T##_, SUI_VARIANT);                                                    \
   const RowKernels<T> SUI_JOIN(rows_##T##_, SUI_VARIANT) = {                                                        \
-      write_rows<T>, hash_tile<T>, sign_table<T>, count_sketch_rows<T>, multiply_sum_rows<T>, sjlt_rows<T>}
+      write_rows<T>, hash_tile<T>, sign_table<T>, sjlt_rows<T>}
 SUI_TABLE(float);
 SUI_TABLE(double);
 

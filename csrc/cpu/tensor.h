@@ -23,19 +23,15 @@ struct Layer {
   Side<T> a, g;
 };
 
-// fourier: out[n, c, 0 or 1, :] += real or imaginary part of the sum over layers and positions of
-// fft(u CS_a(a_ns) + i CS_g(g_ncs) / u)^2, in the order of `order`; u is a power of two for each position, 0 where a or g
-// is 0. finish: out[row, :] += the sketch of which these are the sums.
+// fourier: out[n, c, :] += the sum over layers and positions of fft(CS_a(a_ns)) fft(CS_g(g_ncs)), rank real numbers.
+// finish: out[row, :] += the sketch of which these are the sums.
 template <class T>
 struct TensorKernels {
   Index lanes;
-  void (*order)(Index rank, int* frequency);
   Index (*fourier_room)(Index rank);
-  void (*fourier)(const Layer<T>* layers, Index count, Index first, Index last, Index k, Index s, Index rank,
-                  const T* roots, T* room, T* out);  // roots: cosines and sines of -2 pi j / rank
-  Index (*finish_room)(Index rank);
-  void (*finish)(const T* sums, Index rows, Index rank, const T* roots, const int* frequency, const int* place, T* room,
-                 T* out);  // place: where each frequency ended
+  void (*fourier)(const Layer<T>* layers, Index count, Index first, Index last, Index k, Index s, Index rank, T* room,
+                  T* out);
+  void (*finish)(const T* sums, Index rows, Index rank, T* room, T* out);  // room: rank lanes
   void (*scatter)(const T* x, Index rows, Index o, Index i, const int* place_o, const T* sign_o, const int* place_i,
                   const T* sign_i, Index rank, T* room, T* out);  // room: 2 rank lanes
   void (*index)(const T* g, Index samples, Index k, Index s, Index o, const Index* token, const int* place_token,
@@ -45,15 +41,11 @@ struct TensorKernels {
 template <class T>
 const TensorKernels<T>& tensor_kernels();
 
-constexpr Index kLeastRank = 16, kMostRank = 8192;  // powers of two between them
+template <class T>
+void fourier(const Layer<T>* layers, Index count, Index samples, Index k, Index s, Index rank, T* out, int threads);
 
 template <class T>
-void fourier(const Layer<T>* layers, Index count, Index samples, Index k, Index s, Index rank, const T* roots, T* out,
-             int threads);
-
-template <class T>
-void finish(const T* sums, Index rows, Index rank, const T* roots, const int* frequency, const int* place, T* out,
-            int threads);
+void finish(const T* sums, Index rows, Index rank, T* out, int threads);
 
 // out[row, (place_o[o] + place_i[i]) mod rank] += sign_o[o] sign_i[i] x[row, o, i].
 template <class T>

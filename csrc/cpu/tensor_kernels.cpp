@@ -1,42 +1,28 @@
 // Tensor sketch (Pham and Pagh 2013), compiled once per instruction set as rows_kernels.cpp is.
 //
-// A vector holds one number of as many positions (or rows) as it has lanes, so hashing is one addition a feature and no
-// step of the transform shuffles. Both count sketches go through one complex transform z = u a + i g / u: with Z its
-// result, Z_f^2 - conj(Z_-f)^2 = 4 i A_f G_f, and that is linear in Z^2, which is summed over positions. The power of two
-// u brings a and g to one size, or the smaller would drown in the rounding of the larger.
+// A vector holds one number of as many positions (or rows) as it has lanes, so hashing is one addition a feature, and
+// pocketfft, whose plans take any type of number, transforms as many positions at once and shuffles nothing. Products of
+// the transforms of both count sketches are summed over positions; one transform brings the sum back.
 #include "tensor.h"
 
+#include <memory>
+
 #include "half.h"
+
+#define POCKETFFT_NO_MULTITHREADING
+#define pocketfft SUI_JOIN(pocketfft_, SUI_VARIANT)  // the linker must not share code between instruction sets
+#include "pocketfft_hdronly.h"
 
 namespace sui {
 namespace {
 
-template <class T>
-SUI_FN Vector<T> magnitude(Vector<T> x) {
-  return x < 0 ? -x : x;
-}
-
 // Count sketch --------------------------------------------------------------------------------------------------------
-
-// Sum and largest of |x|. Their geometric mean is near the norm, which is the size of a transform, and no square of a
-// small or large number is formed.
-template <class T>
-struct Size {
-  Vector<T> sum, most;
-};
-template <class T>
-SUI_FN void measure(Vector<T> x, Size<T>& size) {
-  const Vector<T> here = magnitude<T>(x);
-  size.sum += here;
-  size.most = here > size.most ? here : size.most;
-}
 
 // to[place[j]] += sign[j] x[lane, j] for the live lanes.
 template <class T, class E>
-Size<T> hash_lanes(const E* const* from, int live, Index feature, const Side<T>& side, T* to) {
+void hash_lanes(const E* const* from, int live, const Side<T>& side, T* to) {
   constexpr int lanes = Simd<T>::lanes;
-  Size<T> size{};
-  if (feature == 1) {
+  if (side.feature == 1) {
     Index j = 0;
     for (; j + lanes <= side.length; j += lanes) {
       Vector<T> v[lanes];
@@ -44,366 +30,225 @@ Size<T> hash_lanes(const E* const* from, int live, Index feature, const Side<T>&
       for (int l = 0; l < lanes; ++l) v[l] = l < live ? load(from[l] + j) : Vector<T>{};
       transpose<T>(v);
 #pragma GCC unroll 16
-      for (int l = 0; l < lanes; ++l) {
-        measure<T>(v[l], size);
-        at(to + Index(side.place[j + l]) * lanes) += v[l] * side.sign[j + l];
-      }
+      for (int l = 0; l < lanes; ++l) at(to + Index(side.place[j + l]) * lanes) += v[l] * side.sign[j + l];
     }
     for (; j < side.length; ++j) {
       Vector<T> v = {};
       for (int l = 0; l < live; ++l) v[l] = one(from[l] + j);
-      measure<T>(v, size);
       at(to + Index(side.place[j]) * lanes) += v * side.sign[j];
     }
   } else {  // neighbouring lanes are neighbours in memory
     for (Index j = 0; j < side.length; ++j) {
-      const E* p = from[0] + j * feature;
+      const E* p = from[0] + j * side.feature;
       Vector<T> v = {};
       if (live == lanes)
         v = load(p);
       else
         for (int l = 0; l < live; ++l) v[l] = one(p + l);
-      measure<T>(v, size);
       at(to + Index(side.place[j]) * lanes) += v * side.sign[j];
     }
   }
-  if (side.ones) {
-    Vector<T> v = {};
-    for (int l = 0; l < live; ++l) v[l] = 1;
-    measure<T>(v, size);
-    at(to + Index(side.place[side.length]) * lanes) += v * side.sign[side.length];
-  }
-  return size;
+  if (side.ones) at(to + Index(side.place[side.length]) * lanes) += side.sign[side.length];
 }
 
-template <class T>
-struct Exponent;
-template <>
-struct Exponent<float> {
-  using Bits = unsigned;
-  static constexpr int shift = 23, bias = 127, most = 100;
-};
-template <>
-struct Exponent<double> {
-  using Bits = unsigned long long;
-  static constexpr int shift = 52, bias = 1023, most = 1000;
-};
-
-template <class T>
-SUI_FN int exponent(T x) {
-  typename Exponent<T>::Bits bits;
-  __builtin_memcpy(&bits, &x, sizeof(T));
-  return static_cast<int>(bits >> Exponent<T>::shift) - Exponent<T>::bias;
-}
-template <class T>
-SUI_FN T power_of_two(int e) {
-  const auto bits = static_cast<typename Exponent<T>::Bits>(e + Exponent<T>::bias) << Exponent<T>::shift;
-  T x;
-  __builtin_memcpy(&x, &bits, sizeof(T));
-  return x;
-}
-
-// Positions begin .. begin + live of samples laid end to end, s a sample, of output c; returns their sizes, powers of two.
+// Positions begin .. begin + live of samples laid end to end, s a sample, of output c.
 template <class T, class E>
-Vector<T> hash_as(const Side<T>& side, Index begin, int live, Index s, Index c, T* to) {
+void hash_as(const Side<T>& side, Index begin, int live, Index s, Index c, T* to) {
   const E* from[Simd<T>::lanes];
   for (int l = 0; l < live; ++l) {
     const Index n = (begin + l) / s, t = (begin + l) % s;
     from[l] = static_cast<const E*>(side.x) + n * side.sample + c * side.output + t * side.position;
   }
-  const Size<T> found = hash_lanes<T, E>(from, live, side.feature, side, to);
-  Vector<T> size = {};
-  for (int l = 0; l < live; ++l) {
-    int e = (exponent<T>(found.sum[l]) + exponent<T>(found.most[l])) / 2;
-    e = e > -Exponent<T>::bias ? e : 1 - Exponent<T>::bias;  // subnormal numbers are no zeros
-    if (found.sum[l] != 0) size[l] = power_of_two<T>(e < Exponent<T>::bias ? e : Exponent<T>::bias);
-  }
-  return size;
+  hash_lanes<T, E>(from, live, side, to);
 }
-
-template <class T>
-Vector<T> hash(const Side<T>& side, Index begin, int live, Index s, Index c, T* to);
-template <>
-Vector<float> hash(const Side<float>& side, Index begin, int live, Index s, Index c, float* to) {
-  return side.kind == Kind::bfloat16 ? hash_as<float, Bfloat16>(side, begin, live, s, c, to)
-                                     : hash_as<float, float>(side, begin, live, s, c, to);
-}
-template <>
-Vector<double> hash(const Side<double>& side, Index begin, int live, Index s, Index c, double* to) {
-  return hash_as<double, double>(side, begin, live, s, c, to);
-}
-
-// u and 1 / u, so that u a and g / u are about equal in size; zeros where the product is zero.
-template <class T>
-SUI_FN void balance(Vector<T> a, Vector<T> g, Vector<T>& u, Vector<T>& inverse) {
-  for (int l = 0; l < Simd<T>::lanes; ++l) {
-    const bool zero = a[l] == 0 || g[l] == 0;
-    int e = (exponent<T>(g[l]) - exponent<T>(a[l])) / 2;
-    e = e < -Exponent<T>::most ? -Exponent<T>::most : e > Exponent<T>::most ? Exponent<T>::most : e;
-    u[l] = zero ? T(0) : power_of_two<T>(e);
-    inverse[l] = zero ? T(0) : power_of_two<T>(-e);
-  }
-}
-
-// Transform -----------------------------------------------------------------------------------------------------------
-
-template <class T>
-struct Plan {
-  Index rank;
-  const T *cos, *sin;  // of -2 pi j / rank
-};
-
-template <class T>
-struct Pair {
-  Vector<T> re, im;
-};
-template <class T>
-SUI_FN Pair<T> turned(Vector<T> re, Vector<T> im, T c, T s) {
-  return {re * c - im * s, re * s + im * c};
-}
-
-// The first stage where rank is an odd power of two; u, inverse as in `balance`.
-template <class T>
-void halve(T* re, T* im, Vector<T> u, Vector<T> inverse, const Plan<T>& plan) {
-  constexpr int lanes = Simd<T>::lanes;
-  const Index half = plan.rank / 2, gap = half * lanes;
-  for (Index j = 0; j < half; ++j, re += lanes, im += lanes) {
-    const Vector<T> ar = at(re) * u, ai = at(im) * inverse, br = at(re + gap) * u, bi = at(im + gap) * inverse;
-    const Pair<T> odd = turned<T>(ar - br, ai - bi, plan.cos[j], plan.sin[j]);
-    at(re) = ar + br;
-    at(im) = ai + bi;
-    at(re + gap) = odd.re;
-    at(im + gap) = odd.im;
-  }
-}
-
-template <class T>
-SUI_FN void butterfly(const T* re, const T* im, Index gap, Pair<T>* y) {
-  const Vector<T> ar = at(re), br = at(re + gap), cr = at(re + 2 * gap), dr = at(re + 3 * gap);
-  const Vector<T> ai = at(im), bi = at(im + gap), ci = at(im + 2 * gap), di = at(im + 3 * gap);
-  const Vector<T> pr = ar + cr, pi = ai + ci, qr = ar - cr, qi = ai - ci;
-  const Vector<T> sr = br + dr, si = bi + di, tr = bi - di, ti = dr - br;  // t = -i (b - d)
-  y[0] = {pr + sr, pi + si};
-  y[1] = {qr + tr, qi + ti};
-  y[2] = {pr - sr, pi - si};
-  y[3] = {qr - tr, qi - ti};
-}
-
-// One stage of radix 4 on a block of n, decimation in frequency: frequencies 4 f + m are left in the m-th quarter.
-template <class T, bool scaled>
-void quarter(T* re, T* im, Index n, Vector<T> u, Vector<T> inverse, const Plan<T>& plan) {
-  constexpr int lanes = Simd<T>::lanes;
-  const Index gap = n / 4 * lanes, step = plan.rank / n;
-  for (Index j = 0; j < n / 4; ++j, re += lanes, im += lanes) {
-    if (scaled) {
-      for (int m = 0; m < 4; ++m) at(re + m * gap) *= u, at(im + m * gap) *= inverse;
-    }
-    Pair<T> y[4];
-    butterfly<T>(re, im, gap, y);
-    at(re) = y[0].re;
-    at(im) = y[0].im;
-#pragma GCC unroll 4
-    for (Index m = 1; m < 4; ++m) {
-      const Pair<T> z = turned<T>(y[m].re, y[m].im, plan.cos[m * j * step], plan.sin[m * j * step]);
-      at(re + m * gap) = z.re;
-      at(im + m * gap) = z.im;
-    }
-  }
-}
-
-// The stages on a block of n, depth first, so that small blocks stay in the first cache. The last one's results, or their
-// squares, are added to `sums`, n complex numbers a lane.
-template <class T, bool squared>
-void descend(T* re, T* im, Index n, const Plan<T>& plan, T* sums_re, T* sums_im) {
-  constexpr int lanes = Simd<T>::lanes;
-  const Index part = n / 4 * lanes;
-  if (n == 4) {
-    Pair<T> y[4];
-    butterfly<T>(re, im, lanes, y);
-#pragma GCC unroll 4
-    for (int m = 0; m < 4; ++m) {
-      at(sums_re + m * lanes) += squared ? y[m].re * y[m].re - y[m].im * y[m].im : y[m].re;
-      at(sums_im + m * lanes) += squared ? 2 * y[m].re * y[m].im : y[m].im;
-    }
-    return;
-  }
-  quarter<T, false>(re, im, n, Vector<T>{}, Vector<T>{}, plan);
-  for (Index m = 0; m < 4; ++m)
-    descend<T, squared>(re + m * part, im + m * part, n / 4, plan, sums_re + m * part, sums_im + m * part);
-}
-
-template <class T, bool squared>
-void transform(T* re, T* im, Vector<T> u, Vector<T> inverse, const Plan<T>& plan, T* sums_re, T* sums_im) {
-  constexpr int lanes = Simd<T>::lanes;
-  const bool odd = __builtin_ctzll(static_cast<unsigned long long>(plan.rank)) & 1;
-  const Index parts = odd ? 2 : 4, size = plan.rank / parts;
-  if (odd)
-    halve(re, im, u, inverse, plan);
+void hash(const Side<float>& side, Index begin, int live, Index s, Index c, float* to) {
+  if (side.kind == Kind::bfloat16)
+    hash_as<float, Bfloat16>(side, begin, live, s, c, to);
   else
-    quarter<T, true>(re, im, plan.rank, u, inverse, plan);
-  for (Index m = 0; m < parts; ++m) {
-    const Index at = m * size * lanes;
-    descend<T, squared>(re + at, im + at, size, plan, sums_re + at, sums_im + at);
-  }
+    hash_as<float, float>(side, begin, live, s, c, to);
+}
+void hash(const Side<double>& side, Index begin, int live, Index s, Index c, double* to) {
+  hash_as<double, double>(side, begin, live, s, c, to);
 }
 
-// The frequency that ends at each place.
-void order_block(Index n, int stride, int first, int* frequency) {
-  if (n == 1) {
-    *frequency = first;
-    return;
-  }
-  const Index parts = __builtin_ctzll(static_cast<unsigned long long>(n)) & 1 ? 2 : 4;
-  for (Index m = 0; m < parts; ++m)
-    order_block(n / parts, stride * static_cast<int>(parts), first + static_cast<int>(m) * stride,
-                frequency + m * (n / parts));
-}
-void order(Index rank, int* frequency) { order_block(rank, 1, 0, frequency); }
-
-// Lanes of `sums` [count, lanes] to the rows of out they belong to, which begin `row[lane]`; sums are zero afterwards.
-template <class T>
-void flush(T* sums, Index count, T* const* row, int live, bool together) {
-  constexpr int lanes = Simd<T>::lanes;
-  for (Index f = 0; f < count; f += lanes) {
-    Vector<T> v[lanes];
-#pragma GCC unroll 16
-    for (int l = 0; l < lanes; ++l) {
-      v[l] = at(sums + (f + l) * lanes);
-      at(sums + (f + l) * lanes) = Vector<T>{};
-    }
-    transpose<T>(v);
-    if (together) {
-      Vector<T> total = v[0];
-#pragma GCC unroll 16
-      for (int l = 1; l < lanes; ++l) total += v[l];
-      at(row[0] + f) += total;
-    } else {
-      for (int l = 0; l < live; ++l) at(row[l] + f) += v[l];
-    }
-  }
-}
+// Rows and lanes ------------------------------------------------------------------------------------------------------
 
 template <class T>
 void zero(T* p, Index count) {
   for (Index j = 0; j < count; j += Simd<T>::lanes) at(p + j) = Vector<T>{};
 }
 
-// Five buffers [rank, lanes], apart by a little more: all stages would meet in one set of the cache.
+// to [count, lanes] = rows [live, count], zeros in the other lanes.
+template <class T>
+void gather(const T* rows, int live, Index count, T* to) {
+  constexpr int lanes = Simd<T>::lanes;
+  Index f = 0;
+  for (; f + lanes <= count; f += lanes) {
+    Vector<T> v[lanes];
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes; ++l) v[l] = l < live ? at(rows + l * count + f) : Vector<T>{};
+    transpose<T>(v);
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes; ++l) at(to + (f + l) * lanes) = v[l];
+  }
+  for (; f < count; ++f)
+    for (int l = 0; l < lanes; ++l) to[f * lanes + l] = l < live ? rows[l * count + f] : T(0);
+}
+
+// row[lane] [count] += from [count, lanes], in the live lanes.
+template <class T>
+void scatter(const T* from, int live, Index count, T* const* row) {
+  constexpr int lanes = Simd<T>::lanes;
+  Index f = 0;
+  for (; f + lanes <= count; f += lanes) {
+    Vector<T> v[lanes];
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes; ++l) v[l] = at(from + (f + l) * lanes);
+    transpose<T>(v);
+    for (int l = 0; l < live; ++l) at(row[l] + f) += v[l];
+  }
+  for (; f < count; ++f)
+    for (int l = 0; l < live; ++l) row[l][f] += from[f * lanes + l];
+}
+
+// row [count] += the sum over lanes of from [count, lanes].
+template <class T>
+void scatter_sum(const T* from, Index count, T* row) {
+  constexpr int lanes = Simd<T>::lanes;
+  Index f = 0;
+  for (; f + lanes <= count; f += lanes) {
+    Vector<T> v[lanes];
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes; ++l) v[l] = at(from + (f + l) * lanes);
+    transpose<T>(v);
+#pragma GCC unroll 16
+    for (int l = 1; l < lanes; ++l) v[0] += v[l];
+    at(row + f) += v[0];
+  }
+  for (; f < count; ++f)
+    for (int l = 0; l < lanes; ++l) row[f] += from[f * lanes + l];
+}
+
+// Fourier -------------------------------------------------------------------------------------------------------------
+
+namespace fft = pocketfft::detail;
+
+template <class T>
+struct Lanes {
+  typedef T Type __attribute__((vector_size(kBytes)));
+};
+template <class T>
+using Complex = fft::cmplx<typename Lanes<T>::Type>;
+
+// Of an even number of real ones, taken in pairs as complex ones.
+template <class T>
+class Plan {
+ public:
+  explicit Plan(Index rank) : half_(rank / 2), plan_(half_), weight_(half_ / 2 + 1) {
+    const fft::sincos_2pibyn<T> root(half_);
+    for (Index f = 0; f <= half_ / 2; ++f) weight_[f].Set((T(1) + root[f].r) / 4, -root[f].i / 4);
+  }
+  Index rank() const { return 2 * half_; }
+
+  void forward(T* x) const { plan_.exec(pairs(x), T(1), true); }
+  void backward(T* x) const { plan_.exec(pairs(x), T(1) / static_cast<T>(half_), false); }
+
+  // sums += the transform of the circular convolution of x and y, which are given by their transforms. Let E and O be
+  // those of even and odd places, X = E + i O. With w_f = exp(-2 pi i f / half), which moves odd places of a product on,
+  // E E' + w O O' + i (E O' + O E') = X X' + (1 + w) O O', and O_f = (X_f - conj X_-f) / 2 i.
+  void add_product(const T* x, const T* y, T* sums) const {
+    const Complex<T>*p = pairs(x), *q = pairs(y);
+    Complex<T>* const s = pairs(sums);
+    for (Index f = 0; f <= half_ / 2; ++f) {
+      const Index r = f ? half_ - f : 0;
+      const Complex<T> pf = p[f], pr = p[r], qf = q[f], qr = q[r];
+      const Complex<T> odd = (pf - fft::conj(pr)) * (qf - fft::conj(qr)) * weight_[f];
+      s[f] += pf * qf - odd;
+      if (r != f) s[r] += pr * qr - fft::conj(odd);
+    }
+  }
+
+ private:
+  static Complex<T>* pairs(T* x) { return reinterpret_cast<Complex<T>*>(x); }
+  static const Complex<T>* pairs(const T* x) { return reinterpret_cast<const Complex<T>*>(x); }
+
+  Index half_;
+  fft::cfftp<T> plan_;
+  fft::arr<fft::cmplx<T>> weight_;
+};
+
+// The one that this thread used last, if it is for this rank.
+template <class T>
+const Plan<T>& plan_for(Index rank) {
+  thread_local std::unique_ptr<const Plan<T>> plan;
+  if (!plan || plan->rank() != rank) plan.reset(new Plan<T>(rank));
+  return *plan;
+}
+
+// Three buffers [rank, lanes], apart by a little more: or all would meet in one set of the cache.
 template <class T>
 SUI_FN Index pitch(Index rank) {
   return (rank + 4) * Simd<T>::lanes;
 }
 template <class T>
 Index fourier_room(Index rank) {
-  return 5 * pitch<T>(rank) + Simd<T>::lanes;
+  return 3 * pitch<T>(rank);
 }
 
 template <class T>
-void fourier_rows(const Layer<T>* layers, Index count, Index first, Index last, Index k, Index s, Index rank,
-                  const T* roots, T* room, T* out) {
+void fourier_rows(const Layer<T>* layers, Index count, Index first, Index last, Index k, Index s, Index rank, T* room,
+                  T* out) {
   constexpr int lanes = Simd<T>::lanes;
-  const Plan<T> plan{rank, roots, roots + rank};
-  const Index size = rank * lanes, next = pitch<T>(rank);
-  T *re = room, *im = re + next, *kept = im + next, *sums_re = kept + next, *sums_im = sums_re + next;
-  T* const size_kept = sums_im + next;
-  zero(sums_re, size);
-  zero(sums_im, size);
+  const Plan<T>& plan = plan_for<T>(rank);
+  const Index size = rank * lanes;
+  T *x = room, *y = x + pitch<T>(rank), *sums = y + pitch<T>(rank);
   // where a sample fills the lanes, its groups end with it and its sums stay until then
   const bool together = s >= lanes;
   const Index end = last * s;
   for (Index begin = first * s; begin < end;) {
     const Index stop = together ? begin + s : begin + lanes < end ? begin + lanes : end;
+    // one group of one layer: its transform of a serves all outputs
+    const bool keep = count == 1 && stop - begin <= lanes;
     for (Index c = 0; c < k; ++c) {
-      // with several outputs the sketch of a is kept, group by group, only where there is one group of one layer
-      const bool keep = k > 1 && count == 1 && stop - begin <= lanes;
+      zero(sums, size);
       for (Index layer = 0; layer < count; ++layer) {
         const auto& [a, g] = layers[layer];
         for (Index group = begin; group < stop; group += lanes) {
           const int live = static_cast<int>(stop - group < lanes ? stop - group : lanes);
-          Vector<T> size_a, u, inverse;
-          if (!keep || c == 0) {
-            zero(keep ? kept : re, size);
-            size_a = hash(a, group, live, s, 0, keep ? kept : re);
-            if (keep) at(size_kept) = size_a;
+          if (c == 0 || !keep) {
+            zero(x, size);
+            hash(a, group, live, s, 0, x);
+            plan.forward(x);
           }
-          if (keep) {
-            size_a = at(size_kept);
-            for (Index j = 0; j < size; j += lanes) at(re + j) = at(kept + j);
-          }
-          zero(im, size);
-          balance<T>(size_a, hash(g, group, live, s, c, im), u, inverse);
-          transform<T, true>(re, im, u, inverse, plan, sums_re, sums_im);
+          zero(y, size);
+          hash(g, group, live, s, c, y);
+          plan.forward(y);
+          plan.add_product(x, y, sums);
         }
       }
       T* row[lanes];
       const int live = together ? 1 : static_cast<int>(stop - begin);
-      for (int l = 0; l < live; ++l) row[l] = out + ((begin + l) / s * k + c) * 2 * rank;
-      flush(sums_re, rank, row, live, together);
-      for (int l = 0; l < live; ++l) row[l] += rank;
-      flush(sums_im, rank, row, live, together);
+      for (int l = 0; l < live; ++l) row[l] = out + ((begin + l) / s * k + c) * rank;
+      if (together)
+        scatter_sum(sums, rank, row[0]);
+      else
+        scatter(sums, live, rank, row);
     }
     begin = stop;
   }
 }
 
-// The sketch from its sums ----------------------------------------------------------------------------------------------
-
 template <class T>
-Index finish_room(Index rank) {
-  return 6 * pitch<T>(rank);
-}
-
-// Rows of sums [live, 2, rank] as re, im [rank, lanes] by frequency.
-template <class T>
-void gather(const T* sums, int live, Index rank, const int* frequency, T* re, T* im) {
+void finish_rows(const T* sums, Index rows, Index rank, T* room, T* out) {
   constexpr int lanes = Simd<T>::lanes;
-  for (Index p = 0; p < 2 * rank; p += lanes) {
-    T* const to = p < rank ? re : im;
-    Vector<T> v[lanes];
-#pragma GCC unroll 16
-    for (int l = 0; l < lanes; ++l) v[l] = l < live ? at(sums + l * 2 * rank + p) : Vector<T>{};
-    transpose<T>(v);
-#pragma GCC unroll 16
-    for (int l = 0; l < lanes; ++l) at(to + Index(frequency[(p + l) % rank]) * lanes) = v[l];
-  }
-}
-
-// The transform X of a sketch is X_f = (S_f - conj S_-f) / 4 i, and the sketch is fft(conj X) / rank, which is real: the rows
-// of two groups of lanes are the real and the imaginary part of one transform.
-template <class T>
-void finish_rows(const T* sums, Index rows, Index rank, const T* roots, const int* frequency, const int* place, T* room,
-                 T* out) {
-  constexpr int lanes = Simd<T>::lanes;
-  const Plan<T> plan{rank, roots, roots + rank};
-  const Index size = rank * lanes, next = pitch<T>(rank);
-  T *re = room, *im = re + next, *first_re = im + next, *first_im = first_re + next, *second_re = first_im + next,
-    *second_im = second_re + next;
-  const Vector<T> scale = Vector<T>{} + T(0.25) / static_cast<T>(rank);
-  for (Index begin = 0; begin < rows; begin += 2 * lanes) {
-    const int live = static_cast<int>(rows - begin < 2 * lanes ? rows - begin : 2 * lanes);
-    const int one = live < lanes ? live : lanes, two = live - one;
-    gather(sums + begin * 2 * rank, one, rank, frequency, first_re, first_im);
-    gather(sums + (begin + one) * 2 * rank, two, rank, frequency, second_re, second_im);
-    for (Index f = 0; f < rank; ++f) {
-      const Index here = f * lanes, there = (rank - f) % rank * lanes;
-      at(re + here) = at(first_im + here) + at(first_im + there) - at(second_re + here) + at(second_re + there);
-      at(im + here) = at(first_re + here) - at(first_re + there) + at(second_im + here) + at(second_im + there);
-    }
-    zero(first_re, size);
-    zero(first_im, size);
-    transform<T, false>(re, im, scale, scale, plan, first_re, first_im);
-    const T* const found[2] = {first_re, first_im};
-    for (int group = 0; group < (two ? 2 : 1); ++group) {
-      const int count = group ? two : one;
-      T* const to = out + (begin + group * lanes) * rank;
-      for (Index b = 0; b < rank; b += lanes) {
-        Vector<T> v[lanes];
-#pragma GCC unroll 16
-        for (int l = 0; l < lanes; ++l) v[l] = at(found[group] + Index(place[b + l]) * lanes);
-        transpose<T>(v);
-        for (int l = 0; l < count; ++l) at(to + l * rank + b) += v[l];
-      }
-    }
+  const Plan<T>& plan = plan_for<T>(rank);
+  for (Index begin = 0; begin < rows; begin += lanes) {
+    const int live = static_cast<int>(rows - begin < lanes ? rows - begin : lanes);
+    gather(sums + begin * rank, live, rank, room);
+    plan.backward(room);
+    T* row[lanes];
+    for (int l = 0; l < live; ++l) row[l] = out + (begin + l) * rank;
+    scatter(room, live, rank, row);
   }
 }
 
@@ -476,8 +321,7 @@ void scatter_index(const T* g, Index samples, Index k, Index s, Index o, const I
 #define SUI_TABLE(T)                                                      \
   extern const TensorKernels<T> SUI_JOIN(tensor_##T##_, SUI_VARIANT);     \
   const TensorKernels<T> SUI_JOIN(tensor_##T##_, SUI_VARIANT) = {         \
-      Simd<T>::lanes, order, fourier_room<T>, fourier_rows<T>, finish_room<T>, finish_rows<T>, scatter_lanes<T>, \
-      scatter_index<T>}
+      Simd<T>::lanes, fourier_room<T>, fourier_rows<T>, finish_rows<T>, scatter_lanes<T>, scatter_index<T>}
 SUI_TABLE(float);
 SUI_TABLE(double);
 

@@ -1,8 +1,4 @@
-"""C++ kernels of the sketches (csrc/cpu/rows_kernels.cpp); products and transforms stay with PyTorch's libraries.
-
-The tensor sketch is in `_tensor_cpu.py`, but where PyTorch's transforms are faster (few positions, ranks that are no
-powers of two, or above 8192): count sketches, transforms, the product summed over positions, one transform back.
-"""
+"""C++ kernels of the sketches (csrc/cpu/rows_kernels.cpp; the tensor sketch is in `_tensor_cpu.py`)."""
 
 from __future__ import annotations
 
@@ -12,18 +8,7 @@ import torch
 from torch import Tensor
 
 from .._register import wide_dtype
-from ._tensor_cpu import (
-    NAMES,
-    add_fourier,
-    add_scatter,
-    call,
-    fft_is_cheaper,
-    finish,
-    hashed,
-    library_fft_time,
-    new_sums,
-    own_fft_time,
-)
+from ._tensor_cpu import NAMES, add_fourier, add_scatter, call, fft_is_cheaper, finish, new_sums
 
 _BUFFER = 1 << 18  # numbers of one intermediate: they stay in the second cache
 
@@ -61,42 +46,10 @@ def _tensor(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, route: st
     (n, k, s, o), i, rank = g.shape, a.shape[2], out.shape[2]
     if route == "scatter" or route == "auto" and not fft_is_cheaper(n, s, i, o, k, rank):
         add_scatter(a, g, out, seed, stream, False)
-    elif own_fft_time(n, s, i, o, k, rank) < library_fft_time(n, s, i, o, k, rank):
+    else:
         sums = new_sums(out)
         add_fourier([(a, g, stream, False)], rank, sums, seed)
         finish(sums, out)
-    else:
-        tables = (hashed(size, rank, word, stream, seed, out.dtype) for size, word in ((i, 0), (o, 1)))
-        _by_fft(a, g, out, *tables)
-
-
-def _count_sketch(x: Tensor, place: Tensor, sign: Tensor, rank: int) -> Tensor:
-    """[rows, length] to [rows, rank]."""
-    signed = (x * sign).contiguous()
-    out = signed.new_empty(len(x), rank)
-    call("count_sketch", out.dtype)(signed.data_ptr(), *x.shape, place.data_ptr(), rank, out.data_ptr(), _threads())
-    return out
-
-
-def _by_fft(a: Tensor, g: Tensor, out: Tensor, left: tuple, right: tuple) -> None:
-    """Any rank: PyTorch's transforms."""
-    (n, k, s, o), rank = g.shape, out.shape[2]
-    width = rank // 2 + 1
-    positions = max(1, _BUFFER // ((1 + k) * rank))  # at a time
-    samples, strip = max(1, positions // s), min(s, positions)
-    total = torch.zeros(n, k, width, dtype=torch.complex64 if out.dtype == torch.float32 else torch.complex128)
-    multiply = call("multiply_sum", out.dtype)
-    for n0 in range(0, n, samples):
-        sums = total[n0 : n0 + samples]
-        for s0 in range(0, s, strip):
-            x, y = a[n0 : n0 + samples, s0 : s0 + strip], g[n0 : n0 + samples, :, s0 : s0 + strip]
-            count, length = x.shape[:2]
-            x = torch.fft.rfft(_count_sketch(x.reshape(-1, x.shape[-1]), *left, rank))
-            y = torch.fft.rfft(_count_sketch(y.reshape(-1, o), *right, rank))
-            multiply(x.data_ptr(), y.data_ptr(), count, k, length, width, sums.data_ptr(), _threads())
-    step = max(1, _BUFFER // (k * rank))
-    for n0 in range(0, n, step):
-        out[n0 : n0 + step] += torch.fft.irfft(total[n0 : n0 + step], n=rank)
 
 
 # Sketches of formed rows --------------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
 """C++ kernels of the tensor sketch (csrc/cpu/tensor_kernels.cpp), adding to sums that several layers share.
 
-The fft route leaves its sums in the Fourier domain, in the order in which the transform ends; `finish` brings all of
-them back at once.
+The fft route leaves its sums in the Fourier domain; `finish` brings all of them back at once.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import _cpu
-from ._fold import fold, transform_length
+from ._fold import fold
 
 NAMES = {torch.float32: "float32", torch.float64: "float64"}
 _ROWS = 1 << 19  # numbers of formed rows at a time: they stay in the second cache
@@ -33,19 +33,12 @@ def hashed(size: int, buckets: int, word: int, stream: int, seed: int, dtype: to
     return place, sign
 
 
-def fourier_length(rank: int) -> int | None:
-    """Length of the transform in C++ that serves a rank, or None."""
-    return transform_length(rank, *_cpu.FOURIER_RANKS)
-
-
-@functools.lru_cache(maxsize=16)
-def _tables(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines and sines of -2 pi j / length; the frequency that ends at each place, and the place of each frequency."""
-    angle = torch.arange(length, dtype=torch.float64) * (-2 * math.pi / length)
-    frequency, place = torch.empty(length, dtype=torch.int32), torch.empty(length, dtype=torch.int32)
-    call("fourier_order", dtype)(length, frequency.data_ptr())
-    place[frequency.long()] = torch.arange(length, dtype=torch.int32)
-    return torch.cat([angle.cos(), angle.sin()]).to(dtype), frequency, place
+@functools.lru_cache(maxsize=1024)
+def fourier_length(rank: int) -> int:
+    """Length of the transforms that serve a rank: itself, or one that holds 2 rank - 1; even, of small factors."""
+    if rank % 2 == 0 and _smooth(rank):
+        return rank
+    return next(length for length in itertools.count(2 * rank, 2) if _smooth(length))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -75,8 +68,8 @@ def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums: Tensor, seed: int) -> None:
-    """sums [n, k, 2, length] of the squares of the transforms of layers (a, g, stream, ones) of equal n, k, s."""
-    (n, k, s, _), length, dtype = layers[0][1].shape, sums.shape[3], sums.dtype
+    """sums [n, k, length] += products of the transforms of layers (a, g, stream, ones) of equal n, k, s."""
+    (n, k, s, _), length, dtype = layers[0][1].shape, sums.shape[2], sums.dtype
     kept, sides = [], []
     for a, g, stream, ones in layers:
         i, o = a.shape[2], g.shape[3]
@@ -84,13 +77,12 @@ def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums:
         left, right = _hashed(i + ones, rank, 0, stream, seed, dtype), _hashed(o, rank, 1, stream, seed, dtype)
         kept.append((a, g, left, right))
         sides.append((_side(a, i, ones, left), _side(g, o, False, right)))
-    roots = _tables(length, dtype)[0]
-    call("fourier", dtype)(sides, n, k, s, length, roots.data_ptr(), sums.data_ptr(), torch.get_num_threads())
+    call("fourier", dtype)(sides, n, k, s, length, sums.data_ptr(), torch.get_num_threads())
 
 
 def add_flat(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums: Tensor, seed: int) -> None:
     """``add_fourier`` for layers x [n, i], g [n, o] of one position and one output."""
-    (n, _, _, length), dtype, sides, kept = sums.shape, sums.dtype, [], []
+    (n, _, length), dtype, sides, kept = sums.shape, sums.dtype, [], []
     for x, g, stream, ones in layers:
         if x.dtype != dtype or x.stride(1) != 1:
             x = _readable(x[:, None], dtype)[:, 0]
@@ -106,34 +98,27 @@ def add_flat(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums: Te
                 [g.data_ptr(), half_g, b, 0, b, 1, o, False, right[1], right[2]],
             )
         )
-    roots = _tables(length, dtype)[0]
-    call("fourier", dtype)(sides, n, 1, 1, length, roots.data_ptr(), sums.data_ptr(), torch.get_num_threads())
+    call("fourier", dtype)(sides, n, 1, 1, length, sums.data_ptr(), torch.get_num_threads())
 
 
 def prefers_flat(x: Tensor, g: Tensor, ones: bool, rank: int) -> bool:
-    return _fourier_is_cheaper(x.shape[0], 1, x.shape[1] + ones, g.shape[1], 1, rank)
+    return fft_is_cheaper(x.shape[0], 1, x.shape[1] + ones, g.shape[1], 1, rank)
 
 
 def prefers_fourier(a: Tensor, g: Tensor, ones: bool, out: Tensor) -> bool:
     n, k, s, o = g.shape
-    return _fourier_is_cheaper(n, s, a.shape[2] + ones, o, k, out.shape[2])
-
-
-@functools.lru_cache(maxsize=1024)
-def _fourier_is_cheaper(*sizes: int) -> bool:
-    return own_fft_time(*sizes) < scatter_time(*sizes)
+    return fft_is_cheaper(n, s, a.shape[2] + ones, o, k, out.shape[2])
 
 
 def new_sums(out: Tensor) -> Tensor:
-    return out.new_zeros(*out.shape[:2], 2, fourier_length(out.shape[2]))
+    return out.new_zeros(*out.shape[:2], fourier_length(out.shape[2]))
 
 
 def finish(sums: Tensor, out: Tensor) -> None:
     """out [n, k, rank] += the sketches that the sums of `add_fourier` belong to."""
-    (n, k, _, length), rank, dtype = sums.shape, out.shape[2], sums.dtype
-    tables = [table.data_ptr() for table in _tables(length, dtype)]
-    found = out if length == rank else out.new_zeros(n, k, length)
-    call("fourier_finish", dtype)(sums.data_ptr(), n * k, length, *tables, found.data_ptr(), torch.get_num_threads())
+    (n, k, length), rank = sums.shape, out.shape[2]
+    found = out if length == rank else torch.zeros_like(sums)
+    call("fourier_finish", out.dtype)(sums.data_ptr(), n * k, length, found.data_ptr(), torch.get_num_threads())
     if length != rank:
         out += fold(found, rank)
 
@@ -193,23 +178,16 @@ def add_index(token: Tensor, g: Tensor, vocabulary: int, out: Tensor, seed: int,
     call("scatter_index", dtype)(*args)
 
 
-# Nanoseconds per sample, fitted to 500 random shapes (AVX-512); vectors are full or paid in full
-def own_fft_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
-    """Of `add_fourier` and `finish`; infinite where they do not serve the rank."""
+# Nanoseconds per sample, fitted to some hundred random shapes (AVX-512); vectors are full or paid in full
+def fft_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
+    """Of `add_fourier` and `finish`."""
     length = fourier_length(rank)
-    if length is None:
-        return math.inf
     transform = length * math.log2(length)
-    positions = -(-s // 16) * 16 if s >= 16 else -(-n * s // 16) * 16 / n
-    each = (0.046 if length > 2048 else 0.03) * transform + 0.59 * length + 0.017 * (i + o)
-    back = 0.116 * (-(-n * k // 32) * 32 / n) * transform + (1.6 if s < 16 else 0.37) * k * length
-    return 16_000 / n + k * (positions * each + 0.156 * s * (i + o)) + back
-
-
-def library_fft_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
-    """Of PyTorch's transforms."""
-    each = (0.132 if _smooth(rank) else 0.7) * rank * math.log2(max(rank, 2))
-    return 62_000 / n + s * (0.94 * (i + k * o) + (1 + k) * each + 0.14 * k * rank) + 1.2 * k * each
+    positions, rows = -(-s // 16) * 16 if s >= 16 else -(-n * s // 16) * 16 / n, -(-n * k // 16) * 16 / n
+    of_a = k if s > 16 else 1
+    return (
+        9_400 / n + positions * (0.052 * (k + of_a) * transform + 0.21 * (of_a * i + k * o)) + 0.11 * rows * transform
+    )
 
 
 def scatter_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
@@ -219,14 +197,15 @@ def scatter_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
     return 26_000 / n + rows * (0.065 * o * i + 0.385 * rank) + entry * k * o * i + products
 
 
+@functools.lru_cache(maxsize=1024)
 def fft_is_cheaper(n: int, s: int, i: int, o: int, k: int, rank: int) -> bool:
-    """Whether either way through the Fourier domain takes less time than the scatter route."""
+    """Whether the way through the Fourier domain takes less time than the scatter route."""
     sizes = n, s, i, o, k, rank
-    return min(own_fft_time(*sizes), library_fft_time(*sizes)) < scatter_time(*sizes)
+    return fft_time(*sizes) < scatter_time(*sizes)
 
 
 def _smooth(rank: int) -> bool:
-    for factor in (2, 3, 5, 7, 11, 13):
+    for factor in (2, 3, 5, 7, 11):
         while rank % factor == 0:
             rank //= factor
     return rank == 1

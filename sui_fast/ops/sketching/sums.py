@@ -75,7 +75,7 @@ class TensorSums:
             return False
         (n, k, s, o), i = g.shape, x.shape[1] * prod(window.kernel)
         sizes = n, s, i + ones, o, k, self.rank
-        if _windows_cpu.windows_time(*sizes) > 0.5 * s * i + _tensor_cpu.own_fft_time(*sizes):
+        if _windows_cpu.windows_time(*sizes) > 0.5 * s * i + _tensor_cpu.fft_time(*sizes):
             return False
         _windows_cpu.add_windows(x, g.transpose(2, 3), window, self.out, self._key, stream, ones)
         return True
