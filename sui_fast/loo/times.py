@@ -21,7 +21,7 @@ from ..spectra import Spectrum
 from .bases import Bases, mm
 from .blocks import make_blocks
 from .filters import TrainingFilter
-from .rational import Rational, fit_family
+from .rational import Rational, fit_rationals
 from .solve import check_stability, remove_from_spectrum
 
 _WORK = 1 << 19  # float64 elements of one intermediate: what stays in the cache
@@ -69,7 +69,7 @@ def remove_at_times(
             together.append(place)
         else:
             alone[place] = [place]
-    fits = fit_family([changed[place] for place in together], spectrum.top)
+    fits = fit_rationals([changed[place] for place in together], spectrum.top)
     if together and max(fit.error for fit in fits) <= 1e-6:
         pairs = [(filters[place], changed[place]) for place in together]
         put(together, _Times(spectrum, pairs, fits, r0, **common).sqnorms())

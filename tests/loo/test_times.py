@@ -65,7 +65,7 @@ def test_the_price_is_that_of_few_predictions_not_of_one_per_time():
     theta, _, r0 = problem(200, 1, 5)
     spectrum = dense_spectrum(theta)
     filters = [make_filter(200, time=float(t), lr=200 / spectrum.top) for t in np.geomspace(1, 1e5, 30).round()]
-    fits = times.fit_family(filters, spectrum.top)
+    fits = times.fit_rationals(filters, spectrum.top)
     several = times._Times(spectrum, [(f, f) for f in filters], fits, r0, None, "sum", (theta == 0).all(1))
     bases = several.bases
     assert sum(basis.numel() for basis in bases.basis) < 15 * 200
