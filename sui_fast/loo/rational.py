@@ -1,14 +1,14 @@
 """Rational form of a training filter: phi(x) = constant + sum_q residue_q / (x - pole_q) on [0, top].
 
-Each pole is a resolvent of the NTK, and taking rows out of a resolvent is a small block solve. AAA (Nakatsukasa, Sete,
-Trefethen 2018) places the poles; the residues are then fitted by least squares. Both minimise the *relative* error, as
-phi spans a range of eta t top, and the largest eigenvalues carry the smallest phi.
+Each pole is a resolvent of the NTK, and taking rows out of a resolvent is a small block solve. The poles are those of
+the best approximant of exp(-w) on w >= 0: gradient flow is exp with w = eta t x, gradient descent with
+w = -t log(1 - eta x), which is a place for the poles in x too. The residues are fitted by least squares to the
+*relative* error, as phi spans a range of eta t top, and the largest eigenvalues carry the smallest phi.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -17,9 +17,16 @@ import numpy as np
 from .filters import TrainingFilter
 
 _EPS = np.finfo(np.float64).eps
-_GOOD = 2e-12  # relative error of a fit with which the search ends
-_FEW_STEPS = 30
-_RINGS = ((16, 1.0), (16, 1.5), (16, 2.5), (28, 0.75), (40, 0.65), (64, 0.57))  # few steps: a polynomial without poles
+# Of the best approximant of exp(-w), w >= 0, of degree 16, one of each pair (Cody, Meinardus, Varga 1969; the figures:
+# Pusa, Nucl. Sci. Eng. 169, 2011, with their correction of 2012). Its error is 1e-15.
+_POLES = np.array([
+    10.843917078696988 + 19.277446167181652j, 5.264971343442647 + 16.220221473167927j,
+    1.413928462488886 + 13.497725698892745j, -1.4193758971856660 + 10.925363484496723j,
+    -3.5091036084149181 + 8.4361989858843751j, -4.9931747377179964 + 5.9968817136039423j,
+    -5.9481522689511775 + 3.5874573620183222j, -6.4161776990994342 + 1.1941223933701387j,
+])  # fmt: skip
+_STEPS = 4  # fewer, polynomials of low degree, take the poles of this many
+_GONE = 1e-14  # a share of the residual that no longer counts
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Rational:
 
 @lru_cache(maxsize=256)
 def fit_rational(phi: TrainingFilter, top: float) -> Rational:
-    """Fit phi on [0, top]; the best of the AAA poles and of a few rings of poles around the interval.
+    """Fit phi on [0, top].
 
     Args:
         phi: the filter, finite time or converged with shift > 0.
@@ -54,146 +61,76 @@ def fit_rational(phi: TrainingFilter, top: float) -> Rational:
     Returns:
         Rational with relative error usually below 1e-13.
     """
-    if phi.converged:
-        return Rational(np.array([-phi.shift + 0j]), np.array([1.0 + 0j]), 0.0, _EPS)
-    return _in_unit_scale(_fit, phi, top)
+    return fit_rationals([phi], top)[0]
 
 
-def fit_family(filters: list[TrainingFilter], top: float) -> list[Rational]:
-    """``fit_rational`` of one training at several finite times.
-
-    At time t the filter is nearly that of a longer time T with eigenvalues scaled by T / t, so the poles of the one
-    serve the other; a filter that these do not fit gets its own, which then serve the times before it.
-    """
+def fit_rationals(filters: list[TrainingFilter], top: float) -> list[Rational]:
+    """``fit_rational`` of several filters, those with as many poles in one pass."""
+    unit = 2.0 ** math.frexp(top)[1]  # exact; squares of 1e150 would overflow
     found: dict[TrainingFilter, Rational] = {}
-    base = None
-    for phi in sorted(filters, key=lambda phi: -phi.time):
-        fit = None
-        if base is not None and not (phi.dynamics == "gd" and phi.time == 1):
-            poles = (found[base].poles + phi.shift) * (base.time / phi.time) - phi.shift
-            fit = _in_unit_scale(_fit_with, phi, top, poles)
-        if fit is None or fit.error >= _GOOD:
-            base, fit = phi, fit_rational(phi, top)
-        found[phi] = fit
+    alike: dict[int, list[tuple[TrainingFilter, TrainingFilter, np.ndarray]]] = {}
+    for phi in filters:
+        if phi.converged:
+            found[phi] = Rational(np.array([-phi.shift + 0j]), np.array([1.0 + 0j]), 0.0, _EPS)
+        elif phi.dynamics == "gd" and phi.time == 1:
+            found[phi] = Rational(np.zeros(0, dtype=complex), np.zeros(0, dtype=complex), phi.eta, _EPS)
+        else:
+            scaled = replace(phi, shift=phi.shift / unit, eta=phi.eta * unit)
+            poles = _poles(scaled, top / unit)
+            alike.setdefault(len(poles), []).append((phi, scaled, poles))
+    for group in alike.values():
+        names, scaled, poles = zip(*group, strict=True)
+        found |= zip(names, _fit(scaled, np.stack(poles), top / unit, unit), strict=True)
     return [found[phi] for phi in filters]
 
 
-def _in_unit_scale(fit: Callable[..., Rational], phi: TrainingFilter, top: float, *poles: np.ndarray) -> Rational:
-    unit = 2.0 ** math.frexp(top)[1]  # exact; squares of 1e150 would overflow
-    scaled = replace(phi, shift=phi.shift / unit, eta=phi.eta * unit)
-    found = fit(scaled, top / unit, *(x / unit for x in poles))
-    return Rational(found.poles * unit, found.residues, found.constant / unit, found.error)
-
-
-def _fit_with(phi: TrainingFilter, top: float, poles: np.ndarray) -> Rational:
-    return _fit_residues(*_samples(phi, top), poles, top)
-
-
-def _fit(phi: TrainingFilter, top: float) -> Rational:
-    """AAA poles and rings of poles; the rings first where phi is a polynomial of low degree, which has no poles."""
-    if phi.dynamics == "gd" and phi.time == 1:
-        return Rational(np.zeros(0, dtype=complex), np.zeros(0, dtype=complex), phi.eta, _EPS)
-    samples = _samples(phi, top)
-    polynomial = phi.dynamics == "gd" and phi.time <= _FEW_STEPS
-    best = None if polynomial else _fit_residues(*samples, _aaa_poles(*samples), top)
-    for count, radius in _RINGS:
-        if best is not None and best.error < _GOOD:
-            return best
-        angles = np.pi * (np.arange(count) + 0.5) / count
-        fit = _fit_residues(*samples, top * (0.5 + radius * np.exp(1j * angles)), top)
-        best = fit if best is None or fit.error < best.error else best
-    if polynomial and best.error >= _GOOD:
-        best = min(best, _fit_residues(*samples, _aaa_poles(*samples), top), key=lambda fit: fit.error)
-    return best
-
-
-def _samples(phi: TrainingFilter, top: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Points on [0, top], phi there, and what its errors are relative to."""
-    points = _sample_points(phi, top)
-    values = phi(points)
-    return points, values, np.maximum(np.abs(values), 0.01 / (points + phi.shift + 1 / (phi.eta * phi.time)))
+def _poles(phi: TrainingFilter, top: float) -> np.ndarray:
+    """Where exp has its poles, in x; those of gradient descent also on the far side of 1 / eta, if it goes there."""
+    time = max(phi.time, _STEPS) if phi.dynamics == "gd" else phi.time
+    eta = max(phi.eta, 1 / (time * top))  # where training barely starts, not too far away
+    if phi.dynamics == "flow":
+        return _POLES / (eta * time) - phi.shift
+    log, _ = phi.log_decay(np.array(top))
+    left = np.exp(-_POLES / time)
+    poles = (1 - left) / eta - phi.shift
+    if phi.eta * (top + phi.shift) > 1 and log > math.log(_GONE):
+        poles = np.concatenate([poles, (1 + left) / eta - phi.shift])
+    return poles
 
 
 def _sample_points(phi: TrainingFilter, top: float) -> np.ndarray:
-    rate = phi.eta * max(phi.time, 1.0)
-    low = min(1e-3 / rate, 1e-3 * top) if rate > 0 else 1e-3 * top
+    low = top * min(1e-3 / (phi.eta * max(phi.time, 1.0) * top), 1e-3)
     parts = (
         [0.0, top],
-        np.geomspace(low, top, 400),
+        np.geomspace(low, top, 200),
         top * (1 - np.geomspace(1e-9, 0.5, 80)),
-        top * (0.5 - 0.5 * np.cos(np.pi * np.arange(101) / 100)),
+        top * (0.5 - 0.5 * np.cos(np.pi * np.arange(60) / 60)),
     )
-    return np.unique(np.clip(np.concatenate(parts), 0.0, top))
+    return np.sort(np.concatenate(parts))
 
 
-def _aaa_poles(x: np.ndarray, f: np.ndarray, scale: np.ndarray, most: int = 36) -> np.ndarray:
-    """Poles of the AAA approximant of f on the points x, relative weights."""
-    weight = 1 / scale
-    free = np.ones(len(x), dtype=bool)
-    approx = np.full_like(f, f.mean())
-    support: list[int] = []
-    best = (np.inf, None, None)
-    for _ in range(most):
-        index = int(np.argmax(np.where(free, np.abs(f - approx) * weight, -1.0)))
-        support.append(index)
-        free[index] = False
-        cauchy = 1 / (x[free, None] - x[support])
-        loewner = (f[free, None] - f[support]) * cauchy * weight[free, None]
-        size = np.linalg.norm(loewner, axis=0)
-        barycentric = np.linalg.svd(loewner / np.where(size > 0, size, 1.0), full_matrices=False)[2][-1]
-        barycentric = barycentric / np.where(size > 0, size, 1.0)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            approx = f.copy()
-            approx[free] = (cauchy @ (barycentric * f[support])) / (cauchy @ barycentric)
-        error = np.nanmax(np.abs(f - approx) * weight)
-        if error < best[0]:
-            best = (error, list(support), barycentric)
-        if error < 3e-14 or len(support) - len(best[1]) > 6:
-            break
-    _, support, barycentric = best
-    return _barycentric_poles(x[support], barycentric)
-
-
-def _barycentric_poles(nodes: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Zeros of sum_j weights_j / (x - nodes_j), as the finite eigenvalues of an arrowhead pencil.
-
-    v = diag(1 / (x - nodes)) 1 is orthogonal to the weights and (nodes - x) v is parallel to 1: two projections leave a
-    regular eigenproblem with one row and one column fewer.
-    """
-    if len(nodes) < 2:
-        return np.zeros(0, dtype=complex)
-    right = np.linalg.qr(weights[:, None], mode="complete")[0][:, 1:]
-    left = np.linalg.qr(np.ones((len(nodes), 1)), mode="complete")[0][:, 1:]
-    matrix = left.T @ (nodes[:, None] * right)
-    try:
-        return np.linalg.eigvals(np.linalg.solve(left.T @ right, matrix)).astype(complex)
-    except np.linalg.LinAlgError:
-        return np.zeros(0, dtype=complex)
-
-
-def _fit_residues(x: np.ndarray, f: np.ndarray, scale: np.ndarray, poles: np.ndarray, top: float) -> Rational:
-    outside = np.maximum(np.maximum(-poles.real, poles.real - top), 0.0)
-    spread = np.maximum(np.abs(poles.imag), outside)
-    gap = np.min(np.abs(x[:, None] - poles), axis=0, initial=np.inf) if len(poles) else np.zeros(0)
-    keep = (spread > 1e-3 * gap) & (spread > 1e-12 * top) & np.isfinite(poles) & (np.abs(poles) < 1e4 * top)
-    keep &= poles.imag >= -1e-12 * np.abs(poles)
-    poles = poles[keep]
-    real = np.abs(poles.imag) <= 1e-12 * np.abs(poles)
-    poles = np.where(real, poles.real, poles)
-    terms = 1 / (x[:, None] - poles)
-    columns = np.concatenate([np.ones((len(x), 1)), terms.real, -terms[:, ~real].imag], axis=1) / scale[:, None]
-    norms = np.linalg.norm(columns, axis=0)
-    columns /= norms
-    u, s, vt = np.linalg.svd(columns, full_matrices=False)
-    inverse = np.where(s > 1e-15 * s[0], 1 / s, 0.0)
-    coefficients = np.zeros(columns.shape[1])
+def _fit(filters, poles: np.ndarray, top: float, unit: float) -> list[Rational]:
+    """Residues at the given poles [t, q] for filters on [0, top]."""
+    x = np.stack([_sample_points(phi, top) for phi in filters])
+    f = np.stack([phi(points) for phi, points in zip(filters, x, strict=True)])
+    flat = np.array([[phi.shift + 1 / (phi.eta * phi.time)] for phi in filters])
+    scale = np.maximum(np.abs(f), 0.01 / (x + flat))  # what errors are relative to
+    terms = 1 / (x[..., None] - poles[:, None])
+    columns = np.concatenate([np.ones_like(x)[..., None], terms.real, -terms.imag], -1) / scale[..., None]
+    norms = np.linalg.norm(columns, axis=1, keepdims=True)
+    u, s, vt = np.linalg.svd(columns / norms, full_matrices=False)
+    inverse = np.where(s > 1e-15 * s[:, :1], 1 / s, 0.0)[..., None]
+    back = (vt / norms).transpose(0, 2, 1)
+    found = np.zeros((len(x), columns.shape[2], 1))
     for _ in range(3):  # iterative refinement: the Cauchy columns are nearly dependent, their span is what counts
-        rest = f / scale - columns @ coefficients
-        coefficients = coefficients + vt.T @ (inverse * (u.T @ rest))
-    coefficients /= norms
-    residues = coefficients[1 : 1 + len(poles)].astype(complex)
-    residues[~real] += 1j * coefficients[1 + len(poles) :]
-    fit = Rational(poles, residues, float(coefficients[0]), 0.0)
-    size = np.max((abs(fit.constant) + np.abs(residues * terms).sum(1)) / scale)
-    error = np.max(np.abs(fit(x) - f) / scale) + _EPS * size
-    return Rational(poles, residues, fit.constant, float(error))
+        rest = (f / scale)[..., None] - columns @ found
+        found = found + back @ (inverse * (u.transpose(0, 2, 1) @ rest))
+    rest = np.abs((f / scale)[..., None] - columns @ found)
+    constants, real, imaginary = np.split(found[..., 0], [1, 1 + poles.shape[1]], axis=1)
+    residues = real + 1j * imaginary
+    size = (np.abs(constants) + (np.abs(residues)[:, None] * np.abs(terms)).sum(2)) / scale
+    errors = rest.max((1, 2)) + _EPS * size.max(1)
+    return [
+        Rational(p * unit, r, float(c[0]) / unit, float(e))
+        for p, r, c, e in zip(poles, residues, constants, errors, strict=True)
+    ]

@@ -21,7 +21,7 @@ from ..spectra import Spectrum
 from .bases import Bases, mm
 from .blocks import make_blocks
 from .filters import TrainingFilter
-from .rational import Rational, fit_family
+from .rational import Rational, fit_rationals
 from .solve import check_stability, remove_from_spectrum
 
 _WORK = 1 << 19  # float64 elements of one intermediate: what stays in the cache
@@ -69,7 +69,7 @@ def remove_at_times(
             together.append(place)
         else:
             alone[place] = [place]
-    fits = fit_family([changed[place] for place in together], spectrum.top)
+    fits = fit_rationals([changed[place] for place in together], spectrum.top)
     if together and max(fit.error for fit in fits) <= 1e-6:
         pairs = [(filters[place], changed[place]) for place in together]
         put(together, _Times(spectrum, pairs, fits, r0, **common).sqnorms())
@@ -101,18 +101,21 @@ class _Times:
         self.u, self.s, self.r0 = spectrum.u.view(n, k, len(s)), s, r0
         self.idle = idle.view(n, k).all(1)
         self.g = spectrum.u.T @ r0.reshape(-1)
-        counts = [len(fit.poles) for fit in fits]
-        poles, residues = (np.concatenate([getattr(fit, name) for fit in fits]) for name in ("poles", "residues"))
-        self.poles_of = [slice(end - count, end) for count, end in zip(counts, np.cumsum(counts).tolist(), strict=True)]
+        most = max(1, *(len(fit.poles) for fit in fits))
+        poles = np.full((len(fits), most), -spectrum.top, dtype=complex)  # without residues where a fit has fewer
+        residues = np.zeros_like(poles)
+        for fit, own, weights in zip(fits, poles, residues, strict=True):
+            own[: len(fit.poles)], weights[: len(fit.poles)] = fit.poles, fit.residues
         self.residues = torch.from_numpy(residues).to(s.device)
         self.constants = torch.tensor([fit.constant for fit in fits], dtype=s.dtype, device=s.device)
-        resolvents = 1 / (s - torch.from_numpy(poles[:, None]).to(s.device))  # [q, r]
+        resolvents = 1 / (s - torch.from_numpy(poles.reshape(-1, 1)).to(s.device))  # [q, r]
         self.more = torch.stack([_on(s, other) - _on(s, phi) for phi, other in pairs])  # of the filter, [t, r]
         self.moves_more = bool((self.more != 0).any())
         one = torch.ones_like(s)[None]
         functions = torch.cat([resolvents.real, resolvents.imag, one, self.more])
         self.bases = Bases.of(functions, s, float(np.abs(poles).min(initial=spectrum.top)), _TOLERANCE)
         self.resolvents = torch.cat([self.bases.inner(x) for x in (resolvents.real, resolvents.imag)])  # [2 q, v]
+        self.tables = self.resolvents.view(2, len(fits), -1, self.bases.size).transpose(0, 1).flatten(1, 2)  # by time
         self.one = self.bases.inner(one[0])
         self.probe = None
         if cross is not None:
@@ -145,12 +148,11 @@ class _Times:
         moments = torch.complex(*mm(self.bases.inner(moments), self.resolvents.T).chunk(2, -1))  # [b, pairs + k, q]
         kernel = moments.new_empty(b, k, k, moments.shape[2])
         kernel[:, left, right] = kernel[:, right, left] = moments[:, : len(left)]
-        y = _solve(kernel, moments[:, len(left) :]) * self.residues
-        y = torch.stack([y.real, -y.imag], 2)  # [b, k, 2, q]
-        found = (self.r0[part][:, :, None] * self.constants)[..., None] * self.one
-        tables = self.resolvents.view(2, -1, self.bases.size)
-        for time, poles in enumerate(self.poles_of):
-            found[:, :, time] += mm(y[..., poles].flatten(2), tables[:, poles].flatten(0, 1))
+        times = len(self.residues)
+        y = _solve(kernel, moments[:, len(left) :]).view(b, k, times, -1) * self.residues
+        y = torch.stack([y.real, -y.imag], 3).permute(2, 0, 1, 3, 4).reshape(times, b * k, -1)  # [t, b k, 2 q / t]
+        found = torch.bmm(y, self.tables).view(times, b, k, -1).permute(1, 2, 0, 3)
+        found += (self.r0[part][:, :, None] * self.constants)[..., None] * self.one
         found[self.idle[part]] = 0.0
         return found
 

@@ -80,3 +80,22 @@ def test_settled_only_where_nothing_is_left():
     assert TrainingFilter(eta=0.5, time=1000).is_settled(0.1, 1.0)
     assert not TrainingFilter(eta=0.5, time=1000).is_settled(0.0, 1.0)
     assert not TrainingFilter(eta=1.999, time=1000).is_settled(0.1, 1.0)
+
+
+@pytest.mark.parametrize("dynamics", ["gd", "flow"])
+def test_every_fit_is_good_from_short_to_long_and_to_the_edge(dynamics):
+    rng = np.random.default_rng(0)
+    grid = np.concatenate(
+        [[0.0], np.geomspace(1e-14, 1, 3001), np.linspace(0, 1, 2001), 1 - np.geomspace(1e-12, 1, 500)]
+    )
+    for reach in (1e-6, 1e-3, 0.3, 1.0, 1.3, 1.9, 1.999):  # step times the largest eigenvalue
+        for time in [*range(2, 12), 23, 150, 3001, 10**5, 10**9]:
+            top, shift = 10 ** rng.uniform(-8, 8), rng.choice([0.0, 1e-5, 1.0])
+            phi = TrainingFilter(shift * top, reach / (top * (1 + shift)), float(time), dynamics)
+            fit, x = fit_rational(phi, top), top * grid
+            values = phi(x)
+            scale = np.maximum(np.abs(values), 0.01 / (x + phi.shift + 1 / (phi.eta * phi.time)))
+            error = np.max(np.abs(fit(x) - values) / scale)
+            assert error < (1e-12 if reach <= 1 or dynamics == "flow" else 1e-10)
+            assert error < 2 * fit.error + 1e-13
+            assert len(fit.poles) <= (8 if reach <= 1 or dynamics == "flow" else 16)

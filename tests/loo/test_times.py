@@ -65,7 +65,7 @@ def test_the_price_is_that_of_few_predictions_not_of_one_per_time():
     theta, _, r0 = problem(200, 1, 5)
     spectrum = dense_spectrum(theta)
     filters = [make_filter(200, time=float(t), lr=200 / spectrum.top) for t in np.geomspace(1, 1e5, 30).round()]
-    fits = times.fit_family(filters, spectrum.top)
+    fits = times.fit_rationals(filters, spectrum.top)
     several = times._Times(spectrum, [(f, f) for f in filters], fits, r0, None, "sum", (theta == 0).all(1))
     bases = several.bases
     assert sum(basis.numel() for basis in bases.basis) < 15 * 200
@@ -73,3 +73,38 @@ def test_the_price_is_that_of_few_predictions_not_of_one_per_time():
         values = torch.from_numpy(np.stack([fit(spectrum.s[columns].numpy()) for fit in fits]))
         left = values - (values @ basis.T) @ basis
         assert float((left.abs().amax(1) / values.abs().amax(1)).max()) < 1e-10
+
+
+def test_every_time_is_that_of_training_without_the_sample():
+    """Against the definition: the spectrum of the others' kernel, one sample after the other."""
+    n, k, probes = 40, 2, 6
+    theta, cross, r0 = problem(n, k, probes)
+    spectrum, idle = dense_spectrum(theta), (theta == 0).all(1)
+    filters = [make_filter(n, time=float(t), lr=n / spectrum.top) for t in (1, 2, 5, 30, 400, 10**4, 10**6)]
+    weights, predictions = remove_at_times(spectrum, filters, r0, cross=cross, convention="sum", idle=idle)
+    for place, phi in enumerate(filters):
+        whole = trained(theta, r0.reshape(-1), phi)
+        for sample in (x for x in range(n) if x != 2):  # whose gradient is zero
+            kept = torch.arange(n * k) // k != sample
+            change = -whole.clone()
+            change[kept] += trained(theta[kept][:, kept], r0.reshape(-1)[kept], phi)
+            np.testing.assert_allclose(weights[place, sample], change @ theta @ change, rtol=1e-6)
+            moved = (cross @ change).square().sum() / probes
+            np.testing.assert_allclose(predictions[place, sample], moved, rtol=1e-6)
+
+
+def trained(theta: torch.Tensor, r0: torch.Tensor, phi) -> torch.Tensor:
+    """Dual weights at the end of the training."""
+    s, u = torch.linalg.eigh(theta)
+    return u @ (torch.from_numpy(phi(s.clamp(min=0).numpy())) * (u.T @ r0))
+
+
+def test_one_step_alone():
+    """No pole at any time."""
+    theta, cross, r0 = problem(20, 1, 5)
+    spectrum, idle = dense_spectrum(theta), (theta == 0).all(1)
+    phi, common = make_filter(20, time=1.0, lr=20 / spectrum.top), dict(cross=cross, convention="mean", idle=idle)
+    weights, predictions = remove_at_times(spectrum, [phi], r0, **common)
+    one = remove_from_spectrum(spectrum, phi, r0, blocks=make_blocks(20, 1), as_numpy=False, **common)
+    np.testing.assert_allclose(weights[0], one.weight_sqnorm, rtol=1e-10)
+    np.testing.assert_allclose(predictions[0], one.prediction_sqnorm, rtol=1e-10)
