@@ -60,24 +60,37 @@ void define_rows(py::module_& module, const char* type) {
   }, release);
   // a side: [address, bfloat16, four strides, length, ones, places, signs]
   using Numbers = std::array<std::int64_t, 10>;
-  constexpr auto side = [](const Numbers& x) {
+  static constexpr auto side = [](const Numbers& x) {
     return sui::Side<T>{at<void>(Address(x[0])), x[1] ? sui::Kind::bfloat16 : sui::Kind::real, x[2], x[3], x[4], x[5],
                         x[6], x[7] != 0, at<const int>(Address(x[8])), at<const T>(Address(x[9]))};
   };
   define("fourier_order", [](Index rank, Address frequency) {
     sui::tensor_kernels<T>().order(rank, at<int>(frequency));
   }, release);
-  define("fourier", [side](const std::vector<std::pair<Numbers, Numbers>>& sides, Index samples, Index k, Index s,
-                           Index rank, Address roots, Address out, int threads) {
-    std::vector<sui::Layer<T>> layers;
-    for (const auto& [a, g] : sides) layers.push_back({side(a), side(g)});
-    sui::fourier(layers.data(), Index(layers.size()), samples, k, s, rank, at<const T>(roots), at<T>(out), threads);
+  using Sides = std::vector<std::pair<Numbers, Numbers>>;
+  constexpr auto layers = [](const Sides& sides) {
+    std::vector<sui::Layer<T>> found;
+    for (const auto& [a, g] : sides) found.push_back({side(a), side(g)});
+    return found;
+  };
+  define("fourier", [layers](const Sides& sides, Index samples, Index k, Index s, Index rank, Address roots, Address out,
+                             int threads) {
+    sui::fourier(layers(sides).data(), Index(sides.size()), samples, k, s, rank, at<const T>(roots), at<T>(out),
+                 threads);
   }, release);
-  define("fourier_finish", [](Address sums, Index rows, Index rank, Address roots, Address frequency, Address place,
-                              Address out, int threads) {
-    sui::finish(at<const T>(sums), rows, rank, at<const T>(roots), at<const int>(frequency), at<const int>(place),
-                at<T>(out), threads);
+  define("fourier_finish", [](Address sums, Index rows, Index rank, Address roots, Address place, Address out,
+                              int threads) {
+    sui::finish(at<const T>(sums), rows, rank, at<const T>(roots), at<const int>(place), at<T>(out), threads);
   }, release);
+  define("flat", [layers](const Sides& sides, Index samples, Index rank, Address roots, Address place, Address out,
+                          int threads) {
+    sui::flat(layers(sides).data(), Index(sides.size()), samples, rank, at<const T>(roots), at<const int>(place),
+              at<T>(out), threads);
+  }, release);
+  define("keep_rows", [](Address rows, Index rank, double factor, const std::vector<Index>& to, Address table) {
+    return sui::tensor_kernels<T>().keep(at<const T>(rows), Index(to.size()), rank, static_cast<T>(factor), to.data(),
+                                         at<T>(table));
+  });
   define("scatter_rows", [](Address x, Index rows, Index o, Index i, Address place_o, Address sign_o, Address place_i,
                             Address sign_i, Index rank, Address out, int threads) {
     sui::scatter_rows(at<const T>(x), rows, o, i, at<int>(place_o), at<const T>(sign_o), at<int>(place_i),

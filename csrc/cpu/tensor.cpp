@@ -41,13 +41,23 @@ void fourier(const Layer<T>* layers, Index count, Index samples, Index k, Index 
 }
 
 template <class T>
-void finish(const T* sums, Index rows, Index rank, const T* roots, const int* frequency, const int* place, T* out,
-            int threads) {
+void finish(const T* sums, Index rows, Index rank, const T* roots, const int* place, T* out, int threads) {
   const auto& kernels = tensor_kernels<T>();
   const Index parts = parts_for(rows, 20.0 * double(rows) * double(rank), threads);
   const Rooms<T> rooms(parts, kernels.finish_room(rank));
   in_parts(rows, parts, [&](Index part, Index begin, Index end) {
-    kernels.finish(sums + begin * 2 * rank, end - begin, rank, roots, frequency, place, rooms[part], out + begin * rank);
+    kernels.finish(sums + begin * 2 * rank, end - begin, rank, roots, place, rooms[part], out + begin * rank);
+  });
+}
+
+template <class T>
+void flat(const Layer<T>* layers, Index count, Index samples, Index rank, const T* roots, const int* place, T* out,
+          int threads) {
+  const auto& kernels = tensor_kernels<T>();
+  const Index parts = parts_for(samples, 20.0 * double(count + 1) * double(samples) * double(rank), threads);
+  const Rooms<T> rooms(parts, kernels.finish_room(rank));
+  in_parts(samples, parts, [&](Index part, Index begin, Index end) {
+    kernels.flat(layers, count, begin, end, rank, roots, place, rooms[part], out);
   });
 }
 
@@ -76,7 +86,8 @@ void scatter_index(const T* g, Index samples, Index k, Index s, Index o, const I
 
 #define SUI_FOR(T)                                                                                                   \
   template void fourier(const Layer<T>*, Index, Index, Index, Index, Index, const T*, T*, int);                      \
-  template void finish(const T*, Index, Index, const T*, const int*, const int*, T*, int);                           \
+  template void finish(const T*, Index, Index, const T*, const int*, T*, int);                                       \
+  template void flat(const Layer<T>*, Index, Index, Index, const T*, const int*, T*, int);                           \
   template void scatter_rows(const T*, Index, Index, Index, const int*, const T*, const int*, const T*, Index, T*,    \
                              int);                                                                                   \
   template void scatter_index(const T*, Index, Index, Index, Index, const Index*, const int*, const T*, const int*,  \

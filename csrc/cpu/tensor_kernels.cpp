@@ -353,58 +353,108 @@ Index finish_room(Index rank) {
   return 6 * pitch<T>(rank);
 }
 
-// Rows of sums [live, 2, rank] as re, im [rank, lanes] by frequency.
+// Rows of sums [live, 2, rank] as re, im [rank, lanes].
 template <class T>
-void gather(const T* sums, int live, Index rank, const int* frequency, T* re, T* im) {
+void gather(const T* sums, int live, Index rank, T* re, T* im) {
   constexpr int lanes = Simd<T>::lanes;
   for (Index p = 0; p < 2 * rank; p += lanes) {
-    T* const to = p < rank ? re : im;
+    T* const to = p < rank ? re + p * lanes : im + (p - rank) * lanes;
     Vector<T> v[lanes];
 #pragma GCC unroll 16
     for (int l = 0; l < lanes; ++l) v[l] = l < live ? at(sums + l * 2 * rank + p) : Vector<T>{};
     transpose<T>(v);
 #pragma GCC unroll 16
-    for (int l = 0; l < lanes; ++l) at(to + Index(frequency[(p + l) % rank]) * lanes) = v[l];
+    for (int l = 0; l < lanes; ++l) at(to + l * lanes) = v[l];
   }
 }
 
-// The transform X of a sketch is X_f = (S_f - conj S_-f) / 4 i, and the sketch is fft(conj X) / rank, which is real: the rows
-// of two groups of lanes are the real and the imaginary part of one transform.
+// Buffers [rank, lanes]: those of a transform, and the sums of two groups of lanes.
 template <class T>
-void finish_rows(const T* sums, Index rows, Index rank, const T* roots, const int* frequency, const int* place, T* room,
-                 T* out) {
+struct Groups {
+  Groups(T* room, Index rank) : re(room), im(re + pitch<T>(rank)) {
+    for (int part = 0; part < 4; ++part) sums[part / 2][part % 2] = im + (part + 1) * pitch<T>(rank);
+  }
+  T *re, *im, *sums[2][2];
+};
+
+// The transform X of a sketch is X_f = (S_f - conj S_-f) / 4 i, and the sketch is fft(conj X) / rank, which is real: the
+// rows of two groups are the real and the imaginary part of one transform. Adds `live` rows to out.
+template <class T>
+void finish_groups(const Groups<T>& room, Index live, const Plan<T>& plan, const int* place, T* out) {
   constexpr int lanes = Simd<T>::lanes;
-  const Plan<T> plan{rank, roots, roots + rank};
-  const Index size = rank * lanes, next = pitch<T>(rank);
-  T *re = room, *im = re + next, *first_re = im + next, *first_im = first_re + next, *second_re = first_im + next,
-    *second_im = second_re + next;
+  const Index rank = plan.rank;
+  const auto& [first, second] = room.sums;
+  for (Index f = 0; f < rank; ++f) {
+    const Index here = Index(place[f]) * lanes, there = Index(place[(rank - f) % rank]) * lanes, to = f * lanes;
+    at(room.re + to) = at(first[1] + here) + at(first[1] + there) - at(second[0] + here) + at(second[0] + there);
+    at(room.im + to) = at(first[0] + here) - at(first[0] + there) + at(second[1] + here) + at(second[1] + there);
+  }
+  zero(first[0], rank * lanes);
+  zero(first[1], rank * lanes);
   const Vector<T> scale = Vector<T>{} + T(0.25) / static_cast<T>(rank);
-  for (Index begin = 0; begin < rows; begin += 2 * lanes) {
-    const int live = static_cast<int>(rows - begin < 2 * lanes ? rows - begin : 2 * lanes);
-    const int one = live < lanes ? live : lanes, two = live - one;
-    gather(sums + begin * 2 * rank, one, rank, frequency, first_re, first_im);
-    gather(sums + (begin + one) * 2 * rank, two, rank, frequency, second_re, second_im);
-    for (Index f = 0; f < rank; ++f) {
-      const Index here = f * lanes, there = (rank - f) % rank * lanes;
-      at(re + here) = at(first_im + here) + at(first_im + there) - at(second_re + here) + at(second_re + there);
-      at(im + here) = at(first_re + here) - at(first_re + there) + at(second_im + here) + at(second_im + there);
-    }
-    zero(first_re, size);
-    zero(first_im, size);
-    transform<T, false>(re, im, scale, scale, plan, first_re, first_im);
-    const T* const found[2] = {first_re, first_im};
-    for (int group = 0; group < (two ? 2 : 1); ++group) {
-      const int count = group ? two : one;
-      T* const to = out + (begin + group * lanes) * rank;
-      for (Index b = 0; b < rank; b += lanes) {
-        Vector<T> v[lanes];
+  transform<T, false>(room.re, room.im, scale, scale, plan, first[0], first[1]);
+  for (int group = 0; group < 2; ++group, out += lanes * rank, live -= lanes) {
+    for (Index b = 0; b < rank && live > 0; b += lanes) {
+      Vector<T> v[lanes];
 #pragma GCC unroll 16
-        for (int l = 0; l < lanes; ++l) v[l] = at(found[group] + Index(place[b + l]) * lanes);
-        transpose<T>(v);
-        for (int l = 0; l < count; ++l) at(to + l * rank + b) += v[l];
-      }
+      for (int l = 0; l < lanes; ++l) v[l] = at(first[group] + Index(place[b + l]) * lanes);
+      transpose<T>(v);
+      for (int l = 0; l < lanes && l < live; ++l) at(out + l * rank + b) += v[l];
     }
   }
+}
+
+template <class T>
+void finish_rows(const T* sums, Index rows, Index rank, const T* roots, const int* place, T* memory, T* out) {
+  constexpr Index lanes = Simd<T>::lanes;
+  const Groups<T> room(memory, rank);
+  for (Index begin = 0; begin < rows; begin += 2 * lanes) {
+    const Index live = rows - begin < 2 * lanes ? rows - begin : 2 * lanes, one = live < lanes ? live : lanes;
+    gather(sums + begin * 2 * rank, static_cast<int>(one), rank, room.sums[0][0], room.sums[0][1]);
+    gather(sums + (begin + one) * 2 * rank, static_cast<int>(live - one), rank, room.sums[1][0], room.sums[1][1]);
+    finish_groups(room, live, {rank, roots, roots + rank}, place, out + begin * rank);
+  }
+}
+
+// fourier and finish for one position and one output: the sums stay as the transform leaves them.
+template <class T>
+void flat_rows(const Layer<T>* layers, Index count, Index first, Index last, Index rank, const T* roots,
+               const int* place, T* memory, T* out) {
+  constexpr Index lanes = Simd<T>::lanes;
+  const Plan<T> plan{rank, roots, roots + rank};
+  const Groups<T> room(memory, rank);
+  for (Index begin = first; begin < last; begin += 2 * lanes) {
+    for (int group = 0; group < 2; ++group) {
+      const Index start = begin + group * lanes, live = last - start < lanes ? last - start : lanes;
+      T* const* sums = room.sums[group];
+      zero(sums[0], rank * lanes);
+      zero(sums[1], rank * lanes);
+      for (Index layer = 0; layer < count && live > 0; ++layer) {
+        zero(room.re, rank * lanes);
+        zero(room.im, rank * lanes);
+        const Vector<T> size = hash(layers[layer].a, start, static_cast<int>(live), 1, 0, room.re);
+        Vector<T> u, inverse;
+        balance<T>(size, hash(layers[layer].g, start, static_cast<int>(live), 1, 0, room.im), u, inverse);
+        transform<T, true>(room.re, room.im, u, inverse, plan, sums[0], sums[1]);
+      }
+    }
+    finish_groups(room, last - begin, plan, place, out + begin * rank);
+  }
+}
+
+template <class T>
+bool keep_rows(const T* rows, Index count, Index rank, T factor, const Index* to, T* table) {
+  constexpr Index lanes = Simd<T>::lanes;
+  Vector<T> some = {};  // 0 x is 0 only where x is finite
+  T bad = 0;
+  Index j = 0;
+  for (; j + lanes <= count * rank; j += lanes) some += T(0) * (factor * at(rows + j));
+  for (; j < count * rank; ++j) bad += T(0) * (factor * rows[j]);
+  for (Index l = 0; l < lanes; ++l) bad += some[l];
+  if (bad != 0) return false;
+  for (Index n = 0; n < count; ++n)
+    for (j = 0; j < rank; ++j) table[to[n] * rank + j] = factor * rows[n * rank + j];
+  return true;
 }
 
 // Scatter -------------------------------------------------------------------------------------------------------------
@@ -476,8 +526,8 @@ void scatter_index(const T* g, Index samples, Index k, Index s, Index o, const I
 #define SUI_TABLE(T)                                                      \
   extern const TensorKernels<T> SUI_JOIN(tensor_##T##_, SUI_VARIANT);     \
   const TensorKernels<T> SUI_JOIN(tensor_##T##_, SUI_VARIANT) = {         \
-      Simd<T>::lanes, order, fourier_room<T>, fourier_rows<T>, finish_room<T>, finish_rows<T>, scatter_lanes<T>, \
-      scatter_index<T>}
+      Simd<T>::lanes, order, fourier_room<T>, fourier_rows<T>, finish_room<T>, finish_rows<T>, flat_rows<T>, keep_rows<T>, \
+      scatter_lanes<T>, scatter_index<T>}
 SUI_TABLE(float);
 SUI_TABLE(double);
 

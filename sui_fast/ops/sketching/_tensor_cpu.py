@@ -39,13 +39,14 @@ def fourier_length(rank: int) -> int | None:
 
 
 @functools.lru_cache(maxsize=16)
-def _tables(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines and sines of -2 pi j / length; the frequency that ends at each place, and the place of each frequency."""
+def _tables(length: int, dtype: torch.dtype) -> tuple[int, int, tuple[Tensor, Tensor]]:
+    """Cosines and sines of -2 pi j / length and the place where each frequency ends: their addresses, and themselves."""
     angle = torch.arange(length, dtype=torch.float64) * (-2 * math.pi / length)
     frequency, place = torch.empty(length, dtype=torch.int32), torch.empty(length, dtype=torch.int32)
     call("fourier_order", dtype)(length, frequency.data_ptr())
     place[frequency.long()] = torch.arange(length, dtype=torch.int32)
-    return torch.cat([angle.cos(), angle.sin()]).to(dtype), frequency, place
+    roots = torch.cat([angle.cos(), angle.sin()]).to(dtype)
+    return roots.data_ptr(), place.data_ptr(), (roots, place)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -85,12 +86,12 @@ def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums:
         kept.append((a, g, left, right))
         sides.append((_side(a, i, ones, left), _side(g, o, False, right)))
     roots = _tables(length, dtype)[0]
-    call("fourier", dtype)(sides, n, k, s, length, roots.data_ptr(), sums.data_ptr(), torch.get_num_threads())
+    call("fourier", dtype)(sides, n, k, s, length, roots, sums.data_ptr(), torch.get_num_threads())
 
 
-def add_flat(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums: Tensor, seed: int) -> None:
-    """``add_fourier`` for layers x [n, i], g [n, o] of one position and one output."""
-    (n, _, _, length), dtype, sides, kept = sums.shape, sums.dtype, [], []
+def add_flat(layers: list[tuple[Tensor, Tensor, int, bool]], out: Tensor, seed: int) -> None:
+    """out [n, 1, rank] += the sketches of layers x [n, i], g [n, o] of one position and one output."""
+    (n, _, rank), dtype, sides, kept = out.shape, out.dtype, [], []
     for x, g, stream, ones in layers:
         if x.dtype != dtype or x.stride(1) != 1:
             x = _readable(x[:, None], dtype)[:, 0]
@@ -99,15 +100,18 @@ def add_flat(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums: Te
         kept.append((x, g))
         i, o, a, b = x.shape[1], g.shape[1], x.stride(0), g.stride(0)
         left, right = _hashed(i + ones, rank, 0, stream, seed, dtype), _hashed(o, rank, 1, stream, seed, dtype)
-        half_x, half_g = x.dtype == torch.bfloat16, g.dtype == torch.bfloat16
         sides.append(
             (
-                [x.data_ptr(), half_x, a, 0, a, 1, i, ones, left[1], left[2]],
-                [g.data_ptr(), half_g, b, 0, b, 1, o, False, right[1], right[2]],
+                [x.data_ptr(), x.dtype != dtype, a, 0, a, 1, i, ones, left[1], left[2]],
+                [g.data_ptr(), g.dtype != dtype, b, 0, b, 1, o, False, right[1], right[2]],
             )
         )
-    roots = _tables(length, dtype)[0]
-    call("fourier", dtype)(sides, n, 1, 1, length, roots.data_ptr(), sums.data_ptr(), torch.get_num_threads())
+    length = fourier_length(rank)
+    roots, place, _ = _tables(length, dtype)
+    found = out if length == rank else out.new_zeros(n, 1, length)
+    call("flat", dtype)(sides, n, length, roots, place, found.data_ptr(), torch.get_num_threads())
+    if length != rank:
+        out += fold(found, rank)
 
 
 def prefers_flat(x: Tensor, g: Tensor, ones: bool, rank: int) -> bool:
@@ -131,9 +135,9 @@ def new_sums(out: Tensor) -> Tensor:
 def finish(sums: Tensor, out: Tensor) -> None:
     """out [n, k, rank] += the sketches that the sums of `add_fourier` belong to."""
     (n, k, _, length), rank, dtype = sums.shape, out.shape[2], sums.dtype
-    tables = [table.data_ptr() for table in _tables(length, dtype)]
+    roots, place, _ = _tables(length, dtype)
     found = out if length == rank else out.new_zeros(n, k, length)
-    call("fourier_finish", dtype)(sums.data_ptr(), n * k, length, *tables, found.data_ptr(), torch.get_num_threads())
+    call("fourier_finish", dtype)(sums.data_ptr(), n * k, length, roots, place, found.data_ptr(), torch.get_num_threads())
     if length != rank:
         out += fold(found, rank)
 

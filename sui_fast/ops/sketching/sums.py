@@ -116,9 +116,6 @@ class TensorSums:
     def _transform(self) -> None:
         if self._fourier is None:
             self._fourier = self.kernels.new_sums(self.out) if self._spare is None else self._spare.zero_()
-        if self._flat:
-            self.kernels.add_flat(self._flat, self.rank, self._fourier, self._key)
-            self._flat = []
         groups: dict[int, list] = {}
         for layer in self._waiting:
             groups.setdefault(layer[1].shape[2], []).append(layer)
@@ -148,7 +145,10 @@ class TensorSums:
 
     def total(self) -> Tensor:
         """The sum so far, [n, k, rank], float32 for half precision."""
-        if self._waiting or self._flat:
+        if self._flat:
+            self.kernels.add_flat(self._flat, self.out, self._key)
+            self._flat = []
+        if self._waiting:
             self._transform()
         if self._fourier is not None:
             self.kernels.finish(self._fourier, self.out)
