@@ -211,8 +211,7 @@ class TrainingScores:
             if (self._waiting or self._sums is not None) and torch._C._current_graph_task_id() < 0:
                 todo = "Call step(ids) after every backward pass, before the next forward pass."
                 raise ArgumentError(complaint("step", "one backward pass for each step", "a second one", todo))
-            x = inputs[0].detach()
-            output.register_hook(partial(self._receive, module, x))
+            output.register_hook(partial(self._receive, module, inputs[0]))
         self._clock.taken += time.perf_counter() - begin
 
     def _receive(self, module: nn.Module, x: Tensor, g: Tensor) -> None:
@@ -231,10 +230,10 @@ class TrainingScores:
             if self._axes.get(key) == 0 and axes == g.ndim and len(x) == len(g) == n:
                 self._begin(n, g)
                 if axes == 2 and key in self._plain:
-                    self._sums.flat(x, g.detach(), *self._plain[key])
+                    self._sums.flat(x, g, *self._plain[key])
                     continue
                 image = self._images.get(key)
-                if image is not None and axes == image[0] and self._sums.folded(x, g.detach(), *image[1:]):
+                if image is not None and axes == image[0] and self._sums.folded(x, g, *image[1:]):
                     continue
             others.append(layer)
         if not others:
@@ -354,37 +353,27 @@ class TrainingScores:
         self._add_all(waiting, n)
         if self._sums is None:
             return
-        features, self._sums = self._sums.total()[:, 0], None
+        sums, self._sums = self._sums, None
         factor = (n if self.reduction == "mean" else 1) if factor is None else factor
         if self.scaler is not None:
             factor /= self.scaler.get_scale()
-        if features.dtype != torch.float32 or features.device.type != "cpu":
-            features = features.to("cpu", torch.float32)
-        if not math.isfinite(features.sum().item() * factor):
-            if self.scaler is not None:
-                self.skipped += n
-                return
-            bad = torch.nonzero(~torch.isfinite(features * factor).all(1)).flatten()
-            got = f"NaN or infinity at sample {listed[int(bad[0])]!r}" if len(bad) else "values beyond float32"
-            todo = "Give scaler= the GradScaler of the training, or mend the loss."
-            raise DataError(complaint("step", "finite gradients", got, todo))
         known, numbers = len(self._numbers), self._numbers
-        fresh = numbers.keys().isdisjoint(listed)
-        if fresh:
-            numbers.update(zip(listed, range(known, known + n), strict=True))
-            if len(numbers) < known + n:  # an id that is there twice
-                for name in listed:
-                    numbers.pop(name, None)
-                fresh = False
-        rows = None if fresh else [numbers.setdefault(name, len(numbers)) for name in listed]
+        rows = [numbers.setdefault(name, len(numbers)) for name in listed]
         if len(numbers) > len(self._table):
             grown = torch.empty(max(1024, 2 * len(numbers)), self.rank)
             grown[:known] = self._table[:known]
             self._table = grown
-        if fresh:
-            torch.mul(features, factor, out=self._table[known : known + n])
-        else:
-            self._table.index_copy_(0, torch.from_numpy(np.array(rows)), features.mul_(factor))
+        if sums.keep(self._table, rows, factor):
+            return
+        while len(numbers) > known:
+            numbers.popitem()
+        if self.scaler is not None:
+            self.skipped += n
+            return
+        bad = torch.nonzero(~torch.isfinite(factor * sums.total()[:, 0]).all(1)).flatten()
+        got = f"NaN or infinity at sample {listed[int(bad[0])]!r}" if len(bad) else "values beyond float32"
+        todo = "Give scaler= the GradScaler of the training, or mend the loss."
+        raise DataError(complaint("step", "finite gradients", got, todo))
 
     def features(self) -> tuple[np.ndarray, Tensor]:
         """(ids, sketches [n, rank]) of the samples seen so far."""

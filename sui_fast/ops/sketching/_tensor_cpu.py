@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -140,6 +141,11 @@ def finish(sums: Tensor, out: Tensor) -> None:
     call("fourier_finish", dtype)(sums.data_ptr(), n * k, length, roots, place, found.data_ptr(), torch.get_num_threads())
     if length != rank:
         out += fold(found, rank)
+
+
+def keep_rows(found: Tensor, rows: Sequence[int], factor: float, table: Tensor) -> bool:
+    """table[rows] = factor found [n, rank] if all of it is finite."""
+    return call("keep_rows", found.dtype)(found.data_ptr(), found.shape[1], factor, rows, table.data_ptr())
 
 
 def add_scatter(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, ones: bool) -> None:

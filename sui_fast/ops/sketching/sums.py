@@ -3,6 +3,7 @@ once, embeddings stay token numbers, and half precision is read as it lies."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -154,6 +155,17 @@ class TensorSums:
             self.kernels.finish(self._fourier, self.out)
             self._fourier, self._spare = None, self._fourier
         return self.out
+
+    def keep(self, table: Tensor, rows: Sequence[int], factor: float) -> bool:
+        """table[rows] = factor times the sum of one output, float32 on the CPU; False, and nothing kept, if not finite."""
+        found = self.total()[:, 0]
+        if self.kernels is _tensor_cpu is not None and found.dtype == torch.float32:
+            return _tensor_cpu.keep_rows(found, rows, factor, table)
+        found = (found * factor).to("cpu", torch.float32)
+        finite = bool(torch.isfinite(found).all())
+        if finite:
+            table[list(rows)] = found
+        return finite
 
     def clear(self) -> None:
         """Begin again, in the same memory: that of ``total`` is overwritten."""
