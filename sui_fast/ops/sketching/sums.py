@@ -92,13 +92,12 @@ class TensorSums:
         entries are independent, so E<Px, Py> = <x, y>. Measured (two CNNs, untrained and trained, ranks 256 and 1024):
         the error of the Gram matrix is that of the tensor sketch within the spread of seeds.
         """
-        if self.kernels is not _tensor_cpu or _tensor_cpu is None or self.rank < _windows_cpu.width_of(1):
+        if self.kernels is not _tensor_cpu or _tensor_cpu is None:
             return False
-        planes = min(x.shape[1], -(-self.rank // (4 * prod(window.kernel))))
-        width = _windows_cpu.width_of(min(self.rank // 16, g.shape[1]))
-        if g.numel():
-            _windows_cpu.fold_windows(x, g, window, planes, width, self.out, self._key, stream, ones)
-        return True
+        sizes = _windows_cpu.fold_sizes(window, x.shape[1], g.shape[1], self.rank)
+        if sizes and g.numel():
+            _windows_cpu.fold_windows(x, g, window, *sizes, self.out, self._key, stream, ones)
+        return sizes is not None
 
     def formed(self, rows: Tensor, first: int, stream: int, bias: Tensor | None = None) -> None:
         """As ``outer`` for samples from ``first`` on, from their rows [b, k, o, i] and those of the bias [b, k, o]."""
