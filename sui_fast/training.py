@@ -28,36 +28,49 @@ from .streaming import LowRank
 
 _LARGE = 1 << 20  # numbers of a layer's input and gradient that are not kept until step()
 _DISPATCH = 1e-5  # seconds for two hooks of a layer outside of them: measured, they cannot see it
+_COMPARED = 1 / 16  # share of the steps that are not watched under a budget, to compare with
 _MIXES = "the layer mixes the samples of a batch in train mode"
 _UNKNOWN = "no rule for the layer"
 _NEVER = "no gradient came through a call of its layer"
 
 
 class _Clock:
-    """Seconds of the training's own steps and of what is added to them; pauses between steps count as two of them."""
+    """Seconds of the training's own steps and of what is added to them; pauses between steps count as two of them.
+
+    What the hooks cannot see of themselves (their calls, what they put out of the cache) is the difference between the
+    training's own seconds in steps that are watched and in those that are not.
+    """
 
     def __init__(self) -> None:
-        self.own = self.rest = self.taken = 0.0  # taken: of own, since the last step
+        self.own = self.taken = 0.0  # taken: of own, since the last step
+        self.rest, self.count = [0.0, 0.0], [0, 0]  # of steps not watched, watched
         self.end: float | None = None
         self.least = math.inf
-        self.steps = self.watched = 0
 
     def step(self, begin: float, watched: bool) -> None:
         """A step that began its own work then, and ends now."""
         if self.end is not None:
             rest = begin - self.end - self.taken
             self.least = min(self.least, rest)
-            self.rest += min(rest, 2 * self.least)
-            self.steps, self.watched = self.steps + 1, self.watched + watched
+            self.rest[watched] += min(rest, 2 * self.least)
+            self.count[watched] += 1
         self.end = time.perf_counter()
-        if self.steps:  # the first one pays for tables and memory
+        if sum(self.count):  # the first one pays for tables and memory
             self.own += self.taken + self.end - begin
         self.taken = 0.0
 
     @property
-    def ratio(self) -> float:
-        """Overhead so far."""
-        return self.own / self.rest if self.rest else 0.0
+    def share(self) -> float:
+        """Of the steps that were watched."""
+        return self.count[1] / max(sum(self.count), 1)
+
+    def ratio(self, idle: float) -> float:
+        """Overhead so far; idle: seconds of the hooks in a step that is not watched."""
+        rest, steps = sum(self.rest), sum(self.count)
+        if not rest:
+            return 0.0
+        plain = self.rest[0] / self.count[0] - idle if self.count[0] else math.inf
+        return max(self.own / rest, (self.own + rest) / max(plain * steps, 1e-9) - 1)
 
 
 class TrainingScores:
@@ -86,7 +99,7 @@ class TrainingScores:
         share: of the steps that are watched, drawn at random; the overhead falls with it, and over several epochs most
             samples are seen.
         overhead: at most this part of the time of the training itself, e.g. 0.15: a step is watched only while what was
-            taken so far is below it. None: every step is. ``diagnostics`` of the scores tell both, the share of the
+            taken so far is below it, and one of 16 is left to compare with. None: every step is. ``diagnostics`` of the scores tell both, the share of the
             steps watched and the overhead measured.
         scaler: a torch.amp.GradScaler whose scale the loss is multiplied with; steps whose gradients overflow are left
             out, as the training leaves them out.
@@ -334,7 +347,10 @@ class TrainingScores:
         self._clock.step(begin, watched)
         self._watching = self._draw.random() < self.share
         if self.overhead is not None:
-            self._watching &= self._clock.ratio <= self.overhead
+            self._watching &= self._measured() <= self.overhead and self._draw.random() > _COMPARED
+
+    def _measured(self) -> float:
+        return self._clock.ratio(_DISPATCH / 2 * len(self._layers))
 
     def _keep(self, listed: list, factor: float | None, watched: bool) -> None:
         n = len(listed)
@@ -398,9 +414,9 @@ class TrainingScores:
         if self.coverage < 0.5:
             name, reason = next(iter(left_out.items()))
             warnings.warn(f"only {self.coverage:.0%} of the parameters were seen: {name!r}: {reason}", stacklevel=2)
-        if self.overhead is not None and self._clock.watched < self._clock.steps:
-            seen = self._clock.watched / self._clock.steps
-            warnings.warn(f"{seen:.0%} of the steps were watched: overhead is kept to {self.overhead}", stacklevel=2)
+        if self.overhead is not None and self._clock.count[0]:
+            seen = f"{self._clock.share:.0%} of the steps were watched"
+            warnings.warn(f"{seen}: overhead is kept to {self.overhead}", stacklevel=2)
         shard = {"features": z[:, None], "residual": -torch.ones(len(z), 1, dtype=torch.float64)}
         moments = Moments(self.rank)
         moments.add(**shard)
@@ -414,6 +430,6 @@ class TrainingScores:
         settings = dict(reg=reg, sigma=sigma, method="training", rank=self.rank, seed=self.seed)
         diagnostics = dict(
             method="training", features=self.rank, coverage=self.coverage, samples=len(z), left_out=left_out,
-            skipped=self.skipped, share=self._clock.watched / max(self._clock.steps, 1), overhead=self._clock.ratio,
+            skipped=self.skipped, share=self._clock.share, overhead=self._measured(),
         )  # fmt: skip
         return Scores(ids=ids, values=values, settings=settings, diagnostics=diagnostics, units={"si": "nats"})
