@@ -99,8 +99,8 @@ class TrainingScores:
         share: of the steps that are watched, drawn at random; the overhead falls with it, and over several epochs most
             samples are seen.
         overhead: at most this part of the time of the training itself, e.g. 0.15: a step is watched only while what was
-            taken so far is below it, and one of 16 is left to compare with. None: every step is. ``diagnostics`` of the scores tell both, the share of the
-            steps watched and the overhead measured.
+            taken so far is below it, and one of 16 is left to compare with. None: every step is. ``diagnostics`` of the
+            scores tell both, the share of the steps watched and the overhead measured.
         scaler: a torch.amp.GradScaler whose scale the loss is multiplied with; steps whose gradients overflow are left
             out, as the training leaves them out.
     Raises:
@@ -350,7 +350,7 @@ class TrainingScores:
             self._watching &= self._measured() <= self.overhead and self._draw.random() > _COMPARED
 
     def _measured(self) -> float:
-        return self._clock.ratio(_DISPATCH / 2 * len(self._layers))
+        return self._clock.ratio(_DISPATCH * len(self._layers))
 
     def _keep(self, listed: list, factor: float | None, watched: bool) -> None:
         n = len(listed)

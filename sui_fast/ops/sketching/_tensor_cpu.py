@@ -41,7 +41,7 @@ def fourier_length(rank: int) -> int | None:
 
 @functools.lru_cache(maxsize=16)
 def _tables(length: int, dtype: torch.dtype) -> tuple[int, int, tuple[Tensor, Tensor]]:
-    """Cosines and sines of -2 pi j / length and the place where each frequency ends: their addresses, and themselves."""
+    """Cosines and sines of -2 pi j / length, and the place where each frequency ends: addresses and tensors."""
     angle = torch.arange(length, dtype=torch.float64) * (-2 * math.pi / length)
     frequency, place = torch.empty(length, dtype=torch.int32), torch.empty(length, dtype=torch.int32)
     call("fourier_order", dtype)(length, frequency.data_ptr())
@@ -138,7 +138,9 @@ def finish(sums: Tensor, out: Tensor) -> None:
     (n, k, _, length), rank, dtype = sums.shape, out.shape[2], sums.dtype
     roots, place, _ = _tables(length, dtype)
     found = out if length == rank else out.new_zeros(n, k, length)
-    call("fourier_finish", dtype)(sums.data_ptr(), n * k, length, roots, place, found.data_ptr(), torch.get_num_threads())
+    call("fourier_finish", dtype)(
+        sums.data_ptr(), n * k, length, roots, place, found.data_ptr(), torch.get_num_threads()
+    )
     if length != rank:
         out += fold(found, rank)
 

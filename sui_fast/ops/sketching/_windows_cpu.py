@@ -95,8 +95,9 @@ def _folding(
 ) -> tuple:
     """The arguments of the kernel but for the addresses of x, g and out, and what must live as long."""
     (channels, o), i = (images[0][1], images[3][1]), planes * math.prod(window.kernel) + ones
-    tables = *hashed(i, rank, 0, stream, seed, dtype), *(
-        hashed(size, rank, word, stream, seed, dtype)[1] for size, word in ((o, 1), (channels, 2))
+    tables = (
+        *hashed(i, rank, 0, stream, seed, dtype),
+        *(hashed(size, rank, word, stream, seed, dtype)[1] for size, word in ((o, 1), (channels, 2))),
     )
     *pointers, signs = [table.data_ptr() for table in tables]
     first, last, kept = _layout(window, planes, signs, 3, *images)
@@ -118,9 +119,7 @@ def fold_windows(
     call("fold_windows", dtype)(numbers, *rest, out.data_ptr(), torch.get_num_threads())
 
 
-def folded(
-    rows: Tensor, bias: Tensor | None, planes: int, width: int, rank: int, seed: int, stream: int
-) -> Tensor:
+def folded(rows: Tensor, bias: Tensor | None, planes: int, width: int, rank: int, seed: int, stream: int) -> Tensor:
     """What ``fold_windows`` adds, from rows [n, k, o, channels, kernel] and of a bias [n, k, o]: the reference."""
     o, channels, kernel = rows.shape[2:]
     kind, i = dict(device=rows.device, dtype=rows.dtype), planes * kernel

@@ -156,7 +156,7 @@ class TensorSums:
         return self.out
 
     def keep(self, table: Tensor, rows: Sequence[int], factor: float) -> bool:
-        """table[rows] = factor times the sum of one output, float32 on the CPU; False, and nothing kept, if not finite."""
+        """table[rows] = factor times the sum of one output, float32 on the CPU; False, nothing kept, if not finite."""
         found = self.total()[:, 0]
         if self.kernels is _tensor_cpu is not None and found.dtype == torch.float32:
             return _tensor_cpu.keep_rows(found, rows, factor, table)
