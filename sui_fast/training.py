@@ -28,36 +28,49 @@ from .streaming import LowRank
 
 _LARGE = 1 << 20  # numbers of a layer's input and gradient that are not kept until step()
 _DISPATCH = 1e-5  # seconds for two hooks of a layer outside of them: measured, they cannot see it
+_COMPARED = 1 / 16  # share of the steps that are not watched under a budget, to compare with
 _MIXES = "the layer mixes the samples of a batch in train mode"
 _UNKNOWN = "no rule for the layer"
 _NEVER = "no gradient came through a call of its layer"
 
 
 class _Clock:
-    """Seconds of the training's own steps and of what is added to them; pauses between steps count as two of them."""
+    """Seconds of the training's own steps and of what is added to them; pauses between steps count as two of them.
+
+    What the hooks cannot see of themselves (their calls, what they put out of the cache) is the difference between the
+    training's own seconds in steps that are watched and in those that are not.
+    """
 
     def __init__(self) -> None:
-        self.own = self.rest = self.taken = 0.0  # taken: of own, since the last step
+        self.own = self.taken = 0.0  # taken: of own, since the last step
+        self.rest, self.count = [0.0, 0.0], [0, 0]  # of steps not watched, watched
         self.end: float | None = None
         self.least = math.inf
-        self.steps = self.watched = 0
 
     def step(self, begin: float, watched: bool) -> None:
         """A step that began its own work then, and ends now."""
         if self.end is not None:
             rest = begin - self.end - self.taken
             self.least = min(self.least, rest)
-            self.rest += min(rest, 2 * self.least)
-            self.steps, self.watched = self.steps + 1, self.watched + watched
+            self.rest[watched] += min(rest, 2 * self.least)
+            self.count[watched] += 1
         self.end = time.perf_counter()
-        if self.steps:  # the first one pays for tables and memory
+        if sum(self.count):  # the first one pays for tables and memory
             self.own += self.taken + self.end - begin
         self.taken = 0.0
 
     @property
-    def ratio(self) -> float:
-        """Overhead so far."""
-        return self.own / self.rest if self.rest else 0.0
+    def share(self) -> float:
+        """Of the steps that were watched."""
+        return self.count[1] / max(sum(self.count), 1)
+
+    def ratio(self, idle: float) -> float:
+        """Overhead so far; idle: seconds of the hooks in a step that is not watched."""
+        rest, steps = sum(self.rest), sum(self.count)
+        if not rest:
+            return 0.0
+        plain = self.rest[0] / self.count[0] - idle if self.count[0] else math.inf
+        return max(self.own / rest, (self.own + rest) / max(plain * steps, 1e-9) - 1)
 
 
 class TrainingScores:
@@ -86,8 +99,8 @@ class TrainingScores:
         share: of the steps that are watched, drawn at random; the overhead falls with it, and over several epochs most
             samples are seen.
         overhead: at most this part of the time of the training itself, e.g. 0.15: a step is watched only while what was
-            taken so far is below it. None: every step is. ``diagnostics`` of the scores tell both, the share of the
-            steps watched and the overhead measured.
+            taken so far is below it, and one of 16 is left to compare with. None: every step is. ``diagnostics`` of the
+            scores tell both, the share of the steps watched and the overhead measured.
         scaler: a torch.amp.GradScaler whose scale the loss is multiplied with; steps whose gradients overflow are left
             out, as the training leaves them out.
     Raises:
@@ -211,8 +224,7 @@ class TrainingScores:
             if (self._waiting or self._sums is not None) and torch._C._current_graph_task_id() < 0:
                 todo = "Call step(ids) after every backward pass, before the next forward pass."
                 raise ArgumentError(complaint("step", "one backward pass for each step", "a second one", todo))
-            x = inputs[0].detach()
-            output.register_hook(partial(self._receive, module, x))
+            output.register_hook(partial(self._receive, module, inputs[0]))
         self._clock.taken += time.perf_counter() - begin
 
     def _receive(self, module: nn.Module, x: Tensor, g: Tensor) -> None:
@@ -231,10 +243,10 @@ class TrainingScores:
             if self._axes.get(key) == 0 and axes == g.ndim and len(x) == len(g) == n:
                 self._begin(n, g)
                 if axes == 2 and key in self._plain:
-                    self._sums.flat(x, g.detach(), *self._plain[key])
+                    self._sums.flat(x, g, *self._plain[key])
                     continue
                 image = self._images.get(key)
-                if image is not None and axes == image[0] and self._sums.folded(x, g.detach(), *image[1:]):
+                if image is not None and axes == image[0] and self._sums.folded(x, g, *image[1:]):
                     continue
             others.append(layer)
         if not others:
@@ -335,7 +347,10 @@ class TrainingScores:
         self._clock.step(begin, watched)
         self._watching = self._draw.random() < self.share
         if self.overhead is not None:
-            self._watching &= self._clock.ratio <= self.overhead
+            self._watching &= self._measured() <= self.overhead and self._draw.random() > _COMPARED
+
+    def _measured(self) -> float:
+        return self._clock.ratio(_DISPATCH * len(self._layers))
 
     def _keep(self, listed: list, factor: float | None, watched: bool) -> None:
         n = len(listed)
@@ -354,37 +369,27 @@ class TrainingScores:
         self._add_all(waiting, n)
         if self._sums is None:
             return
-        features, self._sums = self._sums.total()[:, 0], None
+        sums, self._sums = self._sums, None
         factor = (n if self.reduction == "mean" else 1) if factor is None else factor
         if self.scaler is not None:
             factor /= self.scaler.get_scale()
-        if features.dtype != torch.float32 or features.device.type != "cpu":
-            features = features.to("cpu", torch.float32)
-        if not math.isfinite(features.sum().item() * factor):
-            if self.scaler is not None:
-                self.skipped += n
-                return
-            bad = torch.nonzero(~torch.isfinite(features * factor).all(1)).flatten()
-            got = f"NaN or infinity at sample {listed[int(bad[0])]!r}" if len(bad) else "values beyond float32"
-            todo = "Give scaler= the GradScaler of the training, or mend the loss."
-            raise DataError(complaint("step", "finite gradients", got, todo))
         known, numbers = len(self._numbers), self._numbers
-        fresh = numbers.keys().isdisjoint(listed)
-        if fresh:
-            numbers.update(zip(listed, range(known, known + n), strict=True))
-            if len(numbers) < known + n:  # an id that is there twice
-                for name in listed:
-                    numbers.pop(name, None)
-                fresh = False
-        rows = None if fresh else [numbers.setdefault(name, len(numbers)) for name in listed]
+        rows = [numbers.setdefault(name, len(numbers)) for name in listed]
         if len(numbers) > len(self._table):
             grown = torch.empty(max(1024, 2 * len(numbers)), self.rank)
             grown[:known] = self._table[:known]
             self._table = grown
-        if fresh:
-            torch.mul(features, factor, out=self._table[known : known + n])
-        else:
-            self._table.index_copy_(0, torch.from_numpy(np.array(rows)), features.mul_(factor))
+        if sums.keep(self._table, rows, factor):
+            return
+        while len(numbers) > known:
+            numbers.popitem()
+        if self.scaler is not None:
+            self.skipped += n
+            return
+        bad = torch.nonzero(~torch.isfinite(factor * sums.total()[:, 0]).all(1)).flatten()
+        got = f"NaN or infinity at sample {listed[int(bad[0])]!r}" if len(bad) else "values beyond float32"
+        todo = "Give scaler= the GradScaler of the training, or mend the loss."
+        raise DataError(complaint("step", "finite gradients", got, todo))
 
     def features(self) -> tuple[np.ndarray, Tensor]:
         """(ids, sketches [n, rank]) of the samples seen so far."""
@@ -409,9 +414,9 @@ class TrainingScores:
         if self.coverage < 0.5:
             name, reason = next(iter(left_out.items()))
             warnings.warn(f"only {self.coverage:.0%} of the parameters were seen: {name!r}: {reason}", stacklevel=2)
-        if self.overhead is not None and self._clock.watched < self._clock.steps:
-            seen = self._clock.watched / self._clock.steps
-            warnings.warn(f"{seen:.0%} of the steps were watched: overhead is kept to {self.overhead}", stacklevel=2)
+        if self.overhead is not None and self._clock.count[0]:
+            seen = f"{self._clock.share:.0%} of the steps were watched"
+            warnings.warn(f"{seen}: overhead is kept to {self.overhead}", stacklevel=2)
         shard = {"features": z[:, None], "residual": -torch.ones(len(z), 1, dtype=torch.float64)}
         moments = Moments(self.rank)
         moments.add(**shard)
@@ -425,6 +430,6 @@ class TrainingScores:
         settings = dict(reg=reg, sigma=sigma, method="training", rank=self.rank, seed=self.seed)
         diagnostics = dict(
             method="training", features=self.rank, coverage=self.coverage, samples=len(z), left_out=left_out,
-            skipped=self.skipped, share=self._clock.watched / max(self._clock.steps, 1), overhead=self._clock.ratio,
+            skipped=self.skipped, share=self._clock.share, overhead=self._measured(),
         )  # fmt: skip
         return Scores(ids=ids, values=values, settings=settings, diagnostics=diagnostics, units={"si": "nats"})

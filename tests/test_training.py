@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import sui_fast
+from sui_fast.ops.sketching.sums import TensorSums
 from sui_fast.training import TrainingScores
 
 
@@ -77,8 +78,10 @@ def test_misuse_is_named():
         TrainingScores(net.requires_grad_(False))
 
 
-class Exact:
+class Exact(TensorSums):
     """In the place of TensorSums: the rows themselves, parameter after parameter."""
+
+    kernels = None
 
     def __init__(self, n, k, rank, seed, like):
         self.out, self.rank, self.parts = torch.zeros(n, 1, 0), rank, {}
@@ -346,10 +349,13 @@ def test_hugging_face_trainer(tmp_path, kind):
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
-def test_lightning():
-    lightning = pytest.importorskip("lightning")
+def lightning_callback(**options):
     from sui_fast.compat.lightning import ScoreCallback
 
+    return ScoreCallback(lambda batch: batch[2], **options)
+
+
+def fit(lightning, callback, loader, **options):
     class Module(lightning.LightningModule):
         def __init__(self):
             super().__init__()
@@ -361,15 +367,18 @@ def test_lightning():
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
+    lightning.Trainer(
+        callbacks=[callback], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, accelerator="cpu", **options,
+    ).fit(Module(), loader)  # fmt: skip
+
+
+def test_lightning():
+    lightning = pytest.importorskip("lightning")
     (x, y), first = data(), model()
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y, torch.arange(24)), 5, shuffle=True)
-    net = Module()
-    callback = ScoreCallback(lambda batch: batch[2], rank=64)
-    lightning.Trainer(
-        max_epochs=1, callbacks=[callback], accumulate_grad_batches=5, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, accelerator="cpu",
-    ).fit(net, loader)  # fmt: skip
+    callback = lightning_callback(rank=64)
+    fit(lightning, callback, loader, max_epochs=1, accumulate_grad_batches=5)
     assert sorted(callback.scores.ids) == list(range(24))
     with TrainingScores(first, rank=64) as live:
         nn.functional.cross_entropy(first(x), y).backward()
@@ -379,31 +388,92 @@ def test_lightning():
     torch.testing.assert_close(got, norms, rtol=1e-4, atol=0)  # one optimizer step came after all of them
 
 
+class Slow:
+    """Sums that take far longer than the training, and how long they took."""
+
+    def __init__(self, monkeypatch):
+        self.seconds, total = 0.0, TensorSums.total
+
+        def slow(sums):
+            begin = time.perf_counter()
+            time.sleep(0.02)
+            found = total(sums)
+            self.seconds += time.perf_counter() - begin
+            return found
+
+        monkeypatch.setattr(TensorSums, "total", slow)
+
+    def within(self, overhead, seconds):
+        # the first step is watched whatever it costs, and the last one that is may go beyond by what it costs
+        return self.seconds <= overhead * (seconds - self.seconds) + 3 * 0.03
+
+
+def steps(net, live, count):
+    x, y = data()
+    for step in range(count):
+        ids = torch.arange(4) + 4 * (step % 6)
+        nn.functional.cross_entropy(net(x[ids]), y[ids]).backward()
+        live.step(ids)
+        yield
+
+
 def test_overhead_is_kept_within_its_budget(monkeypatch):
-    (x, y), net = data(), model()
-    from sui_fast.training import TensorSums
+    net, slow = model(), Slow(monkeypatch)
 
-    total = TensorSums.total
-
-    def slow(self):
-        time.sleep(0.01)  # far more than the training
-        return total(self)
-
-    monkeypatch.setattr(TensorSums, "total", slow)
-
-    def train(steps, overhead):
+    def train(count, overhead):
         with TrainingScores(net, rank=16, overhead=overhead) as live:
-            for step in range(steps):
-                ids = torch.arange(4) + 4 * (step % 6)
-                nn.functional.cross_entropy(net(x[ids]), y[ids]).backward()
-                live.step(ids)
+            for _ in steps(net, live, count):
+                pass
         return live
 
     every = train(6, None).scores().diagnostics
     assert every["share"] == 1 and every["overhead"] > 2
-    live = train(200, 1.0)
+    slow.seconds, begin = 0.0, time.perf_counter()
+    live = train(400, 1.0)
+    assert slow.within(1.0, time.perf_counter() - begin)
     with pytest.warns(UserWarning, match="of the steps were watched"):
         some = live.scores().diagnostics
     assert 0 < some["share"] < 0.5 and some["overhead"] < 2
     with pytest.raises(sui_fast.ArgumentError, match="overhead"):
         TrainingScores(net, overhead=0)
+
+
+def test_the_budget_counts_what_hooks_cannot_see():
+    net, seconds = model(), 0.0
+    with TrainingScores(net, rank=16, overhead=0.5) as live:
+        begin = time.perf_counter()
+        for _ in steps(net, live, 400):
+            if live._watching:
+                time.sleep(2e-3)  # as much of the training's time as in a cold cache
+                seconds += 2e-3
+        assert seconds <= 0.75 * (time.perf_counter() - begin - seconds)
+
+
+def test_the_budget_holds_in_the_trainer_of_hugging_face(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    from sui_fast.compat.transformers import ScoreCallback
+
+    slow = Slow(monkeypatch)
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    rows = [dict(input_ids=torch.randint(1, 30, (5,)), labels=i % 2, ids=i) for i in range(12)]
+    arguments = transformers.TrainingArguments(
+        tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=20, report_to=[],
+        remove_unused_columns=False, save_strategy="no", use_cpu=True, disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    net, callback = transformers.BertForSequenceClassification(config), ScoreCallback(rank=64, overhead=0.5)
+    begin = time.perf_counter()
+    with pytest.warns(UserWarning, match="of the steps were watched"):
+        transformers.Trainer(net, arguments, train_dataset=rows, callbacks=[callback]).train()
+    assert slow.within(0.5, time.perf_counter() - begin) and callback.scores.diagnostics["share"] < 0.8
+
+
+def test_the_budget_holds_in_lightning(monkeypatch):
+    lightning = pytest.importorskip("lightning")
+    slow, (x, y) = Slow(monkeypatch), data()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y, torch.arange(24)), 4, shuffle=True)
+    callback, begin = lightning_callback(rank=64, overhead=0.5), time.perf_counter()
+    with pytest.warns(UserWarning, match="of the steps were watched"):
+        fit(lightning, callback, loader, max_epochs=20)
+    assert slow.within(0.5, time.perf_counter() - begin) and callback.scores.diagnostics["share"] < 0.8

@@ -66,6 +66,10 @@ void define_rows(py::module_& module, const char* type) {
   define("fourier_finish", [](Address sums, Index rows, Index rank, Address out, int threads) {
     sui::finish(at<const T>(sums), rows, rank, at<T>(out), threads);
   }, release);
+  define("keep_rows", [](Address rows, Index rank, double factor, const std::vector<Index>& to, Address table) {
+    return sui::tensor_kernels<T>().keep(at<const T>(rows), Index(to.size()), rank, static_cast<T>(factor), to.data(),
+                                         at<T>(table));
+  });
   define("scatter_rows", [](Address x, Index rows, Index o, Index i, Address place_o, Address sign_o, Address place_i,
                             Address sign_i, Index rank, Address out, int threads) {
     sui::scatter_rows(at<const T>(x), rows, o, i, at<int>(place_o), at<const T>(sign_o), at<int>(place_i),

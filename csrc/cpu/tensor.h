@@ -24,7 +24,8 @@ struct Layer {
 };
 
 // fourier: out[n, c, :] += the sum over layers and positions of fft(CS_a(a_ns)) fft(CS_g(g_ncs)), rank real numbers.
-// finish: out[row, :] += the sketch of which these are the sums.
+// finish: out[row, :] += the sketch of which these are the sums. keep: table[to[n], :] = factor rows[n, :]; false, and
+// nothing kept, where one is not finite.
 template <class T>
 struct TensorKernels {
   Index lanes;
@@ -32,6 +33,7 @@ struct TensorKernels {
   void (*fourier)(const Layer<T>* layers, Index count, Index first, Index last, Index k, Index s, Index rank, T* room,
                   T* out);
   void (*finish)(const T* sums, Index rows, Index rank, T* room, T* out);  // room: rank lanes
+  bool (*keep)(const T* rows, Index count, Index rank, T factor, const Index* to, T* table);
   void (*scatter)(const T* x, Index rows, Index o, Index i, const int* place_o, const T* sign_o, const int* place_i,
                   const T* sign_i, Index rank, T* room, T* out);  // room: 2 rank lanes
   void (*index)(const T* g, Index samples, Index k, Index s, Index o, const Index* token, const int* place_token,

@@ -252,6 +252,21 @@ void finish_rows(const T* sums, Index rows, Index rank, T* room, T* out) {
   }
 }
 
+template <class T>
+bool keep_rows(const T* rows, Index count, Index rank, T factor, const Index* to, T* table) {
+  constexpr Index lanes = Simd<T>::lanes;
+  Vector<T> some = {};  // 0 x is 0 only where x is finite
+  T bad = 0;
+  Index j = 0;
+  for (; j + lanes <= count * rank; j += lanes) some += T(0) * (factor * at(rows + j));
+  for (; j < count * rank; ++j) bad += T(0) * (factor * rows[j]);
+  for (Index l = 0; l < lanes; ++l) bad += some[l];
+  if (bad != 0) return false;
+  for (Index n = 0; n < count; ++n)
+    for (j = 0; j < rank; ++j) table[to[n] * rank + j] = factor * rows[n * rank + j];
+  return true;
+}
+
 // Scatter -------------------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -321,7 +336,8 @@ void scatter_index(const T* g, Index samples, Index k, Index s, Index o, const I
 #define SUI_TABLE(T)                                                      \
   extern const TensorKernels<T> SUI_JOIN(tensor_##T##_, SUI_VARIANT);     \
   const TensorKernels<T> SUI_JOIN(tensor_##T##_, SUI_VARIANT) = {         \
-      Simd<T>::lanes, fourier_room<T>, fourier_rows<T>, finish_rows<T>, scatter_lanes<T>, scatter_index<T>}
+      Simd<T>::lanes, fourier_room<T>, fourier_rows<T>, finish_rows<T>, keep_rows<T>, scatter_lanes<T>, \
+      scatter_index<T>}
 SUI_TABLE(float);
 SUI_TABLE(double);
 

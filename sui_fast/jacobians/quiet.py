@@ -34,6 +34,22 @@ def quiet(model: nn.Module, device: torch.device) -> Iterator[None]:
         yield
 
 
+class _Forgetful(dict):
+    """A cache that finds nothing from an earlier call, whose tensors have no part in this pass's gradients."""
+
+    def __contains__(self, key):
+        return False
+
+    def get(self, key, default=None):
+        return default
+
+    def __setitem__(self, key, value):
+        super().__setitem__((threading.get_ident(), key), value)
+
+    def __getitem__(self, key):
+        return super().__getitem__((threading.get_ident(), key))
+
+
 class _Visit:
     """Threads inside a model, and how the first of them found it."""
 
@@ -41,16 +57,25 @@ class _Visit:
         self.threads = 0
         self.modes = [(module, module.training) for module in model.modules()]
         self.buffers = [(b, b.detach().clone()) for b in model.buffers()]
+        self.caches = [
+            (vars(module), name, held)
+            for module in model.modules()
+            for name, held in vars(module).items()
+            if type(held) is dict and "cache" in name
+        ]
 
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode; the last thread to leave puts modes and buffers back."""
+    """Eval mode, caches off; the last thread to leave puts modes, buffers and caches back."""
     with _visits_lock:
         visit = _visits.get(model) or _visits.setdefault(model, _Visit(model))
         visit.threads += 1
         for module, _ in visit.modes:
             module.training = False
+        for holder, name, _ in visit.caches:
+            if type(holder[name]) is dict:
+                holder[name] = _Forgetful()
     try:
         yield
     finally:
@@ -60,6 +85,8 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
                 del _visits[model]
                 for module, mode in visit.modes:
                     module.training = mode
+                for holder, name, held in visit.caches:
+                    holder[name] = held
                 with torch.no_grad():
                     for buffer, before in visit.buffers:
                         if not torch.equal(buffer, before):

@@ -158,4 +158,43 @@ FAMILIES = {
         {"input_features": torch.randn(4, 8, 20), "decoder_input_ids": tokens(5)},
         last,
     ),
+    "RWKV": lambda: (
+        make(
+            "Rwkv", "ForCausalLM", vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=2, attention_hidden_size=8,
+            intermediate_size=16, context_length=16, use_cache=False,
+        ),
+        {"input_ids": tokens()},
+        last,
+    ),
+    "xLSTM": lambda: (
+        make(
+            "xLSTM", "ForCausalLM", vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_heads=2,
+            chunk_size=8, use_cache=False,
+        ),
+        {"input_ids": tokens(8)},
+        last,
+    ),
+    "Mamba 2": causal("Mamba2", num_heads=4, head_dim=4, state_size=4, n_groups=1, expand=2, chunk_size=4),
+    "Longformer": classes("Longformer", attention_window=4),
+    "EfficientNet": pictures(
+        "EfficientNet", image_size=IMAGE, width_coefficient=0.2, depth_coefficient=0.2, hidden_dim=256, depth_divisor=4
+    ),
+    "CvT": pictures(
+        "Cvt", embed_dim=[8, 8, 16], num_heads=[1, 2, 2], depth=[1, 2, 3], patch_sizes=[7, 3, 3],
+        drop_path_rate=[0.0] * 3,
+    ),
+    "LeViT": pictures(
+        "Levit", image_size=IMAGE, hidden_sizes=[8, 16, 16], num_attention_heads=[1, 2, 2], depths=[1, 1, 1],
+        key_dim=[4, 4, 4], mlp_ratio=[2, 2, 2], attention_ratio=[2, 2, 2], down_ops=[["Subsample", 4, 2, 2, 2, 2]] * 2,
+    ),
+    "ViLT": lambda: (
+        make("Vilt", "ForQuestionAnswering", num_labels=3, **{**TEXT, **VISION}),
+        {
+            **padded(),
+            "token_type_ids": torch.zeros(4, 7, dtype=torch.long),
+            "pixel_values": torch.randn(4, 3, IMAGE, IMAGE),
+            "pixel_mask": torch.ones(4, IMAGE, IMAGE, dtype=torch.long),
+        },
+        None,
+    ),
 }  # fmt: skip

@@ -24,6 +24,8 @@ SLOW_PATHS = {  # what has no rule, and why
     "DeBERTa": ["div_", "linear"],
     "CLIP": ["mul"],
     "TimeSformer": ["a use that the rules do not see"],
+    "Longformer": ["a use that the rules do not see"],
+    "ViLT": ["cat", "embedding", "expand", "layer_norm", "linear"],
 }
 # parts in float32 whatever the model is; with these in float64 they agree to 1e-15
 SINGLE = {"Gemma 2", "DeepSeek-V3", "Cohere", "RecurrentGemma"}
@@ -99,6 +101,34 @@ def test_padding_and_batches_in_lower_precision(name, dtype, limit):
     longer = {key: torch.nn.functional.pad(x, (0, 3)) for key, x in batch.items()}
     for other in (jacobian(model, longer, outputs=outputs), jacobian(model, batch, outputs=outputs, batch_size=3)):
         assert float((other.gram() - theta).abs().max()) <= limit * float(theta.abs().max())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_an_earlier_pass_left_in_a_cache_has_no_part():
+    """LeViT keeps its attention biases in eval mode: a tensor of older weights, and without gradients."""
+    model, batch, _ = build("LeViT")
+    caches = [m.attention_bias_cache for m in model.modules() if hasattr(m, "attention_bias_cache")]
+    jac = jacobian(model, batch)
+    sizes = [dict(model.named_parameters())[name].numel() for name in jac.parameter_names]
+    parts = zip(jac.parameter_names, jac.rows().split(sizes, 1), strict=True)
+    assert any(rows.any() for name, rows in parts if name.endswith("attention_biases"))
+    after = [m.attention_bias_cache for m in model.modules() if hasattr(m, "attention_bias_cache")]
+    assert all(x is y for x, y in zip(caches, after, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nystromformer_mixes_the_samples_of_a_batch():
+    """Its pseudo-inverse begins with a maximum over the whole batch."""
+    from families import classes, tokens
+
+    sizes = dict(num_landmarks=4, segment_means_seq_len=8, conv_kernel_size=3)
+    torch.manual_seed(0)
+    model, batch, _ = classes("Nystromformer", lambda: {"input_ids": tokens(8)}, **sizes)()
+    with torch.no_grad():  # at the weights it begins with, the pseudo-inverse converges all the same
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    with pytest.raises(CoverageError, match="other company"):
+        jacobian(model.double(), batch)
 
 
 def test_frozen_models_and_unused_parameters():

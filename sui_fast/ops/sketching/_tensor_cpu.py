@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -121,6 +122,11 @@ def finish(sums: Tensor, out: Tensor) -> None:
     call("fourier_finish", out.dtype)(sums.data_ptr(), n * k, length, found.data_ptr(), torch.get_num_threads())
     if length != rank:
         out += fold(found, rank)
+
+
+def keep_rows(found: Tensor, rows: Sequence[int], factor: float, table: Tensor) -> bool:
+    """table[rows] = factor found [n, rank] if all of it is finite."""
+    return call("keep_rows", found.dtype)(found.data_ptr(), found.shape[1], factor, rows, table.data_ptr())
 
 
 def add_scatter(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, ones: bool) -> None:

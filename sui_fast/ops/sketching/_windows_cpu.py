@@ -44,22 +44,15 @@ def _geometry(window: Window, channels: int, planes: int, size: tuple[int, ...])
 
 @functools.lru_cache(maxsize=256)
 def _layout(window: Window, planes: int, signs: int, axes: int, x_size, x_stride, x_half, g_size, g_half) -> tuple:
-    """The geometry as the kernel takes it but for two addresses, and what must live as long."""
+    """The geometry as the kernel takes it but for two addresses, and what must live as long.
+
+    axes: positions are axes axes - 1 .. of g.
+    """
     base, offset, numbers = _geometry(window, x_size[1], planes, tuple(x_size[2:]))
     n, c, *space = x_stride
     *k, o, s = *g_size[1 : axes - 1], math.prod(g_size[axes - 1 :])
     first = [x_half, n, c, *[0] * (3 - len(space)), *space, *numbers, planes, signs]
     return first, [g_half, *(k or (1,)), s, len(offset), o, base.data_ptr(), offset.data_ptr()], (base, offset)
-
-
-def _described(
-    x: Tensor, g: Tensor, window: Window, dtype: torch.dtype, planes: int, signs: int, axes: int
-) -> tuple[list[int], Tensor, Tensor]:
-    """The geometry as the kernel takes it, and what must live until then; positions are axes axes - 1 .. of g."""
-    x, g = readable_dtype(x, dtype), readable_dtype(g, dtype).contiguous()
-    halves = x.dtype == torch.bfloat16, g.dtype == torch.bfloat16
-    first, last, _ = _layout(window, planes, signs, axes, x.shape, x.stride(), halves[0], g.shape, halves[1])
-    return [x.data_ptr(), *first, g.data_ptr(), *last], x, g
 
 
 def width_of(o: int) -> int:
@@ -75,9 +68,19 @@ def _wide(o: int, rank: int, stream: int, seed: int, dtype: torch.dtype) -> tupl
     return torch.nn.functional.pad(place, (0, more)), torch.nn.functional.pad(sign, (0, more))
 
 
+@functools.lru_cache(maxsize=256)
+def fold_sizes(window: Window, channels: int, o: int, rank: int) -> tuple[int, int] | None:
+    """Planes and width that ``fold_windows`` takes for a rank; None where it is too small."""
+    planes = min(channels, -(-rank // (4 * math.prod(window.kernel))))
+    return (planes, width_of(min(rank // 16, o))) if rank >= width_of(1) else None
+
+
 def add_windows(x: Tensor, g: Tensor, window: Window, out: Tensor, seed: int, stream: int, ones: bool) -> None:
     """out [n, k, rank] += tensor sketches of the rows of a convolution's weight; x [n, c, *space], g [n, k, o, s]."""
-    numbers, x, g = _described(x, g, window, out.dtype, x.shape[1], 0, 4)
+    x, g = readable_dtype(x, out.dtype), readable_dtype(g, out.dtype).contiguous()
+    halves = x.dtype != out.dtype, g.dtype != out.dtype
+    first, last, _ = _layout(window, x.shape[1], 0, 4, x.shape, x.stride(), halves[0], g.shape, halves[1])
+    numbers = [x.data_ptr(), *first, g.data_ptr(), *last]
     (n, _, o, _), rank, i = g.shape, out.shape[2], numbers[23]
     left = hashed(i + ones, rank, 0, stream, seed, out.dtype)
     if ones:
@@ -87,13 +90,18 @@ def add_windows(x: Tensor, g: Tensor, window: Window, out: Tensor, seed: int, st
 
 
 @functools.lru_cache(maxsize=256)
-def _folding(i: int, o: int, channels: int, rank: int, stream: int, seed: int, dtype: torch.dtype) -> tuple:
-    """Places and signs of i, signs of o and of channels: their addresses, and themselves."""
+def _folding(
+    rank: int, planes: int, width: int, stream: int, seed: int, ones: bool, dtype: torch.dtype, window: Window, *images
+) -> tuple:
+    """The arguments of the kernel but for the addresses of x, g and out, and what must live as long."""
+    (channels, o), i = (images[0][1], images[3][1]), planes * math.prod(window.kernel) + ones
     tables = (
         *hashed(i, rank, 0, stream, seed, dtype),
         *(hashed(size, rank, word, stream, seed, dtype)[1] for size, word in ((o, 1), (channels, 2))),
     )
-    return [table.data_ptr() for table in tables], tables
+    *pointers, signs = [table.data_ptr() for table in tables]
+    first, last, kept = _layout(window, planes, signs, 3, *images)
+    return first, last, (images[0][0], width, rank, ones, *pointers), (tables, kept)
 
 
 def fold_windows(
@@ -103,13 +111,12 @@ def fold_windows(
 
     width: as ``width_of`` returns it, at most rank.
     """
-    channels, o, rank = x.shape[1], g.shape[1], out.shape[2]
-    size = planes * math.prod(window.kernel) + ones
-    (*pointers, signs), _ = _folding(size, o, channels, rank, stream, seed, out.dtype)
-    numbers, x, g = _described(x, g, window, out.dtype, planes, signs, 3)
-    call("fold_windows", out.dtype)(
-        numbers, len(g), width, rank, ones, *pointers, out.data_ptr(), torch.get_num_threads()
-    )
+    dtype = out.dtype
+    x, g = readable_dtype(x, dtype), readable_dtype(g, dtype).contiguous()
+    images = x.shape, x.stride(), x.dtype != dtype, g.shape, g.dtype != dtype
+    first, last, rest, _ = _folding(out.shape[2], planes, width, stream, seed, ones, dtype, window, *images)
+    numbers = [x.data_ptr(), *first, g.data_ptr(), *last]
+    call("fold_windows", dtype)(numbers, *rest, out.data_ptr(), torch.get_num_threads())
 
 
 def folded(rows: Tensor, bias: Tensor | None, planes: int, width: int, rank: int, seed: int, stream: int) -> Tensor:

@@ -3,6 +3,7 @@ once, embeddings stay token numbers, and half precision is read as it lies."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -91,13 +92,12 @@ class TensorSums:
         entries are independent, so E<Px, Py> = <x, y>. Measured (two CNNs, untrained and trained, ranks 256 and 1024):
         the error of the Gram matrix is that of the tensor sketch within the spread of seeds.
         """
-        if self.kernels is not _tensor_cpu or _tensor_cpu is None or self.rank < _windows_cpu.width_of(1):
+        if self.kernels is not _tensor_cpu or _tensor_cpu is None:
             return False
-        planes = min(x.shape[1], -(-self.rank // (4 * prod(window.kernel))))
-        width = _windows_cpu.width_of(min(self.rank // 16, g.shape[1]))
-        if g.numel():
-            _windows_cpu.fold_windows(x, g, window, planes, width, self.out, self._key, stream, ones)
-        return True
+        sizes = _windows_cpu.fold_sizes(window, x.shape[1], g.shape[1], self.rank)
+        if sizes and g.numel():
+            _windows_cpu.fold_windows(x, g, window, *sizes, self.out, self._key, stream, ones)
+        return sizes is not None
 
     def formed(self, rows: Tensor, first: int, stream: int, bias: Tensor | None = None) -> None:
         """As ``outer`` for samples from ``first`` on, from their rows [b, k, o, i] and those of the bias [b, k, o]."""
@@ -154,6 +154,17 @@ class TensorSums:
             self.kernels.finish(self._fourier, self.out)
             self._fourier, self._spare = None, self._fourier
         return self.out
+
+    def keep(self, table: Tensor, rows: Sequence[int], factor: float) -> bool:
+        """table[rows] = factor times the sum of one output, float32 on the CPU; False, nothing kept, if not finite."""
+        found = self.total()[:, 0]
+        if self.kernels is _tensor_cpu is not None and found.dtype == torch.float32:
+            return _tensor_cpu.keep_rows(found, rows, factor, table)
+        found = (found * factor).to("cpu", torch.float32)
+        finite = bool(torch.isfinite(found).all())
+        if finite:
+            table[list(rows)] = found
+        return finite
 
     def clear(self) -> None:
         """Begin again, in the same memory: that of ``total`` is overwritten."""
