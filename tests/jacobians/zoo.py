@@ -737,8 +737,8 @@ bfloat16 (tests).
 Models that compute parts in float32 whatever they are (norms of T5, Llama and Gemma, the recurrence of RecurrentGemma,
 the router of DeepSeek-V3) are as exact as that.
 
-Refused where the proof sees it, not at fresh initial weights: Nystromformer, whose pseudo-inverse begins with a maximum over the
-whole batch.
+Refused where the proof sees it, not at fresh initial weights: Nystromformer, whose pseudo-inverse begins with a
+maximum over the whole batch.
 
 Written by `python -m benchmarks.models`, or by `SUI_FAST_WRITE_MODELS=1 pytest tests/jacobians/test_models.py`.
 
