@@ -71,6 +71,12 @@ class _Memory(list):
         pass
 
 
+def joined(shards: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Shards as one."""
+    parts = list(shards)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
 def fit_map(
     source: Source, goal: Goal, kind: str, rank: int, seed: int, processes: Processes | None, sketch: str = "tensor"
 ) -> FeatureMap:
@@ -122,8 +128,7 @@ def features_of(
     ) as bar:
         for first in range(begin, source.end, size):
             end = min(first + size, source.end)
-            parts = [_features(source, fmap, goal, b, min(b + 256, end)) for b in range(first, end, 256)]
-            yield {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            yield joined(_features(source, fmap, goal, b, min(b + 256, end)) for b in range(first, end, 256))
             bar.update(end - first)
 
 
@@ -180,8 +185,7 @@ class LowRank:
                 for begin in range(0, len(shard["features"]), step):
                     yield {name: x[begin : begin + step] for name, x in shard.items()}
             return
-        parts = list(self.store)
-        yield {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        yield joined(self.store)
 
     def removal(self, shard: dict[str, Tensor], phi) -> SpectralRemoval:
         """What leaves with each sample (or group) of a shard."""

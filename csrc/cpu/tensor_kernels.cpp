@@ -78,6 +78,15 @@ void zero(T* p, Index count) {
   for (Index j = 0; j < count; j += Simd<T>::lanes) at(p + j) = Vector<T>{};
 }
 
+// v[j][lane] = rows[lane pitch + j] in the live lanes, 0 in the others.
+template <class T>
+SUI_FN void load_lanes(const T* rows, Index pitch, int live, Vector<T>* v) {
+  constexpr int lanes = Simd<T>::lanes;
+#pragma GCC unroll 16
+  for (int l = 0; l < lanes; ++l) v[l] = l < live ? at(rows + l * pitch) : Vector<T>{};
+  transpose<T>(v);
+}
+
 // to [count, lanes] = rows [live, count], zeros in the other lanes.
 template <class T>
 void gather(const T* rows, int live, Index count, T* to) {
@@ -85,9 +94,7 @@ void gather(const T* rows, int live, Index count, T* to) {
   Index f = 0;
   for (; f + lanes <= count; f += lanes) {
     Vector<T> v[lanes];
-#pragma GCC unroll 16
-    for (int l = 0; l < lanes; ++l) v[l] = l < live ? at(rows + l * count + f) : Vector<T>{};
-    transpose<T>(v);
+    load_lanes(rows + f, count, live, v);
 #pragma GCC unroll 16
     for (int l = 0; l < lanes; ++l) at(to + (f + l) * lanes) = v[l];
   }
@@ -284,9 +291,7 @@ void scatter_lanes(const T* x, Index rows, Index o, Index i, const int* place_o,
       Index j = 0;
       for (; j + lanes <= i; j += lanes) {
         Vector<T> v[lanes];
-#pragma GCC unroll 16
-        for (int l = 0; l < lanes; ++l) v[l] = l < live ? at(from + l * pitch + j) : Vector<T>{};
-        transpose<T>(v);
+        load_lanes(from + j, pitch, live, v);
 #pragma GCC unroll 16
         for (int l = 0; l < lanes; ++l) at(to + Index(place_i[j + l]) * lanes) += v[l] * (sign * sign_i[j + l]);
       }

@@ -19,13 +19,13 @@ from torch import Tensor
 from .._errors import ArgumentError, complaint, whole
 from ..jacobians import as_samples
 from ..jacobians.engine import predict
-from ..loo import make_filter, part_error_curve
+from ..loo import make_filter
 from ..losses import Goal
 from ..planning import DEFAULT_RANK, PORTION
 from ..processes import Source
 from ..spectra import FeatureSpectrum, Moments, feature_spectrum
-from ..streaming import LowRank, features_of, fit_map, warn_of_rank
-from .kernel import MOST_ROWS, LinearProblem, linear_problem, refuse_certainty, take_aim
+from ..streaming import LowRank, features_of, fit_map, joined, warn_of_rank
+from .kernel import MOST_ROWS, LinearProblem, best_reg, linear_problem, refuse_certainty, take_aim
 
 
 @dataclass
@@ -34,8 +34,8 @@ class FeatureProblem:
 
     Attributes:
         held: of the training samples, "features" [n, k, r] float32, "residual" [n, k] and, of anchored sketches,
-            "missed"
-            [n, k, k], float64. seen: "features" [m, k', r] of the validation samples, or None; outputs: theirs [m, k'].
+            "missed" [n, k, k], float64.
+        seen: "features" [m, k', r] of the validation samples, or None; outputs: theirs [m, k'].
         goal, val_labels, training, convention, reg: as in ``LinearProblem``.
     """
 
@@ -88,13 +88,11 @@ class FeatureProblem:
 
     def choose_reg_for(self, m: int) -> None:
         """As ``LinearProblem.choose_reg_for``."""
-        m = min(m, int(0.9 * self.n))
-        if m < 1:
+        reg = best_reg(m, self.learn, self.held["residual"].to(self.device), self.training)
+        if reg is None:
             got, todo = f"{self.n}", "Pass more samples, or drop rank=."
             raise ArgumentError(complaint("train", "at least two samples for reg='auto' with rank=", got, todo))
-        repeats, residual = int(np.clip((self.n / m) ** 3, 2, 5)), self.held["residual"].to(self.device)
-        regs, errors = part_error_curve(self.learn, residual, m, repeats=repeats, **self.training)
-        self.reg = float(regs[errors.argmin()])
+        self.reg = reg
 
     def learn(self, inside: np.ndarray, others: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """As ``part_error_curve`` asks."""
@@ -179,21 +177,14 @@ def shrinking_problem(
     start = take_aim(model, samples, val, reg=reg, **{"dtype": None, **arguments})
     source = Source(model, start.inputs, {**start.common, "outputs": start.trained}, 0, samples.n)
     fmap = fit_map(source, start.goal, "sketch", rank, start.seed, None)
-    held = _collected(features_of(source, fmap, start.goal, 0, start.progress))
+    held = joined(features_of(source, fmap, start.goal, 0, start.progress))
     seen = outputs = None
     if start.probes is not None:
         probes = Source(model, start.probes, start.common, 0, start.probes.n)
-        seen = _collected(features_of(probes, fmap, None, 0, start.progress))
+        seen = joined(features_of(probes, fmap, None, 0, start.progress))
         outputs = predict(model, start.probes, progress=start.progress, **start.common)
     size = torch.linalg.vector_norm(held["features"], dim=2).double().square()
     refuse_certainty(size, held["residual"], start.goal)
-    problem = FeatureProblem(
-        held, seen, outputs, start.goal, start.val_labels, start.training, start.convention, source.device
+    return FeatureProblem(
+        held, seen, outputs, start.goal, start.val_labels, start.training, start.convention, source.device, float(reg)
     )
-    problem.reg = float(reg)
-    return problem
-
-
-def _collected(shards: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-    parts = list(shards)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

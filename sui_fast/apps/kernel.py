@@ -105,12 +105,7 @@ class LinearProblem:
 
     def choose_reg_for(self, m: int) -> None:
         """Set ``reg`` to that with the smallest error on the others of training on m random samples, at most 90%."""
-        m = min(m, int(0.9 * self.n))
-        if m < 1:
-            return self.choose_reg("auto")
-        repeats = int(np.clip((self.n / m) ** 3, 2, 5))  # the price of one spectrum of all samples, or two
-        regs, errors = part_error_curve(self.learn, self.r0, m, repeats=repeats, **self.training)
-        return self.choose_reg(float(regs[errors.argmin()]))
+        return self.choose_reg(best_reg(m, self.learn, self.r0, self.training) or "auto")
 
     def learn(self, inside: np.ndarray, others: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """As ``part_error_curve`` asks of samples by number."""
@@ -178,7 +173,7 @@ class Aim:
 
     Attributes:
         model, samples: as given. goal: of the training. inputs, trained: samples and outputs of its Jacobian.
-        first: Jacobian of one sample. rows: of the kernel. probes: validation samples or None, of val_labels, or None.
+        probes: validation samples or None, of val_labels, or None.
         common: options of ``jacobian``. training: time, lr, dynamics. convention, projection: of the solver.
         seed, progress: as given.
     """
@@ -188,7 +183,6 @@ class Aim:
     goal: Goal
     inputs: Samples
     trained: Any
-    first: Jacobian
     probes: Samples | None
     val_labels: Tensor | None
     common: dict[str, Any]
@@ -198,16 +192,13 @@ class Aim:
     seed: int
     progress: bool
 
-    @property
-    def rows(self) -> int:
-        return self.samples.n * self.goal.rows
-
 
 def take_aim(
     model: torch.nn.Module,
     train,
     val=None,
     *,
+    most: int | None = None,
     reg: float | str = "auto",
     time: float | None = None,
     lr: float | None = None,
@@ -224,7 +215,7 @@ def take_aim(
     dtype: torch.dtype | None = torch.float64,
     progress: bool = True,
 ) -> Aim:
-    """Check the arguments, which are those of ``score``, and find what is trained for."""
+    """Check the arguments, which are those of ``score``, and find what is trained for; most: rows of the kernel."""
     check_loss(loss)
     convention, method, rank, projection = authors_definitions(compat, convention, method, rank)
     one_of("convention", convention, CONVENTIONS)
@@ -237,6 +228,11 @@ def take_aim(
     samples = as_samples(train, with_targets=True, argument="train")
     common = dict(outputs=outputs, params=params, batch_size=batch_size, dtype=dtype)
     first = jacobian(model, samples.slice(0, 1), **common)
+    each = first.k - (loss == "cross_entropy")
+    if most is not None and samples.n * each > most:
+        got = f"{samples.n} samples x {each} outputs"
+        todo = "Pass fewer samples, or outputs= with fewer outputs; score() and summarize() have low rank."
+        raise ArgumentError(complaint("train", f"at most {most} rows of an exact kernel", got, todo))
     targets = loss_targets(loss, samples.targets, first.k)
     goal, inputs, trained = aim(model, loss, samples, targets, first.device, common, progress)
     probes = val_labels = None
@@ -245,8 +241,8 @@ def take_aim(
         if probes.targets is not None:
             val_labels = loss_targets(loss, probes.targets, first.k, "val")[1]
     return Aim(
-        model, samples, goal, inputs, trained, first, probes, val_labels, common, training, convention, projection,
-        seed, progress,
+        model, samples, goal, inputs, trained, probes, val_labels, common, training, convention, projection, seed,
+        progress,
     )  # fmt: skip
 
 
@@ -257,15 +253,7 @@ def linear_problem(model: torch.nn.Module, train, val=None, *, reg: float | str 
         ArgumentError: more rows than an exact kernel can have, a loss that is certain of some samples; as ``score``
             otherwise.
     """
-    return kernel_problem(take_aim(model, train, val, reg=reg, **arguments), reg)
-
-
-def kernel_problem(start: Aim, reg: float | str) -> LinearProblem:
-    """``linear_problem`` from where it begins."""
-    if start.rows > MOST_ROWS:
-        got = f"{start.samples.n} samples x {start.goal.rows} outputs"
-        todo = "Pass fewer samples, or outputs= with fewer outputs; score() and summarize() have low rank."
-        raise ArgumentError(complaint("train", f"at most {MOST_ROWS} rows of an exact kernel", got, todo))
+    start = take_aim(model, train, val, reg=reg, most=MOST_ROWS, **arguments)
     common, progress = start.common, start.progress
     jac = jacobian(start.model, start.inputs, progress=progress, **{**common, "outputs": start.trained})
     theta, features = projected_kernel(jac, start.projection, start.seed, progress)
@@ -279,6 +267,17 @@ def kernel_problem(start: Aim, reg: float | str) -> LinearProblem:
     refuse_certainty(theta.diagonal(), problem.r0, start.goal)
     problem.choose_reg(reg)
     return problem
+
+
+def best_reg(m: int, learn, r0: Tensor, training: dict[str, Any]) -> float | None:
+    """That with the least ``part_error_curve`` of m samples, at most 90% of all; None for a single sample."""
+    n = len(r0)
+    m = min(m, int(0.9 * n))
+    if m < 1:
+        return None
+    repeats = int(np.clip((n / m) ** 3, 2, 5))  # the price of one spectrum of all samples, or two
+    regs, errors = part_error_curve(learn, r0, m, repeats=repeats, **training)
+    return float(regs[errors.argmin()])
 
 
 def refuse_certainty(size: Tensor, r0: Tensor, goal: Goal) -> None:

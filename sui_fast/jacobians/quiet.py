@@ -61,7 +61,7 @@ class _Visit:
             (vars(module), name, held)
             for module in model.modules()
             for name, held in vars(module).items()
-            if type(held) is dict and "cache" in name
+            if type(held) is dict and "cache" in name and all(isinstance(x, torch.Tensor) for x in held.values())
         ]
 
 

@@ -147,7 +147,6 @@ def subspace_map(
     samples: int,
     rank: int,
     seed: int = 0,
-    iterations: int = 1,
     reduce: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> FeatureMap:
     """Leading right singular space of J, matrix-free: J^T of random signs, then a jvp and a vjp over the data.
@@ -155,12 +154,12 @@ def subspace_map(
     Args:
         passes: called once per pass, yields (number of the first sample, Jacobian) part by part. samples: rows in all.
         rank: columns at least; those of the oversampling stay, for F-SI gains more by them than by another iteration.
-        seed: of the start. iterations: of Y <- orth(J^T J Y).
+        seed: of the start.
         reduce: sums a tensor over processes.
     Source: Halko, Martinsson, Tropp 2011; Musco and Musco 2015.
     """
     basis, wide = None, min(subspace_columns(rank), samples)
-    for _ in range(iterations + 1):
+    for _ in range(2):
         total = None
         for first, part in passes():
             if basis is None:  # signs by row number: the same start however the rows are shared out

@@ -116,6 +116,22 @@ def test_what_an_earlier_pass_left_in_a_cache_has_no_part():
     assert all(x is y for x, y in zip(caches, after, strict=True))
 
 
+def test_settings_named_after_a_cache_stay():
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.cache_settings, self.cache = torch.nn.Linear(3, 1), {"size": 2.0}, {}
+
+        def forward(self, x):
+            self.cache["scale"] = self.inner.weight * self.cache_settings["size"]
+            return self.inner(x) + self.cache["scale"].sum()
+
+    model, x = Scaled().double(), torch.randn(4, 3, dtype=torch.float64)
+    kept = model.cache
+    rows = jacobian(model, x).rows()
+    assert torch.allclose(rows[:, :3], x + 2) and model.cache is kept and not kept
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_nystromformer_mixes_the_samples_of_a_batch():
     """Its pseudo-inverse begins with a maximum over the whole batch."""
