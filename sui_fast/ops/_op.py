@@ -107,6 +107,11 @@ def use_backend(name: str):
         _named.reset(token)
 
 
+def _kind(tensor: Tensor) -> str:
+    """tensor.device.type, many times as fast."""
+    return "cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type
+
+
 class Op:
     """One declared op: its border, its kernels, its registration. ``op`` makes it; users call what that returns."""
 
@@ -139,30 +144,39 @@ class Op:
         self._loaded: dict[str, Any] = {}
         self._trusted: dict[tuple, str | None] = {}
         self._logged: set[str] = set()
+        self._agree = functools.lru_cache(maxsize=256)(self._describe_same)
         self.registered = register(self)
 
     # border ---------------------------------------------------------------------------------------------------------
     def complain(self, argument: str, expected: str, got: object, todo: str) -> ArgumentError:
         return ArgumentError(complaint(f"{argument} of {self.name}", expected, got, todo))
 
-    def pieces(self, args: tuple) -> list[tuple]:
-        """(tensor, name, letters, dtypes) of every tensor, those of a list one after the other."""
-        found, length = [], None
-        for place, name, letters, dtypes in self.tensors:
-            value = args[place]
+    def length(self, args: tuple) -> int:
+        """Length of the lists, which is one; 0 where no argument is a list."""
+        length = 0
+        for place, name, *_ in self.tensors:
             if place not in self._lists:
-                found.append((value, name, letters, dtypes))
                 continue
+            value = args[place]
             if not isinstance(value, list | tuple):
                 raise self.complain(name, "a list of tensors", type(value).__name__, "Pass one tensor for each layer.")
-            length = len(value) if length is None else length
+            length = length or len(value)
             if len(value) != length or not length:
                 raise self.complain(
                     name, f"{length or 'one or more'} tensors", f"{len(value)}", "Pass one tensor for each layer."
                 )
-            for number, tensor in enumerate(value):
+        return length
+
+    def pieces(self, length: int) -> list[tuple]:
+        """(name, letters, dtypes) of every tensor, those of lists of a length one after the other, as in ``flat``."""
+        found = []
+        for place, name, letters, dtypes in self.tensors:
+            if place not in self._lists:
+                found.append((name, letters, dtypes))
+                continue
+            for number in range(length):
                 own = [f"{letter[1:]}[{number}]" if letter[0] == "*" else letter for letter in letters]
-                found.append((tensor, f"{name}[{number}]", own, dtypes))
+                found.append((f"{name}[{number}]", own, dtypes))
         return found
 
     def flat(self, values: tuple | list) -> list:
@@ -179,24 +193,38 @@ class Op:
             args[place] = [next(parts) for _ in args[place]] if place in self._lists else next(parts)
         return args
 
-    def device(self, args: tuple) -> torch.device:
+    def first(self, args: tuple) -> Tensor:
         first = args[self.tensors[0][0]]
-        return first.device if isinstance(first, Tensor) else first[0].device
+        return first if isinstance(first, Tensor) else first[0]
 
     def border(self, args: tuple) -> bool:
         """Check the arguments; True when all tensors are ordinary (no subclass such as a fake tensor)."""
-        sizes: dict[str, int] = {}
-        device = dtype = None
-        ordinary, lists = True, self._lists
-        for tensor, name, letters, dtypes in self.pieces(args) if lists else self.tensors:
-            if not lists:
-                tensor = args[tensor]
-            kind = type(tensor)
-            if kind is not Tensor and kind is not torch.nn.Parameter:
+        length = self.length(args) if self._lists else 0
+        tensors = self.flat(args)
+        try:
+            described = tuple([(type(x), x.shape, x.dtype, x.device, x.layout) for x in tensors])
+        except AttributeError:
+            for tensor, (name, *_) in zip(tensors, self.pieces(length), strict=True):
                 if not isinstance(tensor, Tensor):
-                    raise self.complain(name, "a torch.Tensor", kind.__name__, "Convert it with torch.as_tensor().")
-                ordinary = False
-            shape = tensor.shape
+                    kind = type(tensor).__name__
+                    raise self.complain(name, "a torch.Tensor", kind, "Convert it with torch.as_tensor().") from None
+            raise
+        ordinary = all([kind is Tensor or kind is torch.nn.Parameter for kind, *_ in described])
+        # sizes of a fake tensor may be symbols, which have no hash
+        (self._agree if ordinary else self._agree.__wrapped__)(length, described)
+        if self._check is not None:
+            self._check(*args)
+        return ordinary
+
+    def _describe_same(self, length: int, described: tuple) -> None:
+        """Raise unless kinds, shapes, devices, layouts and dtypes agree; remembered, so that the next such call is free."""
+        sizes: dict[str, int] = {}
+        dtype, device = None, described[0][3]
+        for (kind, shape, found, where, layout), (name, letters, dtypes) in zip(
+            described, self.pieces(length), strict=True
+        ):
+            if not issubclass(kind, Tensor):
+                raise self.complain(name, "a torch.Tensor", kind.__name__, "Convert it with torch.as_tensor().")
             if len(shape) != len(letters):
                 raise self.complain(
                     name, f"{len(letters)} dimensions [{', '.join(letters)}]", f"shape {list(shape)}", "Reshape it."
@@ -209,20 +237,17 @@ class Op:
                         f"shape {list(shape)}",
                         "Pass arguments that describe the same samples and layer.",
                     )
-            if device is None:
-                device = tensor.device
-                if device.type == "meta":
-                    raise self.complain(name, "a tensor with data", "a meta tensor", "Move the model to a real device.")
-            elif tensor.device != device:
+            if where.type == "meta":
+                raise self.complain(name, "a tensor with data", "a meta tensor", "Move the model to a real device.")
+            if where != device:
                 raise self.complain(
                     name,
                     f"device {device}, as the arguments before it",
-                    f"device {tensor.device}",
+                    f"device {where}",
                     "Move all arguments to one device.",
                 )
-            if tensor.layout is not torch.strided:
-                raise self.complain(name, "a dense tensor", f"layout {tensor.layout}", "Call .to_dense() first.")
-            found = tensor.dtype
+            if layout is not torch.strided:
+                raise self.complain(name, "a dense tensor", f"layout {layout}", "Call .to_dense() first.")
             if dtypes is not None:
                 if found not in dtypes:
                     raise self.complain(name, " or ".join(map(str, dtypes)), f"dtype {found}", "Convert it.")
@@ -237,9 +262,6 @@ class Op:
                     f"dtype {found}",
                     "Convert all arguments to one dtype.",
                 )
-        if self._check is not None:
-            self._check(*args)
-        return ordinary
 
     # choice ---------------------------------------------------------------------------------------------------------
     def named(self) -> str | None:
@@ -266,15 +288,15 @@ class Op:
             return None
         if backend not in self.kernels:
             return f"{self.name} has no {backend} kernel"
-        device = self.device(args)
-        reason = refuse_backend(backend, device.type)
+        first = self.first(args)
+        reason = refuse_backend(backend, _kind(first))
         if reason is not None:
             return reason
         module = self.kernel(backend)
         if isinstance(module, str):
             return module
         reason = getattr(module, f"refuse_{self.name}")(*args)
-        return reason if reason is not None else self.distrust(backend, device)
+        return reason if reason is not None else self.distrust(backend, first.device)
 
     def distrust(self, backend: str, device: torch.device) -> str | None:
         """Run the kernel against the body on the examples, once per device; the reason not to use it, or None."""
@@ -316,7 +338,7 @@ class Op:
         """(backend, function) for these arguments; BackendError when a named backend refuses them."""
         backend = self.named()
         if backend is None:
-            for candidate in self._automatic.get(self.device(args).type, ()):
+            for candidate in self._automatic.get(_kind(self.first(args)), ()):
                 if self.refusal(candidate, args) is None:
                     backend = candidate
                     break
@@ -357,7 +379,7 @@ class Op:
         return self._run(function, args)
 
     def _run(self, function: Callable, args: tuple) -> Any:
-        device = self.device(args).type
+        device = _kind(self.first(args))
         if torch.is_autocast_enabled(device):  # the accumulation dtype is part of the contract
             with torch.autocast(device, enabled=False):
                 return function(*args)

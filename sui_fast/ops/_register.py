@@ -25,9 +25,10 @@ def register(declared: Any) -> Callable:
             for name, value in zip(declared.parameters, args, strict=True)
             if isinstance(value, int | torch.SymInt)
         }
-        for tensor, _, letters, _ in declared.pieces(args):
+        tensors = declared.flat(args)
+        for tensor, (_, letters, _) in zip(tensors, declared.pieces(declared.length(args)), strict=True):
             sizes.update(zip(letters, tensor.shape, strict=True))
-        first = declared.flat(args)[0]
+        first = tensors[0]
         dtype = declared._result_dtype or wide_dtype(first.dtype)
         outputs = [
             first.new_empty([_product(size, sizes) for size in shape], dtype=dtype) for shape in declared._result

@@ -33,7 +33,7 @@ def row_writer(pieces: list[Piece], out: Tensor) -> Callable[[int], None]:
     Args:
         pieces: what to write, all of the dtype of out. out: columns adjacent, rows equally far apart.
     """
-    plain = out.device.type == "cpu" and out.dtype in _TYPES and all(p.g.dtype == out.dtype for p in pieces)
+    plain = out.is_cpu and out.dtype in _TYPES and all(p.g.dtype == out.dtype for p in pieces)
     dense = out.stride(2) == 1 and (len(out) == 1 or out.stride(0) == out.shape[1] * out.stride(1))
     if _cpu is None or not plain or not dense or named_backend() not in (None, "cpu"):
         return _reference(pieces, out)

@@ -32,8 +32,6 @@ def refuse_sketch(
     a: Tensor, g: Tensor, rank: int, seed: int, stream: int, kind: str = "tensor", route: str = "auto"
 ) -> str | None:
     """Why this call is not for the kernel, or None."""
-    if a.device.type != "cpu":
-        return f"the tensors are on {a.device}; it takes CPU tensors"
     if wide_dtype(a.dtype) not in NAMES:
         return f"the tensors are {a.dtype}; it takes float64, float32 and half precision"
     if rank >= 1 << 30:
