@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <exception>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -62,11 +63,19 @@ inline Index parts_for(Index items, double work, int threads) {
   return std::max<Index>(1, std::min({Index(threads), items, Index(work / kThreadWork)}));
 }
 
-// call(part, begin, end) for parts of 0..items, the first in this thread.
+// call(part, begin, end) for parts of 0..items, the first in this thread. What a part throws is thrown here, after all.
 template <class Call>
 void in_parts(Index items, Index parts, const Call& call) {
+  std::vector<std::exception_ptr> failed(parts);
+  const auto part = [&](Index i) {
+    try {
+      call(i, items * i / parts, items * (i + 1) / parts);
+    } catch (...) {
+      failed[i] = std::current_exception();
+    }
+  };
   std::vector<std::thread> others;
-  const auto part = [&](Index i) { call(i, items * i / parts, items * (i + 1) / parts); };
+  others.reserve(parts);
   for (Index i = 1; i < parts; ++i) {
     try {
       others.emplace_back(part, i);
@@ -76,6 +85,8 @@ void in_parts(Index items, Index parts, const Call& call) {
   }
   part(0);
   for (std::thread& other : others) other.join();
+  for (const std::exception_ptr& failure : failed)
+    if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace sui

@@ -11,6 +11,8 @@ import pytest
 CXX = shutil.which("g++")
 INCLUDE = Path(__file__).parents[2] / "csrc" / "include"
 SOURCE = """
+#include <new>
+#include "../cpu/variant.h"
 #include "sui/philox.h"
 #include "sui/resolvent.h"
 extern "C" {
@@ -21,6 +23,17 @@ void philox(unsigned long long index, unsigned word, unsigned stream, unsigned l
 unsigned bucket(unsigned word, unsigned buckets) { return sui::bucket(word, buckets); }
 int solve_real(double* matrix, double* x, int m) { return sui::solve(matrix, x, m); }
 int solve_complex(sui::Complex* matrix, sui::Complex* x, int m) { return sui::solve(matrix, x, m); }
+int count_in_parts(int* seen, int items, int parts, int bad) {
+  try {
+    sui::in_parts(items, parts, [&](sui::Index part, sui::Index begin, sui::Index end) {
+      if (part == bad) throw std::bad_alloc();
+      for (; begin < end; ++begin) ++seen[begin];
+    });
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
+}
 void invert(sui::Complex* x) { *x = sui::inverse(*x); }
 }
 """
@@ -32,7 +45,7 @@ def library(tmp_path_factory):
         pytest.skip("no g++ on this machine")
     folder = tmp_path_factory.mktemp("headers")
     (folder / "all.cpp").write_text(SOURCE)
-    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-shared", "-fPIC"]
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-shared", "-fPIC", "-pthread"]
     subprocess.run([CXX, *flags, f"-I{INCLUDE}", folder / "all.cpp", "-o", folder / "all.so"], check=True)
     found = ctypes.CDLL(str(folder / "all.so"))
     found.philox.argtypes = [ctypes.c_ulonglong, ctypes.c_uint, ctypes.c_uint, ctypes.c_ulonglong, ctypes.c_void_p]
@@ -86,3 +99,15 @@ def test_inverse_neither_overflows_nor_underflows(library, value):
     x = np.array([value])
     library.invert(x.ctypes.data_as(ctypes.c_void_p))
     assert abs(x[0] * value - 1) < 1e-14
+
+
+@pytest.mark.parametrize("items, parts", [(0, 1), (1, 1), (7, 3), (64, 4)])
+def test_parts_cover_every_item_once_and_hand_on_what_they_throw(library, items, parts):
+    seen = np.zeros(items + 1, np.int32)
+    where = seen.ctypes.data_as(ctypes.c_void_p)
+    assert library.count_in_parts(where, items, parts, -1) == 0
+    assert seen.tolist() == [1] * items + [0]
+    for bad in range(parts):  # the caller's own thread and others: an exception of theirs would end the process
+        seen[:] = 0
+        assert library.count_in_parts(where, items, parts, bad) == 1
+        assert seen.sum() == items - (items * (bad + 1) // parts - items * bad // parts)
