@@ -58,6 +58,16 @@ class Source:
         return jacobian(self.model, self.samples.pick(numbers), **self.options)
 
 
+def portion(n: int) -> int:
+    """Samples captured at a time: the same however many processes share them, so that all round alike."""
+    return min(256, _power(n // 8))
+
+
+def _power(n: int) -> int:
+    """Largest power of two up to n."""
+    return 1 << max(n, 1).bit_length() - 1
+
+
 class Processes:
     """torch.distributed where it is initialised or torchrun started the process, else one process."""
 
@@ -71,7 +81,7 @@ class Processes:
 
     def slice(self, n: int) -> tuple[int, int]:
         """First and last sample of this process."""
-        step = min(256, 1 << max(n // self.count, 1).bit_length() - 1)  # batches as in one process, so equal rounding
+        step = min(portion(n), _power(n // self.count))
         cut = lambda i: min(n, -(-n * i // (self.count * step)) * step)  # noqa: E731
         return cut(self.number), cut(self.number + 1)
 

@@ -38,7 +38,7 @@ from .loo import (
 )
 from .losses import Goal
 from .planning import HELD, PORTION, SHARD
-from .processes import Processes, Source
+from .processes import Processes, Source, portion
 from .spectra import (
     RANK_FOR,
     FeatureMap,
@@ -102,7 +102,7 @@ def fit_map(
         return nystrom_map(source.some(pool), rank, seed)
 
     def passes() -> Iterator[tuple[int, Jacobian]]:
-        return source.parts(256, HELD)
+        return source.parts(portion(n), HELD)
 
     k = source.part(0, 1).k
     return subspace_map(passes, n * k, min(rank, n * k), seed, reduce=processes.total)
@@ -123,12 +123,13 @@ def features_of(
         return
     most = min(_SHARD // (source.part(begin, begin + 1).k * fmap.rank), 4096)
     size = 1 << max(16, most).bit_length() - 1  # a power of two, so that slices share their batches with one process
+    step = portion(source.samples.n)
     with tqdm(
         total=source.end - begin, desc=f"{fmap.kind} features", delay=2, leave=False, disable=not progress
     ) as bar:
         for first in range(begin, source.end, size):
             end = min(first + size, source.end)
-            yield joined(_features(source, fmap, goal, b, min(b + 256, end)) for b in range(first, end, 256))
+            yield joined(_features(source, fmap, goal, b, min(b + step, end)) for b in range(first, end, step))
             bar.update(end - first)
 
 

@@ -337,7 +337,7 @@ def test_several_processes_give_the_result_of_one(tmp_path, processes):
         assert done.returncode == 0, done.stderr[-3000:]
         want = np.load(one + "0.npy")
         for rank in range(processes):
-            np.testing.assert_allclose(np.load(f"{many}{rank}.npy"), want, rtol=1e-6 if method == "subspace" else 1e-10)
+            np.testing.assert_allclose(np.load(f"{many}{rank}.npy"), want, rtol=1e-10)
         shutil.rmtree(tmp_path / "s")
 
 

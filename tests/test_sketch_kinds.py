@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from sklearn.datasets import load_digits
 from torch import nn
 
 import sui_fast
@@ -132,3 +133,16 @@ def test_kinds_are_checked_and_planned():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sui_fast.plan(*problem(), method="sketch")
+
+def test_a_rank_far_too_small_keeps_the_order_of_the_weights():
+    """Rows of a sketch that are longer than the gradients must not take all of ||dw||^2 away."""
+    data = load_digits()
+    x, y = torch.tensor(data.data / 16), torch.tensor((data.target % 2) * 2.0 - 1)[:, None]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1)).double()
+    common = dict(reg=1e-3, measures=("si",), progress=False)
+    exact = sui_fast.score(model, (x[:500], y[:500]), method="dense", **common)["si"]
+    with pytest.warns(RuntimeWarning, match="rank 64 is small"):
+        found = sui_fast.score(model, (x[:500], y[:500]), method="sketch", rank=64, **common)["si"]
+    assert (found > 0).all()
+    assert spearmanr(exact, found)[0] > 0.6

@@ -195,11 +195,16 @@ class Jacobian:
     @_unrounded
     def vjp(self, cotangent: Tensor) -> Tensor:
         """J^T c: [d] for a cotangent [N], [r, d] for cotangents [N, r]."""
+        flat = self.outputs.new_zeros(1 if cotangent.ndim == 1 else cotangent.shape[1], self.shape[1])
+        self.add_vjp(cotangent, flat)
+        return flat[0] if cotangent.ndim == 1 else flat
+
+    @_unrounded
+    def add_vjp(self, cotangent: Tensor, flat: Tensor) -> None:
+        """flat [r, d] += J^T c, layer by layer; sums over samples that are held in a wider dtype stay in it."""
         c = cotangent.to(self.outputs).reshape(self.n, self.k, -1)
-        flat = c.new_zeros(c.shape[2], self.shape[1])
         for factor in self._apart():
             self._add_vjp(flat, factor, c)
-        return flat[0] if cotangent.ndim == 1 else flat
 
     def _add_vjp(self, flat: Tensor, factor: Factor, c: Tensor) -> None:
         if isinstance(factor, Outer):
@@ -216,7 +221,7 @@ class Jacobian:
         for part in _portions(factor, c.shape[2]):
             token = factor.token[part].reshape(-1)
             given = torch.einsum("nkso,nkr->rnso", factor.g[part], c[part]).flatten(1, 2)
-            target.index_add_(1, token[token >= 0], given[:, token >= 0])
+            target.index_add_(1, token[token >= 0], given[:, token >= 0].to(target.dtype))
 
     def part_of(self, flat: Tensor, factor: Factor, role: str) -> Tensor:
         """View of the entries [..., *] that a factor speaks of, in a tensor [..., d]."""

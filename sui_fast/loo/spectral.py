@@ -257,7 +257,8 @@ class SpectralRemoval(Removal):
         """Count what a kernel of low rank leaves out of ||dw||^2.
 
         Outside the kept eigenvectors removal takes away the sample's own dual weights and, to first order, nothing
-        else: ||dw_i||^2 gains alpha_i^T missed_i alpha_i, and the leverage phi(0) tr(missed_i).
+        else: ||dw_i||^2 gains alpha_i^T missed_i alpha_i, and the leverage phi(0) tr(missed_i). Where this takes away
+        more than half (rows of a sketch that are too long), half of what scaling by the true length gives is kept.
 
         Args:
             missed: Theta_ii minus its low-rank form, [n, k, k]; single samples only.
@@ -268,6 +269,7 @@ class SpectralRemoval(Removal):
             weights = weights + beyond * (self.residual.reshape(-1) - self.spectrum.u @ self._gain)
         weights = weights.reshape(self.residual.shape)
         self._missed = torch.einsum("nk,nkl,nl->n", weights, missed, weights)
+        self._weights = weights
         trace = missed.diagonal(dim1=1, dim2=2).sum(1)
         self.missed_leverage = trace * (beyond if np.isfinite(beyond) else 0.0)
 
@@ -280,7 +282,15 @@ class SpectralRemoval(Removal):
         found = self._sqnorm
         if found is None:
             found = _dots(self._held, self._held, self.spectrum.s[:, None])[:, 0]
-        return (found + self._missed).clamp_min(0)
+        found = found.clamp_min(0)
+        total = found + self._missed
+        over = total < found / 2  # rows of a sketch may be far longer than what they stand for
+        if over.any():
+            alpha = self._weights[over]
+            rows = self.spectrum.u.view(len(self), -1, len(self.spectrum.s))[over]
+            own = torch.einsum("nkr,nk->nr", rows, alpha).square() @ self.spectrum.s
+            total[over] = torch.maximum(total[over], found[over] / 2 * (1 + self._missed[over] / own).clamp_min(0))
+        return total
 
     def _hessian_sqnorm(self) -> Tensor:
         metric = self.spectrum.s * (self.spectrum.s + self._phi.shift)

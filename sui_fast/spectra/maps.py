@@ -166,9 +166,14 @@ def subspace_map(
                 left = signs(part.shape[0], wide, 4, 0, seed, part.device, part.dtype, first * part.k)
             else:
                 left = part.jvp(basis)
-            pulled = part.vjp(left)
-            total = pulled if total is None else total.add_(pulled)
-        basis = _even(reduce(total), 1e-13)
+            if total is None:
+                total = left.new_zeros(left.shape[1], part.shape[1], dtype=torch.float64)
+            part.add_vjp(left, total)
+        # float64 sums in another order are the same in float32; weak directions, and what is rounded after them, hang
+        # on the last bit
+        total = reduce(total).to(torch.float32)
+        basis = _even(total, 1e-13)
+    del total
     basis = _even(basis, 1e-6)  # orthonormal now: the first time weak directions were rounded
 
     def both(jac: Jacobian, own: bool) -> tuple[Tensor, Tensor | None]:
