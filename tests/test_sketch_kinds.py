@@ -134,6 +134,7 @@ def test_kinds_are_checked_and_planned():
         warnings.simplefilter("error")
         sui_fast.plan(*problem(), method="sketch")
 
+
 def test_a_rank_far_too_small_keeps_the_order_of_the_weights():
     """Rows of a sketch that are longer than the gradients must not take all of ||dw||^2 away."""
     data = load_digits()

@@ -217,7 +217,7 @@ class Op:
         return ordinary
 
     def _describe_same(self, length: int, described: tuple) -> None:
-        """Raise unless kinds, shapes, devices, layouts and dtypes agree; remembered, so that the next such call is free."""
+        """Raise unless kinds, shapes, devices, layouts and dtypes agree; remembered, as the next such call is free."""
         sizes: dict[str, int] = {}
         dtype, device = None, described[0][3]
         for (kind, shape, found, where, layout), (name, letters, dtypes) in zip(
