@@ -174,7 +174,7 @@ def _low_rank_bytes(
     else:
         held = wide * d * item
         kept = n * each if n * each <= HELD else 0  # factors that wait for the next pass; pass 1 lets go of them
-        fit = kept + 4.5 * held + part * (each + d * item)
+        fit = kept + 3.3 * held + part * (each + d * item)
         compute = capture + part * (d * item + 16 * k * wide)
     seen = 0 if m == 0 else 4 if m * k < wide else 8  # squares of the moment of the validation samples
     after = (2.0 + 0.4 * seen) * square

@@ -18,6 +18,7 @@ from .layers import Factor, Index, Outer, Rows, Use, dense_index, make_factors
 from .streams import add_sketch, as_read, layer_order, streams_of
 
 _ELEMENTS = 1 << 21  # of one intermediate, at least
+_VECTORS = 32  # of J^T c that are added at a time
 
 
 def _unrounded(method: Callable) -> Callable:
@@ -230,7 +231,8 @@ class Jacobian:
 
     def _put(self, flat: Tensor, factor: Factor, role: str, values: Tensor) -> None:
         target = self.part_of(flat, factor, role)
-        target += values.reshape(target.shape)
+        for some, more in zip(target.split(_VECTORS), values.split(_VECTORS), strict=True):  # copies are of a few
+            some += more.reshape(some.shape)
 
     def _dense(self, factor: Index) -> Tensor:
         return dense_index(factor.token, factor.g, self._shapes[factor.names["weight"]][0])
