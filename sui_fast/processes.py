@@ -59,8 +59,8 @@ class Source:
 
 
 def portion(n: int) -> int:
-    """Samples captured at a time: the same however many processes share them, so that all round alike."""
-    return min(256, _power(n // 8))
+    """Samples captured at a time, a fourth of them at most: one process and four share them alike, and round alike."""
+    return min(256, _power(n // 4))
 
 
 def _power(n: int) -> int:

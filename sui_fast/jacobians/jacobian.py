@@ -18,7 +18,7 @@ from .layers import Factor, Index, Outer, Rows, Use, dense_index, make_factors
 from .streams import add_sketch, as_read, layer_order, streams_of
 
 _ELEMENTS = 1 << 21  # of one intermediate, at least
-_VECTORS = 32  # of J^T c that are added at a time
+_VECTORS = 8  # of J^T c that are added at a time
 
 
 def _unrounded(method: Callable) -> Callable:
