@@ -27,11 +27,10 @@ from .data import (
     join_ids,
     join_targets,
     map_batch,
-    quietly,
-    refuse_shuffled,
     rows_in_batches,
     split,
 )
+from .loaders import check_stream, quietly, refuse_shuffled
 
 _MOST = 1 << 26  # bytes of a batch, beyond which it is one of fewer rows
 _FEW = 64
@@ -64,6 +63,7 @@ def read_samples(
     if not named and reader.length is not None:
         return Read(tape, 0, reader.length, None, None, argument)
     targets, ids, n = tape.look(progress)
+    check_stream(data, ids, argument)
     if with_targets and targets is None:
         raise DataError(complaint(argument, "samples with targets", "inputs only", "Pass (inputs, targets)."))
     check_targets(targets, argument)
@@ -145,7 +145,7 @@ class _Tape:
             got, todo = "an empty data set", "Check how it was filtered."
             raise DataError(complaint(self._argument, "at least one sample", got, todo))
         self._targets = join_targets(targets)
-        return self._targets, join_ids(ids), n
+        return self._targets, join_ids(ids, self._argument), n
 
     def chunks(self, begin: int, end: int) -> Iterator[tuple[int, Any]]:
         """(number of the first sample, inputs) of consecutive batches, cut to begin .. end."""
