@@ -313,7 +313,9 @@ class Run:
                 if method != "sketch":  # features that lie below the kernel: the truth is between these two
                     edf = kept + missed if missed < 0.2 * kept else min(edf, kept + missed)
                 details["effective_dimension"] = edf
-                better = warn_of_rank(method, fmap.rank, edf, n * self.goal.rows)
+                # fewer columns than asked for explain all there is; no rank has more than rows or parameters
+                most = fmap.rank if fmap.rank < rank else min(n * self.goal.rows, some.shape[2])
+                better = warn_of_rank(method, fmap.rank, edf, most)
         finally:
             for held in stores:
                 held.close()

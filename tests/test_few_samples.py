@@ -1,0 +1,23 @@
+"""Methods of low rank where the samples are fewer than the columns: exact, and nothing to warn of."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sui_fast
+
+
+@pytest.mark.parametrize("method, samples, rank", [("subspace", 1, 16), ("subspace", 2, 16), ("nystrom", 40, 300)])
+def test_all_directions_of_a_few_samples(method, samples, rank):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(13, 4), nn.Tanh(), nn.Linear(4, 3))
+    train, val = (torch.randn(samples, 13), torch.arange(samples) % 3), torch.randn(15, 13)
+    exact = sui_fast.score(model, train, val, reg=0.1, method="dense", progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = sui_fast.score(model, train, val, reg=0.1, method=method, rank=rank, progress=False)
+    for name in ("si", "fsi"):
+        np.testing.assert_allclose(found[name], exact[name], rtol=1e-4)
