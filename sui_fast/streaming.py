@@ -279,6 +279,7 @@ def run_fingerprint(model: torch.nn.Module, samples: Samples, settings: dict[str
     return dict(
         weights=fingerprint_of(dict(model.state_dict())),
         ids=fingerprint_of({"ids": torch.frombuffer(bytearray(repr(ids.tolist()).encode()), dtype=torch.uint8)}),
+        inputs=samples.digest(),
         samples=samples.n,
         version=version,
         **settings,

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torch.utils.data import default_collate as collate
 
 from .._errors import DataError, complaint
+from .digest import Digest
 from .finite import check_rows
 from .loaders import check_stream, quietly, refuse_shuffled
 
@@ -77,6 +78,15 @@ class Samples:
             length = batch_length(chunk)
             for begin in range(0, length, batch_size):
                 yield map_batch(lambda x, b=begin: x[b : b + batch_size], chunk)
+
+    def digest(self) -> str:
+        """SHA-256 of the inputs in their order, without what is known beside them."""
+        found = Digest()
+        for chunk in self._chunks:
+            while isinstance(chunk, Known):
+                chunk = chunk.inputs
+            found.add(chunk)
+        return str(found)
 
     def beside(self, known: Tensor) -> Samples:
         """The same inputs, every batch of them a ``Known`` with its rows of ``known`` [n, ...]."""
