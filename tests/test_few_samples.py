@@ -21,3 +21,13 @@ def test_all_directions_of_a_few_samples(method, samples, rank):
         found = sui_fast.score(model, train, val, reg=0.1, method=method, rank=rank, progress=False)
     for name in ("si", "fsi"):
         np.testing.assert_allclose(found[name], exact[name], rtol=1e-4)
+
+
+def test_plan_of_subspace_counts_what_products_with_several_outputs_hold():
+    peaks = []
+    for k in (1, 2):
+        model = nn.Sequential(nn.Linear(30, 200), nn.ReLU(), nn.Linear(200, 100), nn.ReLU(), nn.Linear(100, k))
+        train = torch.randn(1000, 30), torch.arange(1000) % 2
+        peaks.append(sui_fast.plan(model, train, method="subspace", rank=256).peak_bytes)
+    columns, largest = 256 + 128 + 96, 200 * 100
+    assert peaks[1] - peaks[0] > 2 * 4 * columns * largest  # measured: 104 MB
