@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ._errors import ArgumentError, complaint, one_of, whole
+from ._waiting import beat
 from .jacobians import jacobian
 from .loo import (
     CONVENTIONS,
@@ -61,6 +62,7 @@ class Stages:
     def __init__(self, total: int, progress: bool):
         self.seconds: dict[str, float] = {}
         self._bar = tqdm(total=total, desc="score", delay=2, leave=False, disable=not progress)
+        self.close = beat(self._bar)
 
     @contextmanager
     def __call__(self, name: str):
@@ -70,9 +72,6 @@ class Stages:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + clock.perf_counter() - start
         self._bar.update()
-
-    def close(self) -> None:
-        self._bar.close()
 
 
 class Run:

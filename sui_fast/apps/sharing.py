@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .._errors import ArgumentError, complaint, number, whole
+from .._waiting import waited_for
 from .detection import sample_kernel
 from .influence import pick_samples
 from .kernel import LinearProblem, linear_problem
@@ -111,6 +112,7 @@ def _two_each(pairs) -> list[tuple]:
     return found
 
 
+@waited_for
 def overlap(
     model: torch.nn.Module,
     train,
@@ -171,6 +173,7 @@ def overlap(
     return Overlap(named, by, first, second, sqnorm[len(keys) :])
 
 
+@waited_for
 def redundancy(
     model: torch.nn.Module,
     train,
