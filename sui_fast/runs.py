@@ -305,6 +305,8 @@ class Run:
                         columns.append(self._measure(added, self.new_goal, part, n * reg)[0])
                         begin = part.stop
                     self.new_values = processes.gather(self._join(columns))
+                if seen is not None:
+                    solver.warn_of_outside(method)
             with stages("error estimate"):
                 some = drawn(source, fmap, self.seed)
                 error = kernel_error(n, some)

@@ -31,3 +31,18 @@ def test_plan_of_subspace_counts_what_products_with_several_outputs_hold():
         peaks.append(sui_fast.plan(model, train, method="subspace", rank=256).peak_bytes)
     columns, largest = 256 + 128 + 96, 200 * 100
     assert peaks[1] - peaks[0] > 2 * 4 * columns * largest  # measured: 104 MB
+
+
+@pytest.mark.parametrize("method, rank", [("nystrom", 400), ("subspace", 400), ("sketch", 4096)])
+def test_new_samples_outside_of_the_features(method, rank):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(13, 6), nn.Tanh(), nn.Linear(6, 2))
+    train, new, val = ((torch.randn(n, 13), torch.arange(n) % 2) for n in (20, 8, 30))
+    common = dict(reg=0.05, candidates=new, progress=False)
+    exact = sui_fast.score(model, train, val[0], method="dense", **common).candidates["fsi"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = sui_fast.score(model, train, val[0], method=method, rank=rank, **common).candidates["fsi"]
+    told = any("outside of the features" in str(warning.message) for warning in caught)
+    assert told or np.allclose(found, exact, rtol=0.02)
+    assert told == (method != "sketch")
