@@ -81,7 +81,7 @@ def _seconds(job) -> float:
 def bookkeeping(store: Store, samples: int) -> None:
     """Samples a second of what is not arithmetic: fingerprint of the ids, manifest, blocks, table, file of scores."""
     ids, values = np.arange(samples), {name: np.zeros(samples) for name in ("si", "fsi")}
-    held = SimpleNamespace(ids=ids, n=samples)
+    held = SimpleNamespace(ids=ids, n=samples, digest=str)
     units, results = dict.fromkeys(values, "nats"), store.path.parent / "scores.parquet"
     portions = max(1, samples * store.read(0)["features"][0].numel() // _PORTION)
     jobs = {

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.command = shlex.join(["sui-fast", *given])
     try:
         return arguments.run(arguments)
-    except (SuiError, FileNotFoundError, ImportError) as error:
+    except (SuiError, OSError, ImportError) as error:
         if arguments.traceback:
             raise
         print(f"sui-fast: {error}", file=sys.stderr)
@@ -174,6 +174,7 @@ def _plan(a: argparse.Namespace) -> int:
 
 
 def _score(a: argparse.Namespace) -> int:
+    _check_files(a)
     given = dict(resume=not a.no_resume, part=a.part, store=a.store, seed=a.seed)
     scores = score(*_load(a.source), **given, **_asked(a), **_given(a))
     if scores is None:
@@ -184,6 +185,7 @@ def _score(a: argparse.Namespace) -> int:
 
 
 def _merge(a: argparse.Namespace) -> int:
+    _check_files(a)
     given = {name: value for name, value in dict(**_asked(a), seed=a.seed).items() if value is not None}
     return _write(a, merge(*_load(a.source), store=a.store, **given, **_given(a)))
 
@@ -229,6 +231,15 @@ def _given(a: argparse.Namespace) -> dict[str, Any]:
     )
 
 
+def _check_files(a: argparse.Namespace) -> None:
+    """ArgumentError, before the work and not after it, where a file to write has no folder to be in."""
+    for name in ("out", "report", "candidates_out", "plot"):
+        folder = Path(getattr(a, name, None) or ".").parent
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            argument, got = "--" + name.replace("_", "-"), repr(getattr(a, name))
+            raise ArgumentError(complaint(argument, "a file in a folder that can be written", got, "Make it first."))
+
+
 def _write(a: argparse.Namespace, scores: Scores) -> int:
     scores.diagnostics["command"] = a.command
     if Processes().number:  # one of several writes what all of them have
@@ -258,6 +269,7 @@ def _compare(a: argparse.Namespace) -> int:
 
 
 def _validate(a: argparse.Namespace) -> int:
+    _check_files(a)
     found = validate_linearization(
         *_load(a.source),
         samples=a.samples,

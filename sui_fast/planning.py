@@ -172,10 +172,12 @@ def _low_rank_bytes(
         fit = pool * (1.2 * each + 4 * patches) + 18 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
         compute = capture + part * k * (12 * landmarks * k + 12 * rank)
     else:
-        held = wide * d * item
+        held, turned = 4 * wide * d, wide * d * item * (item != 4)  # the basis, and it in the dtype of the model
         kept = n * each if n * each <= HELD else 0  # factors that wait for the next pass; pass 1 lets go of them
-        fit = kept + 3.3 * held + part * (each + d * item)
-        compute = capture + part * (d * item + 16 * k * wide)
+        # with more outputs than positions vjp goes by positions: as much as its result again, twice
+        spread = max((x.a.shape[2] * x.g.shape[3] for x in layers if k > x.a.shape[1]), default=0)
+        fit = kept + wide * d * (8 + 1.3 * item) + turned + 2 * wide * spread * item + part * (each + d * item)
+        compute = capture + turned + part * (d * item + 16 * k * wide)
     seen = 0 if m == 0 else 4 if m * k < wide else 8  # squares of the moment of the validation samples
     after = (2.0 + 0.4 * seen) * square
     probes = probe_count(first, n)

@@ -144,8 +144,9 @@ def read_review(path: str | os.PathLike) -> Review:
     rows = [(number, line) for number, line in enumerate(lines[1:], 2) if line]
     seen: set[str] = set()
     for number, line in rows:
-        if len(line) != len(COLUMNS) or line[1] not in DECISIONS or line[0] in seen:
-            what = f"an id once, one of {', '.join(DECISIONS)}, and {len(COLUMNS)} fields"
+        bare = len(line) != len(COLUMNS) or line[1] not in DECISIONS or line[1] == "relabel" and not line[3].strip()
+        if bare or line[0] in seen:
+            what = f"an id once, one of {', '.join(DECISIONS)}, and {len(COLUMNS)} fields, a new label to relabel"
             raise DataError(complaint("path", what, f"{','.join(line)!r} at row {number}", "Export the review again."))
         seen.add(line[0])
     columns = [np.array([line[i] for _, line in rows], dtype=str) for i in range(len(COLUMNS))]

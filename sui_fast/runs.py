@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ._errors import ArgumentError, complaint, one_of, whole
+from ._waiting import beat
 from .jacobians import jacobian
 from .loo import (
     CONVENTIONS,
@@ -61,6 +62,7 @@ class Stages:
     def __init__(self, total: int, progress: bool):
         self.seconds: dict[str, float] = {}
         self._bar = tqdm(total=total, desc="score", delay=2, leave=False, disable=not progress)
+        self.close = beat(self._bar)
 
     @contextmanager
     def __call__(self, name: str):
@@ -70,9 +72,6 @@ class Stages:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + clock.perf_counter() - start
         self._bar.update()
-
-    def close(self) -> None:
-        self._bar.close()
 
 
 class Run:
@@ -306,6 +305,8 @@ class Run:
                         columns.append(self._measure(added, self.new_goal, part, n * reg)[0])
                         begin = part.stop
                     self.new_values = processes.gather(self._join(columns))
+                if seen is not None:
+                    solver.warn_of_outside(method)
             with stages("error estimate"):
                 some = drawn(source, fmap, self.seed)
                 error = kernel_error(n, some)
@@ -313,7 +314,9 @@ class Run:
                 if method != "sketch":  # features that lie below the kernel: the truth is between these two
                     edf = kept + missed if missed < 0.2 * kept else min(edf, kept + missed)
                 details["effective_dimension"] = edf
-                better = warn_of_rank(method, fmap.rank, edf, n * self.goal.rows)
+                # fewer columns than asked for explain all there is; no rank has more than rows or parameters
+                most = fmap.rank if fmap.rank < rank else min(n * self.goal.rows, some.shape[2])
+                better = warn_of_rank(method, fmap.rank, edf, most)
         finally:
             for held in stores:
                 held.close()

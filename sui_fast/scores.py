@@ -165,6 +165,7 @@ class Scores:
         """
         path = path_of("path", path)
         try:
+            path.open("rb").close()  # of a file that is not there pyarrow tells the name alone
             table = pq.read_table(path, page_checksum_verification=True)
             about = json.loads((table.schema.metadata or {})[_MAGIC])
             units = {

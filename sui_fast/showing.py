@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from .jacobians import Read, Samples
+from .jacobians.loaders import in_order
 from .previews import LARGEST, channels_first, image_shape, shrink
 
 MOST_INPUTS = 1 << 28  # bytes of inputs that scores keep
@@ -48,9 +49,12 @@ def texts_of(train, samples: Samples) -> list[str] | None:
     """The texts of a Hugging Face Dataset, alone or in a DataLoader, for the report."""
     if not shown(samples):
         return None
-    train = train.dataset if isinstance(train, torch.utils.data.DataLoader) else train
+    if isinstance(train, torch.utils.data.DataLoader):
+        if not in_order(train):
+            return None
+        train = train.dataset
     names = getattr(train, "column_names", None)
-    if not isinstance(names, list) or not hasattr(train, "with_format"):
+    if not isinstance(names, list) or not hasattr(train, "with_format") or not hasattr(train, "__len__"):
         return None
     for name in TEXT_COLUMNS:
         if name in names:

@@ -177,6 +177,9 @@ class LowRank:
     ):
         self.store, self.spectrum, self.k, self.moment = store, spectrum, k, moment
         self.convention, self.groups, self.device = convention, groups, device
+        self.outside = torch.zeros(
+            2, dtype=torch.float64
+        )  # squared gradients of new samples beyond features, and in them
 
     def shards(self) -> Iterator[dict[str, Tensor]]:
         """Portions of one shard after the other, or all as one where groups may span them."""
@@ -212,7 +215,9 @@ class LowRank:
         hidden = z - (z @ v) @ v.T  # in directions in which no sample has features
         unseen = hidden @ hidden.transpose(1, 2)
         if "missed" in sample:
-            share, basis = torch.linalg.eigh(unseen + sample["missed"].to(self.device))
+            missed = sample["missed"].to(self.device)
+            self.outside += torch.stack([missed.diagonal(dim1=1, dim2=2).sum(), z.square().sum()]).cpu()
+            share, basis = torch.linalg.eigh(unseen + missed)
             unseen = (basis * share.clamp_min(0)[:, None]) @ basis.transpose(1, 2)
         found = add_samples(
             z @ v, unseen, residual, spectrum.s, root * spectrum.gain, phi,
@@ -223,6 +228,17 @@ class LowRank:
         change = found.inside @ v.T + torch.einsum("ckr,ck->cr", hidden, found.beyond)
         moved = ((change @ seen.gram) * change).sum(1).clamp_min(0) / seen.samples
         return replace(found, prediction_sqnorm=moved)
+
+    def warn_of_outside(self, kind: str) -> None:
+        """Where features span training gradients alone, what new samples have beside them moves no prediction."""
+        missed, held = self.outside.tolist()
+        if missed > 0.01 * (missed + held):
+            warnings.warn(
+                f"sui_fast: {100 * missed / (missed + held):.0f}% of the candidates' squared gradients lie outside of "
+                f"the features of method {kind!r}: their 'fsi' is without it. Use method='dense' or 'sketch'.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def loo_error_curve(self, total: Callable, error: Callable, first: int, points: int = 31, **training) -> tuple:
         """As in loo.regularisation, summed over shards, of which the first sample is ``first``, and processes."""
@@ -280,6 +296,7 @@ def run_fingerprint(model: torch.nn.Module, samples: Samples, settings: dict[str
     return dict(
         weights=fingerprint_of(dict(model.state_dict())),
         ids=fingerprint_of({"ids": torch.frombuffer(bytearray(repr(ids.tolist()).encode()), dtype=torch.uint8)}),
+        inputs=samples.digest(),
         samples=samples.n,
         version=version,
         **settings,

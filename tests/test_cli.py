@@ -206,3 +206,13 @@ def test_validate(task, capsys):
     assert columns["linear_weights"] == pytest.approx(columns["real_weights"], rel=1e-4)  # the model is linear
     assert main(["validate", "my_task:numbers", *few]) == 2
     assert "val: expected" in capsys.readouterr().err
+
+
+def test_files_that_cannot_be_written_or_read(task, capsys, monkeypatch):
+    monkeypatch.setattr("sui_fast.cli.score", lambda *_, **__: pytest.fail("scored before the files were looked at"))
+    for option in ("--out", "--report", "--candidates-out"):
+        assert main(["score", "my_task:build", option, "nowhere/file"]) == 2
+        assert f"{option}: expected a file in a folder that can be written" in capsys.readouterr().err
+    assert main(["validate", "my_task:build", "--plot", "nowhere/v.png"]) == 2
+    assert main(["report", "nowhere.parquet"]) == 2
+    assert "No such file or directory: 'nowhere.parquet'" in capsys.readouterr().err

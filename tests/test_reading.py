@@ -232,3 +232,22 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         peak.append(int(done.stdout) * 1024)
     assert peak[1] - peak[0] < 60e6, peak
+
+
+def test_a_store_of_other_inputs_is_refused(tmp_path):
+    (x, y), model = arrays(300), network()
+    val, moved = x[:200] + 1.0, x.clone()
+    moved[77, 3] += 1.0
+    run = lambda train, val: sui_fast.score(model, train, val, store=tmp_path / "store", **COMMON)  # noqa: E731
+    first = run((x, y), val)
+    for train in ((x, y), Counted(x, y), DataLoader(TensorDataset(x, y), batch_size=50)):
+        np.testing.assert_array_equal(run(train, val)["fsi"], first["fsi"])
+    for train, probes in (((moved, y), val), (Counted(moved, y), val), ((x, y), val + 1e-9)):
+        with pytest.raises(sui_fast.StoreError, match="another: inputs was"):
+            run(train, probes)
+    again = dict(store=tmp_path / "read", **COMMON)
+    sui_fast.score(model, (x, y), Counted(val, y), **again)
+    with pytest.raises(sui_fast.StoreError, match="another: inputs was"):
+        sui_fast.score(model, (x, y), Counted(val + 1e-9, y), **again)
+    with pytest.raises(sui_fast.StoreError, match="another: loss was"):
+        sui_fast.score(model, (x, y), val, loss="binary_cross_entropy", store=tmp_path / "store", **COMMON)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .._errors import ArgumentError, complaint, number, whole
+from .._waiting import waited_for
 from ..measures import information
 from .kernel import LinearProblem, linear_problem
 from .results import Result, auroc, average_precision, check_truth, ranks
@@ -94,6 +95,7 @@ class Adversarial(Ranking):
     title: ClassVar[str] = "Suspected adversarial samples"
 
 
+@waited_for
 def find_undersampled(
     model: torch.nn.Module,
     train,
@@ -160,6 +162,7 @@ def find_undersampled(
     return Undersampled(**_ranking(problem, value, measures, name, truth), cluster=cluster, clusters=rows)
 
 
+@waited_for
 def detect_adversarial(
     model: torch.nn.Module,
     train,

@@ -14,6 +14,7 @@ from torch.func import grad, jvp, vmap
 from tqdm.auto import tqdm
 
 from .._errors import ArgumentError, complaint, number, one_of, whole
+from .._waiting import waited_for
 from ..jacobians import Evaluator, as_samples, to_device
 from ..targets import regression_targets
 from .results import Result
@@ -61,6 +62,7 @@ class InfluenceFunctions(Result):
         ax.legend()
 
 
+@waited_for
 def influence_functions(
     model: torch.nn.Module,
     train,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .._errors import ArgumentError, complaint
+from .._waiting import waited_for
 from ..scores import Scores
 from ..scoring import score
 from .results import Result, auroc, average_precision, check_truth
@@ -98,6 +99,7 @@ class Mislabeled(Result):
         ax.legend()
 
 
+@waited_for
 def find_mislabeled(
     model: torch.nn.Module | Scores,
     train=None,

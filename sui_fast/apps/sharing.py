@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .._errors import ArgumentError, complaint, number, whole
+from .._waiting import waited_for
 from .detection import sample_kernel
 from .influence import pick_samples
 from .kernel import LinearProblem, linear_problem
@@ -65,7 +66,7 @@ class Redundancy(Result):
     Attributes:
         samples: numbers of the samples asked about [c]; information: theirs, nats [c].
         partners: numbers of the samples that stand in for each, most first [c, q].
-        information_without: of the sample once that partner is gone, SI({i, j}) - SI(j) in nats [c, q].
+        information_without: what losing the sample adds once that partner is lost, SI({i, j}) - SI(j) in nats [c, q].
         ids: of all samples. by: "si" or "fsi".
     """
 
@@ -101,6 +102,17 @@ class Redundancy(Result):
         ax.set(xscale="log", yscale="log")
 
 
+def _two_each(pairs) -> list[tuple]:
+    try:
+        found = [(first, second) for first, second in pairs]
+        hash(tuple(found))
+    except (TypeError, ValueError):
+        todo = "Pass [(0, 1), ...]; for sets of samples name them by groups=."
+        raise ArgumentError(complaint("pairs", "pairs of numbers or labels", repr(pairs)[:80], todo)) from None
+    return found
+
+
+@waited_for
 def overlap(
     model: torch.nn.Module,
     train,
@@ -131,7 +143,7 @@ def overlap(
     sigma = number("sigma", sigma, positive=True)
     problem = linear_problem(model, train, val, reg=reg, **arguments)
     if groups is None:
-        numbers = np.asarray(pairs) if pairs is not None else np.zeros(0)
+        numbers = np.array(_two_each(pairs)) if pairs is not None else np.zeros(0)
         if numbers.ndim != 2 or numbers.shape[1] != 2 or not len(numbers):
             got = "None" if pairs is None else f"shape {list(numbers.shape)}"
             raise ArgumentError(complaint("pairs", "pairs of sample numbers [p, 2]", got, "Pass [(0, 1), ...]."))
@@ -147,7 +159,7 @@ def overlap(
         keys = list(members)
         named = [(a, b) for i, a in enumerate(keys) for b in keys[i + 1 :]]
         if pairs is not None:
-            named = [tuple(pair) for pair in pairs]
+            named = _two_each(pairs)
         unknown = [x for pair in named for x in pair if x not in members]
         if unknown or not named:
             got = repr(unknown[0]) if unknown else "none"
@@ -161,6 +173,7 @@ def overlap(
     return Overlap(named, by, first, second, sqnorm[len(keys) :])
 
 
+@waited_for
 def redundancy(
     model: torch.nn.Module,
     train,
@@ -176,8 +189,9 @@ def redundancy(
 ) -> Redundancy:
     """For samples of low information: which others carry the same, so that only losing both would hurt.
 
-    For the ``candidates`` nearest by the kernel the information of the sample in their absence is computed exactly,
-    SI({i, j}) - SI(j); those that raise it most are its stand-ins.
+    For the ``candidates`` nearest by the kernel what the sample adds to the information of the pair is computed
+    exactly, SI({i, j}) - SI(j); those that raise it most are its stand-ins. (Squared distances do not add up: it is not
+    what removing i would do to a model trained without j, and may be negative.)
 
     Args:
         model, train, val: as in ``score``.

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from .._errors import ArgumentError, complaint, number
+from .._waiting import waited_for
 from ..jacobians import Samples, as_samples
 from .kernel import linear_problem
 from .results import Result, plain
@@ -69,6 +70,7 @@ class Sources(Result):
         ax.legend(title="source")
 
 
+@waited_for
 def compare_sources(
     model: torch.nn.Module,
     sources: Mapping[str, object],

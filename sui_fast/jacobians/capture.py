@@ -24,9 +24,19 @@ from .layers import Use
 from .quiet import modules_as_they_are, quiet
 from .recorder import Recorder, Replay
 from .recurrent import own_body
-from .survey import Call, Survey
+from .survey import Call, Survey, transformed
 
 _grad = own_body(torch.autograd.grad)  # with a mode on, the function would turn it off for what checkpoints repeat
+_FAILURES = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    NotImplementedError,
+)
 _COPIED = 5 * 10**8  # entries of a model that may be copied to float32 for the proof
 _log = logging.getLogger("sui_fast")
 
@@ -110,8 +120,8 @@ class Evaluator:
         """Outputs [b, k], checked."""
         try:
             out = self._forward(batch)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if _transformed_any(batch) or type(error) not in (RuntimeError, ValueError, TypeError, IndexError):
+        except _FAILURES as error:
+            if _transformed_any(batch) or type(error) not in _FAILURES:
                 raise
             raise ModelError(
                 complaint(
@@ -134,7 +144,7 @@ class Evaluator:
             raise ArgumentError(
                 complaint("outputs", "at least one output per sample", "k = 0", "Check the last layer.")
             )
-        if not _transformed(out):
+        if not transformed(out):
             bad = torch.nonzero(~torch.isfinite(out.detach()).all(1)).flatten()
             if len(bad):
                 raise DataError(
@@ -341,11 +351,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _transformed_any(batch: Any) -> bool:
-    return any(isinstance(x, Tensor) and _transformed(x) for x in tree_flatten(batch)[0])
-
-
-def _transformed(x: Tensor) -> bool:
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return any(isinstance(x, Tensor) and transformed(x) for x in tree_flatten(batch)[0])
 
 
 def choose_parameters(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
@@ -375,6 +381,10 @@ def choose_parameters(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
                 "params", "'trainable', 'all', a list of names or f(name, parameter)", repr(params), "Choose one."
             )
         )
+    turned = [name for name, p in chosen.items() if p.is_complex()]
+    if turned:
+        todo = "Keep it as a real one and use torch.view_as_complex in the forward pass, or leave it out with params=."
+        raise ArgumentError(complaint("params", "real parameters", f"{turned[0]!r}, which is complex", todo))
     chosen = {name: p for name, p in chosen.items() if p.is_floating_point() and p.numel()}
     if not chosen:
         raise ArgumentError(

@@ -12,22 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import register_pytree_node
-from torch.utils.data import (
-    DataLoader,
-    IterableDataset,
-    RandomSampler,
-    SubsetRandomSampler,
-    TensorDataset,
-    WeightedRandomSampler,
-)
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torch.utils.data import default_collate as collate
 
 from .._errors import DataError, complaint
+from .digest import Digest
 from .finite import check_rows
+from .loaders import check_stream, quietly, refuse_shuffled
 
 _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 _ID_KEYS = ("id", "ids", "idx", "index")
-_SHUFFLED = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 GATHERED = 256  # rows of a data set that make a batch
 
 
@@ -85,6 +79,15 @@ class Samples:
             for begin in range(0, length, batch_size):
                 yield map_batch(lambda x, b=begin: x[b : b + batch_size], chunk)
 
+    def digest(self) -> str:
+        """SHA-256 of the inputs in their order, without what is known beside them."""
+        found = Digest()
+        for chunk in self._chunks:
+            while isinstance(chunk, Known):
+                chunk = chunk.inputs
+            found.add(chunk)
+        return str(found)
+
     def beside(self, known: Tensor) -> Samples:
         """The same inputs, every batch of them a ``Known`` with its rows of ``known`` [n, ...]."""
         chunks, offset = [], 0
@@ -117,6 +120,7 @@ class Samples:
         return Samples(parts, None, self.ids[numbers], self.argument)
 
 
+@torch.random.fork_rng(devices=[])  # reading may draw random numbers; the user's stay as they are
 def as_samples(data: Any, *, with_targets: bool | None, argument: str = "train") -> Samples:
     """Samples of any data set that ``score`` takes.
 
@@ -144,7 +148,7 @@ def as_samples(data: Any, *, with_targets: bool | None, argument: str = "train")
     elif isinstance(data, Tensor | np.ndarray):
         items = [(_tensor(data, argument), None, None)]
     elif isinstance(data, Mapping):
-        if data and all(hasattr(part, "column_names") for part in data.values()):
+        if data and all(is_dataset(x) or is_stream(x) or isinstance(x, DataLoader) for x in data.values()):
             got, todo = f"{type(data).__name__} of {sorted(map(str, data))}", "Pass one of them."
             raise DataError(complaint(argument, "one data set", got, todo))
         items = [split(data, with_targets, argument)]
@@ -173,7 +177,9 @@ def as_samples(data: Any, *, with_targets: bool | None, argument: str = "train")
             )
         )
     chunks = [inputs for inputs, _, _ in items]
-    samples = Samples(chunks, join_targets([t for _, t, _ in items]), join_ids([i for _, _, i in items]), argument)
+    ids = join_ids([i for _, _, i in items], argument)
+    check_stream(data, ids, argument)
+    samples = Samples(chunks, join_targets([t for _, t, _ in items]), ids, argument)
     if with_targets and samples.targets is None:
         raise DataError(complaint(argument, "samples with targets", "inputs only", "Pass (inputs, targets)."))
     offset = 0
@@ -183,12 +189,6 @@ def as_samples(data: Any, *, with_targets: bool | None, argument: str = "train")
         offset = numbers.stop
     check_targets(samples.targets, argument)
     return samples
-
-
-def quietly(loader: DataLoader) -> Iterator[Any]:
-    """The batches of a DataLoader, whose start draws from the user's random numbers, which are put back."""
-    with torch.random.fork_rng(devices=[]):
-        return iter(loader)
 
 
 def is_dataset(data: Any) -> bool:
@@ -390,7 +390,11 @@ def _tensor(x: Any, argument: str) -> Tensor:
         array = _array(x, argument)
         if array.dtype.kind not in "fiub":
             raise DataError(complaint(argument, "numbers", f"an array of {array.dtype}", "Encode it as numbers first."))
-        x = torch.from_numpy(np.array(array))  # a copy: read-only and reversed arrays are fine
+        if np.ma.is_masked(x):
+            raise DataError(complaint(argument, "a number everywhere", "a masked array", "Call .filled() first."))
+        x = torch.from_numpy(np.array(array, array.dtype.newbyteorder("=")))  # a copy: strides, bytes, flags are fine
+    if x.is_nested:
+        raise DataError(complaint(argument, "dense tensors", "a nested one", "Pad it with .to_padded_tensor(0.0)."))
     if x.layout != torch.strided or x.is_quantized:
         raise DataError(complaint(argument, "dense tensors", f"layout {x.layout}", "Call .to_dense() first."))
     if x.device.type == "meta":
@@ -398,31 +402,22 @@ def _tensor(x: Any, argument: str) -> Tensor:
     return x.detach()
 
 
-def refuse_shuffled(loader: DataLoader, argument: str) -> None:
-    samplers = [loader.sampler, getattr(loader.batch_sampler, "sampler", None)]
-    if any(isinstance(sampler, _SHUFFLED) for sampler in samplers):
-        raise DataError(
-            complaint(
-                argument,
-                "a DataLoader in a fixed order",
-                "a shuffled one",
-                "Pass shuffle=False, or the Dataset itself: scores are returned in the order of the data.",
-            )
-        )
-    if loader.drop_last:
-        raise DataError(
-            complaint(argument, "every sample", "a DataLoader with drop_last=True", "Pass drop_last=False.")
-        )
-
-
 def join_targets(parts: list[Tensor | None]) -> Tensor | None:
     found = [part for part in parts if part is not None]
     return torch.cat([part.cpu() for part in found]) if len(found) == len(parts) and found else None
 
 
-def join_ids(parts: list[Any]) -> np.ndarray | None:
-    found = [part.cpu().numpy() if isinstance(part, Tensor) else np.asarray(part) for part in parts if part is not None]
-    return np.concatenate(found) if len(found) == len(parts) and found else None
+def join_ids(parts: list[Any], argument: str) -> np.ndarray | None:
+    given = [part.cpu().numpy() if isinstance(part, Tensor) else part for part in parts if part is not None]
+    if len(given) < len(parts) or not given:
+        return None
+    ids = np.concatenate(
+        [_array(x.tolist() if isinstance(x, np.ndarray) and x.dtype == object else x, argument) for x in given]
+    )
+    if ids.ndim != 1 or ids.dtype.kind not in "biufUSM":
+        got = f"shape {list(ids.shape)}" if ids.ndim != 1 else type(ids[0]).__name__
+        raise DataError(complaint(argument, "one number or text as the id of each sample", got, "Turn them into text."))
+    return ids
 
 
 def check_inputs(chunk: Any, numbers: Sequence[int], argument: str) -> None:

@@ -56,7 +56,8 @@ class _Visit:
     def __init__(self, model: nn.Module):
         self.threads = 0
         self.modes = [(module, module.training) for module in model.modules()]
-        self.buffers = [(b, b.detach().clone()) for b in model.buffers()]
+        norms = [m.weight for m in model.modules() if getattr(m, "max_norm", None) is not None]  # scaled when read
+        self.tensors = [(x, x.detach().clone()) for x in (*model.buffers(), *norms)]
         self.caches = [
             (vars(module), name, held)
             for module in model.modules()
@@ -88,9 +89,9 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
                 for holder, name, held in visit.caches:
                     holder[name] = held
                 with torch.no_grad():
-                    for buffer, before in visit.buffers:
-                        if not torch.equal(buffer, before):
-                            buffer.copy_(before)
+                    for x, before in visit.tensors:
+                        if not torch.equal(x, before):
+                            x.copy_(before)
 
 
 class _Patch:

@@ -27,11 +27,11 @@ from .data import (
     join_ids,
     join_targets,
     map_batch,
-    quietly,
-    refuse_shuffled,
     rows_in_batches,
     split,
 )
+from .digest import Digest
+from .loaders import check_stream, quietly, refuse_shuffled
 
 _MOST = 1 << 26  # bytes of a batch, beyond which it is one of fewer rows
 _FEW = 64
@@ -64,6 +64,7 @@ def read_samples(
     if not named and reader.length is not None:
         return Read(tape, 0, reader.length, None, None, argument)
     targets, ids, n = tape.look(progress)
+    check_stream(data, ids, argument)
     if with_targets and targets is None:
         raise DataError(complaint(argument, "samples with targets", "inputs only", "Pass (inputs, targets)."))
     check_targets(targets, argument)
@@ -88,6 +89,15 @@ class Read(Samples):
                 part = map_batch(lambda x, b=begin: x[b : b + batch_size], chunk)
                 rows = slice(first + begin, first + begin + batch_length(part))
                 yield self._beside(part, rows)
+
+    def digest(self) -> str:
+        """As of ``Samples``; where no pass over the data was made, of 64 samples spread over them."""
+        if self._tape.digest is not None:
+            return self._tape.digest
+        found = Digest()
+        for _, part in self._tape.pick(np.unique(np.linspace(0, self.n - 1, 64).astype(np.int64))):
+            found.add(part)
+        return str(found)
 
     def _beside(self, part: Any, rows: slice | np.ndarray) -> Any:
         for known in self._known:
@@ -118,6 +128,7 @@ class _Tape:
     def __init__(self, reader: _Rows | _Loader | _Stream, with_targets: bool | None, argument: str):
         self.reader, self._with_targets, self._argument = reader, with_targets, argument
         self._targets: Tensor | None = None
+        self.digest: str | None = None  # of all inputs, once they were looked at
         self._held: tuple[int, Any] | None = None
         self._live: Iterator[tuple[int, Any]] | None = None
         self._next = 0
@@ -125,7 +136,7 @@ class _Tape:
     def look(self, progress: bool) -> tuple[Tensor | None, np.ndarray | None, int]:
         """Targets, ids and number of samples from a pass over the data, whose beginning is read twice."""
         once = next(self.reader.open(0), None)
-        targets, ids, n = [], [], 0
+        targets, ids, n, digest = [], [], 0, Digest()
         bar = tqdm(total=self.reader.length, desc=f"{self._argument} targets", delay=2, leave=False,
                    disable=not progress)  # fmt: skip
         for first, raw in self.reader.open(0):
@@ -134,6 +145,7 @@ class _Tape:
                 raise self._changed("other samples at the second reading")
             n = first + batch_length(inputs)
             check_inputs(inputs, range(first, n), self._argument)
+            digest.add(inputs)
             if self._with_targets:
                 targets.append(target)
             ids.append(name)
@@ -144,8 +156,8 @@ class _Tape:
                 raise self._changed("nothing at the second reading")
             got, todo = "an empty data set", "Check how it was filtered."
             raise DataError(complaint(self._argument, "at least one sample", got, todo))
-        self._targets = join_targets(targets)
-        return self._targets, join_ids(ids), n
+        self._targets, self.digest = join_targets(targets), str(digest)
+        return self._targets, join_ids(ids, self._argument), n
 
     def chunks(self, begin: int, end: int) -> Iterator[tuple[int, Any]]:
         """(number of the first sample, inputs) of consecutive batches, cut to begin .. end."""

@@ -27,7 +27,7 @@ from .layers import Use
 from .origins import Origins, tensors
 from .recurrent import taken_apart
 from .rules import COPIES, ELEMENTWISE, RULES, Reading, plain_name, repeated, wide_attention
-from .survey import Axis, Call, Survey
+from .survey import Axis, Call, Survey, transformed
 
 _CUTS = (torch.Tensor.detach, torch.Tensor.data.__get__, torch.detach)
 _FUSED = F.scaled_dot_product_attention
@@ -94,6 +94,9 @@ class Recorder(TorchFunctionMode):
         return out
 
     def _decide(self, number: int, function, args, kwargs, met: list[Tensor]) -> Any:
+        if any(map(transformed, tensors((args, kwargs)))):  # the model's own vmap: its samples cannot be told here
+            self._give_up(met, function)
+            return function(*args, **kwargs)
         bare_args, bare_kwargs = self._origins.swapped(args), self._origins.swapped(kwargs)
         if in_place := _in_place(function):  # tried on a copy, as it will run once more
             bare_args = (args[0].detach().clone(), *bare_args[1:]) if isinstance(args[0], Tensor) else bare_args

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .origins import tensors
@@ -64,3 +65,8 @@ class Survey(TorchFunctionMode):
         self.calls.append(Seen(function, shapes, [x.shape for x in results]))
         self.dtypes |= {x.dtype for x in results if x.requires_grad}
         return out
+
+
+def transformed(x: Tensor) -> bool:
+    """Whether a tensor stands for others under a transform of torch.func."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)

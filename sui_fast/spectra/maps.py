@@ -162,7 +162,10 @@ def subspace_map(
     for _ in range(2):
         total = None
         for first, part in passes():
-            if basis is None:  # signs by row number: the same start however the rows are shared out
+            if basis is None and wide == samples:  # all rows: as many random signs may depend on one another
+                left = part.outputs.new_zeros(part.shape[0], wide, dtype=part.dtype)
+                left.diagonal(first * part.k).fill_(1.0)
+            elif basis is None:  # signs by row number: the same start however the rows are shared out
                 left = signs(part.shape[0], wide, 4, 0, seed, part.device, part.dtype, first * part.k)
             else:
                 left = part.jvp(basis)

@@ -281,3 +281,11 @@ def test_every_result_draws_itself(problem, tmp_path):
         assert (tmp_path / f"{number}.png").stat().st_size > 1000
         with pytest.raises(AttributeError):
             result.title = "other"
+
+
+@pytest.mark.parametrize("pairs", [[([0, 1], [2])], [(0, 1, 2)], [3], [({}, 1)]])
+@pytest.mark.parametrize("groups", [None, [0, 1, 1, 2]])
+def test_pairs_that_are_none_are_named(pairs, groups):
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ArgumentError, match="pairs: expected pairs of"):
+        overlap(torch.nn.Linear(3, 1), (x, x[:, :1]), x, pairs, groups=groups, reg=0.1, progress=False)

@@ -327,7 +327,15 @@ def test_reviews_are_read_and_applied(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "id,decision\r\n", CSV + "1,maybe,0,0\r\n", CSV + "1,keep\r\n", CSV + "1,keep,0,0\r\n1,drop,0,0\r\n"]
+    "text",
+    [
+        "",
+        "id,decision\r\n",
+        CSV + "1,maybe,0,0\r\n",
+        CSV + "1,keep\r\n",
+        CSV + "1,relabel,0,\r\n",
+        CSV + "1,keep,0,0\r\n1,drop,0,0\r\n",
+    ],
 )
 def test_reviews_that_are_none(tmp_path, text):
     (tmp_path / "r.csv").write_text(text)

@@ -1,0 +1,48 @@
+"""Methods of low rank where the samples are fewer than the columns: exact, and nothing to warn of."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sui_fast
+
+
+@pytest.mark.parametrize("method, samples, rank", [("subspace", 1, 16), ("subspace", 2, 16), ("nystrom", 40, 300)])
+def test_all_directions_of_a_few_samples(method, samples, rank):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(13, 4), nn.Tanh(), nn.Linear(4, 3))
+    train, val = (torch.randn(samples, 13), torch.arange(samples) % 3), torch.randn(15, 13)
+    exact = sui_fast.score(model, train, val, reg=0.1, method="dense", progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = sui_fast.score(model, train, val, reg=0.1, method=method, rank=rank, progress=False)
+    for name in ("si", "fsi"):
+        np.testing.assert_allclose(found[name], exact[name], rtol=1e-4)
+
+
+def test_plan_of_subspace_counts_what_products_with_several_outputs_hold():
+    peaks = []
+    for k in (1, 2):
+        model = nn.Sequential(nn.Linear(30, 200), nn.ReLU(), nn.Linear(200, 100), nn.ReLU(), nn.Linear(100, k))
+        train = torch.randn(1000, 30), torch.arange(1000) % 2
+        peaks.append(sui_fast.plan(model, train, method="subspace", rank=256).peak_bytes)
+    columns, largest = 256 + 128 + 96, 200 * 100
+    assert peaks[1] - peaks[0] > 2 * 4 * columns * largest  # measured: 104 MB
+
+
+@pytest.mark.parametrize("method, rank", [("nystrom", 400), ("subspace", 400), ("sketch", 4096)])
+def test_new_samples_outside_of_the_features(method, rank):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(13, 6), nn.Tanh(), nn.Linear(6, 2))
+    train, new, val = ((torch.randn(n, 13), torch.arange(n) % 2) for n in (20, 8, 30))
+    common = dict(reg=0.05, candidates=new, progress=False)
+    exact = sui_fast.score(model, train, val[0], method="dense", **common).candidates["fsi"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = sui_fast.score(model, train, val[0], method=method, rank=rank, **common).candidates["fsi"]
+    told = any("outside of the features" in str(warning.message) for warning in caught)
+    assert told or np.allclose(found, exact, rtol=0.02)
+    assert told == (method != "sketch")

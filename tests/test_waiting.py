@@ -1,0 +1,38 @@
+"""Work of one long step shows that it goes on."""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import sui_fast
+
+APPLICATIONS = {
+    "find_mislabeled": lambda *a, **k: sui_fast.find_mislabeled(*a, **k),
+    "find_undersampled": lambda *a, **k: sui_fast.find_undersampled(*a, **k),
+    "detect_adversarial": lambda *a, **k: sui_fast.detect_adversarial(*a, **k),
+    "overlap": lambda *a, **k: sui_fast.overlap(*a, [(0, 1)], **k),
+    "redundancy": lambda *a, **k: sui_fast.redundancy(*a, **k),
+    "influence_functions": lambda *a, **k: sui_fast.influence_functions(*a, **k),
+    "score": lambda *a, **k: sui_fast.score(*a, **k),
+}
+
+
+@pytest.mark.parametrize("name", APPLICATIONS)
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_long_step_is_seen(name, progress, capsys, monkeypatch):
+    slow = torch.nn.Linear.forward
+
+    def forward(self, x):  # one step of more than three seconds
+        if not waited:
+            waited.append(time.sleep(3.2))
+        return slow(self, x)
+
+    waited: list = []
+    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+    model = nn.Linear(3, 2)
+    train, val = (torch.randn(12, 3), torch.arange(12) % 2), torch.randn(4, 3)
+    APPLICATIONS[name](model, train, val, reg=0.1, progress=progress)
+    seen = capsys.readouterr().err
+    assert (name in seen) == progress
