@@ -17,6 +17,7 @@ from ..ops import product_sqnorm, triangular_sqnorm
 
 _WORK = 1 << 19  # float64 elements of an intermediate: what stays near the processor
 _LEAST_BAND = 24  # rows of the probe in one product
+_PACE = 0.8  # of the products with basis functions, against that with a triangular factor
 
 
 def is_shorter(times) -> bool:
@@ -28,7 +29,7 @@ def is_shorter(times) -> bool:
         height = k * v if times.probe is None else min(len(times.probe), r - columns.start)
         through += k * v * (own + count) * height
         straight += count * own * height
-    return through < straight
+    return through < _PACE * straight
 
 
 class _Way:
@@ -50,18 +51,18 @@ class _Way:
         return torch.cat([self.portion(u[part], coefficients[part].flatten(2)) for part in parts])
 
     def intervals(self, u: Tensor):
-        """Of each interval: its eigenvectors, the v k numbers of a sample on it, its functions times u [b, v k, r]."""
+        """Of each interval: its eigenvectors, the v k numbers of a sample on it, its functions times u [v k, b, r]."""
         b, k, _ = u.shape
         for columns, places, basis in zip(self.columns, self.places, self.basis, strict=True):
-            spread = self.take("spread", b, len(basis), k, basis.shape[1])
-            torch.mul(basis[:, None], u[:, None, :, columns], out=spread)
-            yield columns, slice(places.start * k, places.stop * k), spread.flatten(1, 2)
+            spread = self.take("spread", len(basis), k, b, basis.shape[1])
+            torch.mul(basis[:, None, None], u[..., columns].transpose(0, 1), out=spread)
+            yield columns, slice(places.start * k, places.stop * k), spread.flatten(0, 1)
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """Memory for an intermediate, the same every time, zero at first: fresh memory is slow."""
+        """Memory for an intermediate, the same every time: fresh memory is slow."""
         size = math.prod(shape)
         if name not in self.room or self.room[name].numel() < size:
-            self.room[name] = self.base.new_zeros(size)
+            self.room[name] = self.base.new_empty(size)
         return self.room[name][:size].view(shape)
 
 
@@ -78,7 +79,8 @@ class Straight(_Way):
         b, count, r = len(u), *self.base.shape
         change = self.take("change", b, count, r)
         for columns, places, spread in self.intervals(u):
-            torch.add(self.base[:, columns], coefficients[..., places] @ spread, out=change[..., columns])
+            own = coefficients[..., places] @ spread.transpose(0, 1)
+            torch.add(self.base[:, columns], own, out=change[..., columns])
         change = change.view(b * count, r)
         found = [torch.linalg.vecdot(change, change)]
         if self.probe is not None:
@@ -97,8 +99,9 @@ class ThroughBases(_Way):
             self.probe = torch.linalg.qr(self.probe.flip(1), mode="r").R.flip(1)
             self.moved = self.base @ self.probe.T
             rows, r = self.probe.shape
-            self.live = [min(rows, r - columns.start) for columns in self.columns]
-            self.bands, width = _bands(self.live, [places.stop for places in self.places]), rows
+            live, width = [min(rows, r - columns.start) for columns in self.columns], rows
+            self.bands = _bands(live, [places.stop for places in self.places])
+            self.live = [next(band for band, _ in self.bands if band.stop >= x).stop for x in live]  # zeros beyond x
         k = times.u.shape[1]
         self.step = max(1, _WORK // max(k * len(basis) * max(width, basis.shape[1]) for basis in self.basis))
 
@@ -106,17 +109,17 @@ class ThroughBases(_Way):
         b, k, _ = u.shape
         found = coefficients.new_zeros(b, coefficients.shape[1], 1 if self.probe is None else 2)
         if self.probe is not None:
-            told = self.take("told", b, coefficients.shape[2], len(self.probe))
+            told = self.take("told", coefficients.shape[2], b, len(self.probe))
         for number, (columns, places, spread) in enumerate(self.intervals(u)):
-            found[..., 0] += product_sqnorm(coefficients[..., places], spread, self.base[:, columns])
+            own = coefficients[..., places], spread.transpose(0, 1)
+            found[..., 0] += product_sqnorm(*own, self.base[:, columns])
             if self.probe is not None:
-                live = self.live[number]
-                own = self.take("own", *spread.shape[:2], live)
-                torch.mm(spread.flatten(0, 1), self.probe[:live, columns].T, out=own.flatten(0, 1))
-                told[:, places, :live] = own
+                live = slice(self.live[number])
+                out = told[places].flatten(0, 1)[:, live]
+                torch.mm(spread.flatten(0, 1), self.probe[live, columns].T, out=out)
         if self.probe is not None:
             for rows, size in self.bands:
-                own = coefficients[..., : size * k], told[:, : size * k, rows]
+                own = coefficients[..., : size * k], told[: size * k, :, rows].transpose(0, 1)
                 found[..., 1] += product_sqnorm(*own, self.moved[:, rows])
         return found
 
