@@ -178,7 +178,7 @@ def test_decisions_outlive_a_reload_that_finds_nothing_on_disk(page):
     page.keyboard.press("k")
     page.keyboard.press("u")
     assert reloaded(page).startswith("2 decided: 0 keep, 0 relabel, 2 drop")
-    page.evaluate("localStorage.setItem(KEEP, '[1')")
+    page.evaluate("Object.keys(localStorage).forEach(key => localStorage.setItem(key, '[1'))")
     assert reloaded(page).startswith("Nothing decided")
 
 
