@@ -6,6 +6,7 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -151,6 +152,18 @@ PYBIND11_MODULE(_cpu, module) {
       "triangular_sqnorm",
       [](Address c, sui::Index p, sui::Index r, Address x, sui::Index count, Address out, int threads) {
         sui::triangular_sqnorm(at<double>(c), p, r, at<double>(x), count, at<double>(out), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  // a, m, base: [address, rows, numbers from row to row]
+  using Strided = std::tuple<Address, Index, Index>;
+  module.def(
+      "product_sqnorm",
+      [](const Strided& a, Index a_step, const Strided& m, Index m_step, const Strided& base, Index p, Index count,
+         Address out, int threads) {
+        const auto rows = [](const Strided& x) {
+          return sui::Rows{at<const double>(std::get<0>(x)), std::get<1>(x), std::get<2>(x)};
+        };
+        sui::product_sqnorm(rows(a), a_step, rows(m), m_step, rows(base), p, count, at<double>(out), threads);
       },
       py::call_guard<py::gil_scoped_release>());
   define_rows<float>(module, "float32");

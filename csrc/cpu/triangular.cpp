@@ -20,4 +20,17 @@ void triangular_sqnorm(const double* c, Index p, Index r, const double* x, Index
   });
 }
 
+void product_sqnorm(const Rows& a, Index a_step, const Rows& m, Index m_step, const Rows& base, Index p, Index count,
+                    double* out, int threads) {
+  const TriangularKernels& kernels = triangular_kernels();
+  const Index parts = parts_for(count, double(count) * double(a.count) * double(m.count) * double(p), threads);
+  const Index room = kernels.product_scratch(a.count, m.count);
+  std::vector<double> scratch(static_cast<std::size_t>(room * parts));
+  in_parts(count, parts, [&](Index part, Index begin, Index end) {
+    for (Index i = begin; i < end; ++i)
+      kernels.products({a.at + i * a_step, a.count, a.stride}, {m.at + i * m_step, m.count, m.stride}, base, p,
+                       scratch.data() + part * room, out + i * a.count);
+  });
+}
+
 }  // namespace sui

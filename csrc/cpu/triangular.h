@@ -5,6 +5,12 @@
 
 namespace sui {
 
+// Rows of a matrix: count of them, each `stride` numbers after the one before.
+struct Rows {
+  const double* at;
+  Index count, stride;
+};
+
 // One per instruction set. The factor is packed once and shared; scratch belongs to a thread.
 struct TriangularKernels {
   Index (*packed)(Index p, Index r);   // numbers of the packed factor
@@ -14,6 +20,9 @@ struct TriangularKernels {
   // x += base; sqnorm[i] = sum_l s_l x_il^2; inner[i, a] = sum_l s_l x_il u[i, a, l] for m rows u of every vector
   void (*weigh)(double* x, const double* base, const double* s, const double* u, Index m, Index r, Index count,
                 double* sqnorm, double* inner);
+  Index (*product_scratch)(Index t, Index v);
+  // out[i] = sum_j (base[i, j] + sum_l a[i, l] m[l, j])^2 for a [t, v], m [v, p], base [t, p]
+  void (*products)(const Rows& a, const Rows& m, const Rows& base, Index p, double* scratch, double* out);
 };
 
 const TriangularKernels& triangular_kernels();
@@ -22,5 +31,9 @@ constexpr Index kGroups = 96;  // vectors at a time: a whole number of groups of
 
 // out[i] = sum_a (sum_{l >= a} c[a, l] x[i, l])^2 for c [p, r], p <= r; what lies below the diagonal is not read.
 void triangular_sqnorm(const double* c, Index p, Index r, const double* x, Index count, double* out, int threads);
+
+// The same for many a and m, `a_step` and `m_step` numbers apart, and one base; out [count, t].
+void product_sqnorm(const Rows& a, Index a_step, const Rows& m, Index m_step, const Rows& base, Index p, Index count,
+                    double* out, int threads);
 
 }  // namespace sui

@@ -1,5 +1,5 @@
-// out[i] = ||C x_i||^2, C upper triangular, and forms with a diagonal; compiled once per instruction set (see CMakeLists.txt), therefore without the
-// standard library.
+// out[i] = ||C x_i||^2, C upper triangular, forms with a diagonal, and squared rows of products; compiled once per instruction
+// set (see CMakeLists.txt), therefore without the standard library.
 //
 // A tile of C x holds kRows rows of C and kVectors vectors of samples in registers, and never leaves them: its squares
 // are added to one sum per sample. C lies in panels of kRows rows, each from its diagonal on, column after column; a
@@ -122,9 +122,73 @@ void weigh(double* x, const double* base, const double* s, const double* u, Inde
   }
 }
 
+// A tile of a m: N rows of a, W vectors of columns. Its squares go to one vector for each row.
+template <int N, int W>
+void square_tile(const double* a, Index a_row, const double* m, Index m_row, const double* base, Index base_row, Index v,
+                 Lane* sums) {
+  Lane tile[N][W];
+#pragma GCC unroll 8
+  for (Index i = 0; i < N; ++i)
+#pragma GCC unroll 8
+    for (Index w = 0; w < W; ++w) tile[i][w] = at(base + i * base_row + w * kLanes);
+  for (Index l = 0; l < v; ++l, ++a, m += m_row) {
+    Lane held[W];
+#pragma GCC unroll 8
+    for (Index w = 0; w < W; ++w) held[w] = at(m + w * kLanes);
+#pragma GCC unroll 8
+    for (Index i = 0; i < N; ++i)
+#pragma GCC unroll 8
+      for (Index w = 0; w < W; ++w) tile[i][w] += a[i * a_row] * held[w];
+  }
+#pragma GCC unroll 8
+  for (Index i = 0; i < N; ++i)
+#pragma GCC unroll 8
+    for (Index w = 0; w < W; ++w) sums[i] += tile[i][w] * tile[i][w];
+}
+
+// All t rows of a, in tiles of much the same height.
+template <int W>
+void square_strip(const Rows& a, const double* m, Index m_row, const double* base, Index base_row, Index v, Lane* sums) {
+  const Index tiles = (a.count + kRows - 1) / kRows;
+  for (Index tile = 0; tile < tiles; ++tile) {
+    const Index begin = a.count * tile / tiles, height = a.count * (tile + 1) / tiles - begin;
+    const double *rows = a.at + begin * a.stride, *own = base + begin * base_row;
+    switch (height) {
+#define SUI_HEIGHT(N) \
+  case N: square_tile<(N <= kRows ? N : 1), W>(rows, a.stride, m, m_row, own, base_row, v, sums + begin); break;
+      SUI_HEIGHT(1) SUI_HEIGHT(2) SUI_HEIGHT(3) SUI_HEIGHT(4) SUI_HEIGHT(5) SUI_HEIGHT(6) SUI_HEIGHT(7) SUI_HEIGHT(8)
+#undef SUI_HEIGHT
+    }
+  }
+}
+
+Index product_scratch(Index t, Index v) { return (2 * t + v) * kLanes; }
+
+void products(const Rows& a, const Rows& m, const Rows& base, Index p, double* scratch, double* out) {
+  const Index t = a.count, v = m.count;
+  Lane* sums = reinterpret_cast<Lane*>(scratch);
+  for (Index i = 0; i < t; ++i) sums[i] = Lane{};
+  Index column = 0;
+  for (; column + kGroup <= p; column += kGroup)
+    square_strip<kVectors>(a, m.at + column, m.stride, base.at + column, base.stride, v, sums);
+  for (; column + kLanes <= p; column += kLanes)
+    square_strip<1>(a, m.at + column, m.stride, base.at + column, base.stride, v, sums);
+  if (column < p) {  // the rest, filled up with zeros
+    double *own_base = scratch + t * kLanes, *own = own_base + t * kLanes;
+    for (Index lane = 0; lane < kLanes; ++lane) {
+      const bool live = column + lane < p;
+      for (Index i = 0; i < t; ++i) own_base[i * kLanes + lane] = live ? base.at[i * base.stride + column + lane] : 0;
+      for (Index l = 0; l < v; ++l) own[l * kLanes + lane] = live ? m.at[l * m.stride + column + lane] : 0;
+    }
+    square_strip<1>(a, own, kLanes, own_base, kLanes, v, sums);
+  }
+  for (Index i = 0; i < t; ++i) out[i] = sum(sums[i]);
+}
+
 }  // namespace
 
 extern const TriangularKernels SUI_JOIN(triangular_, SUI_VARIANT);
-const TriangularKernels SUI_JOIN(triangular_, SUI_VARIANT) = {packed, scratch, pack, run, weigh};
+const TriangularKernels SUI_JOIN(triangular_, SUI_VARIANT) = {packed,          scratch,  pack, run, weigh,
+                                                                     product_scratch, products};
 
 }  // namespace sui

@@ -6,13 +6,14 @@ of 8 to 15 dimensions. Letters: r eigenvalues, v basis functions of all interval
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 _RATIO = 3.0  # of the ends of an interval
+_FEW = 16  # eigenvalues that are an interval together, each with a function of its own
 _SKETCH = 48  # random combinations of the functions from which a basis is taken; about 16 suffice
 
 
@@ -35,7 +36,12 @@ class Bases:
         """Of functions [f, r] of the eigenvalues s, ascending; ``nearest``: the smallest modulus of a pole."""
         top, low = float(s[-1]), max(nearest / 64, float(s[-1]) * 1e-15)
         edges = top / _RATIO ** np.arange(max(1, int(np.ceil(np.log(top / low) / np.log(_RATIO)))))
-        cuts = np.unique([0, *np.searchsorted(s.cpu().numpy(), edges[1:]), len(s)]).tolist()
+        every = np.unique([0, *np.searchsorted(s.cpu().numpy(), edges[1:]), len(s)]).tolist()[::-1]
+        cuts = every[:1]
+        for cut, beyond in pairwise(every[1:]):
+            if cuts[-1] - beyond > _FEW:
+                cuts.append(cut)
+        cuts = [0, *reversed(cuts)]
         columns = [slice(*pair) for pair in zip(cuts[:-1], cuts[1:], strict=True)]
         mix = _mix(functions)
         return cls(columns, [_leading_rows(functions[:, part], mix, tolerance) for part in columns])
@@ -50,7 +56,7 @@ def _leading_rows(functions: Tensor, mix: Tensor, tolerance: float) -> Tensor:
 
     They are taken from combinations, mix [., f]; the identity where these leave a function out, or where x is small.
     """
-    if functions.shape[1] > 8:
+    if functions.shape[1] > _FEW:
         size = functions.abs().amax(1)
         size = torch.where(size > 0, size, 1.0)
         _, values, rows = torch.linalg.svd((mix / size) @ functions, full_matrices=False)

@@ -3,7 +3,7 @@
 from ._backends import BACKENDS
 from ._explain import backends, explain, self_test
 from ._op import OPS, use_backend
-from .forms import triangular_sqnorm
+from .forms import product_sqnorm, triangular_sqnorm
 from .gram import ntk_gram, ntk_gram_sum
 from .products import jvp, vjp
 from .removal import converged_removal, rational_removal, rational_sums
@@ -18,6 +18,7 @@ __all__ = [
     "jvp",
     "ntk_gram",
     "ntk_gram_sum",
+    "product_sqnorm",
     "rational_removal",
     "rational_sums",
     "self_test",

@@ -54,16 +54,19 @@ function undo() {
   $('said').textContent = `Undone: ${last.before.length === 1 ? data.ids[last.before[0][0]] : last.before.length + ' samples'}.`;
 }
 
-// Decisions outlive the page where the browser lets files keep something.
+// Decisions outlive the page where the browser lets files keep something. The tab keeps a copy: Chromium reads
+// localStorage as empty where a page is reloaded while it is written to disk, some seconds after a change.
+const stores = () => [() => localStorage, () => sessionStorage].flatMap(store => { try { return [store()]; } catch { return []; } });
 function remember() {
-  try {
-    const kept = [...state.decisions].map(([i, d]) => [i, d.what, d.label ?? null]);
-    if (kept.length) localStorage.setItem(KEEP, JSON.stringify(kept)); else localStorage.removeItem(KEEP);
-  } catch { /* no storage for files in this browser */ }
+  const kept = [...state.decisions].map(([i, d]) => [i, d.what, d.label ?? null]);
+  for (const store of stores()) {
+    try { if (kept.length) store.setItem(KEEP, JSON.stringify(kept)); else store.removeItem(KEEP); } catch { /* full */ }
+  }
 }
 function recall() {
   try {
-    for (const [i, what, label] of JSON.parse(localStorage.getItem(KEEP) || '[]')) {
+    const kept = stores().map(store => store.getItem(KEEP)).find(Boolean) || '[]';
+    for (const [i, what, label] of JSON.parse(kept)) {
       const known = what === 'keep' || what === 'drop' || (what === 'relabel' && (data.labels ? label in data.classes : typeof label === 'string'));
       if (Number.isInteger(i) && i >= 0 && i < n && known) state.decisions.set(i, what === 'relabel' ? {what, label} : {what});
     }

@@ -47,14 +47,17 @@ def test_size_limit_names_the_low_rank_route(monkeypatch):
         dense_spectrum(kernel())
 
 
-def test_a_solver_that_lies_is_caught(monkeypatch):
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda s, u: (s, u + 1e-6),
+        lambda s, u: (s + 1e-8 * (torch.arange(len(s)) == 25) * s[-1], u),  # one eigenvalue
+        lambda s, u: (s, u[:, [*range(20), 21, 20, *range(22, 30)]]),  # two eigenvectors exchanged
+    ],
+)
+def test_a_solver_that_lies_is_caught(lie, monkeypatch):
     true = torch.linalg.eigh
-
-    def wrong(matrix):
-        s, u = true(matrix)
-        return s, u + 1e-6
-
-    monkeypatch.setattr(torch.linalg, "eigh", wrong)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: lie(*true(matrix)))
     with pytest.raises(SpectrumError, match="accurate"):
         dense_spectrum(kernel())
 

@@ -20,7 +20,7 @@ def problem(n: int, k: int, probes: int, seed: int = 0):
     return train @ train.T, rows[n * k :] @ train.T, torch.randn(n, k, generator=rng, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("through_bases", [True, False])
+@pytest.mark.parametrize("through", [True, False])
 @pytest.mark.parametrize(
     "n, k, options",
     [
@@ -32,8 +32,8 @@ def problem(n: int, k: int, probes: int, seed: int = 0):
         (1, 2, {}),
     ],
 )
-def test_many_times_equal_single_ones(n, k, options, through_bases, monkeypatch):
-    monkeypatch.setattr(times, "_through_bases", lambda *sizes: through_bases)
+def test_many_times_equal_single_ones(n, k, options, through, monkeypatch):
+    monkeypatch.setattr(times, "is_shorter", lambda _: through)
     theta, cross, r0 = problem(max(n, 3), k, 20)
     theta, cross, r0 = theta[: n * k, : n * k], cross[:, : n * k], r0[:n]
     convention, reg, dynamics = (options.get(*x) for x in (("convention", "sum"), ("reg", 0.0), ("dynamics", "gd")))

@@ -54,12 +54,30 @@ def test_sums_over_the_change(n, p, r, m):
             torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    "b, t, v, p", [(1, 1, 1, 1), (3, 29, 7, 61), (2, 8, 5, 24), (2, 9, 20, 7), (4, 3, 0, 5), (0, 3, 2, 5), (2, 3, 2, 0)]
+)
+def test_squared_rows_of_products(b, t, v, p):
+    a, m, base = draw(b, t, v), draw(b, v, p), draw(t, p)
+    want = (base + a @ m).square().sum(2)
+    for function in (forms.product_sqnorm, ops.product_sqnorm.op.body):
+        torch.testing.assert_close(function(a, m, base), want, rtol=1e-12, atol=1e-13)
+    inside = torch.zeros(b, v + 2, p + 3, dtype=torch.float64)
+    inside[:, 1:-1, 2:-1] = m
+    torch.testing.assert_close(forms.product_sqnorm(a, inside[:, 1:-1, 2:-1], base), want, rtol=1e-12, atol=1e-13)
+    turned = [x.mT.contiguous().mT for x in (a, m, base)]
+    torch.testing.assert_close(forms.product_sqnorm(*turned), want, rtol=1e-12, atol=1e-13)
+
+
 def test_threads_change_nothing():
     c, x = draw(150, 200), draw(701, 200)
     expected = forms.triangular_sqnorm(c, x)
+    factors = draw(40, 30, 90), draw(40, 90, 200), draw(30, 200)
+    products = forms.product_sqnorm(*factors)
     torch.set_num_threads(3)
     try:
         torch.testing.assert_close(forms.triangular_sqnorm(c, x), expected, rtol=1e-14, atol=0)
+        torch.testing.assert_close(forms.product_sqnorm(*factors), products, rtol=0, atol=0)
     finally:
         torch.set_num_threads(1)
 
@@ -78,8 +96,9 @@ def test_a_tall_factor_is_an_error():
 
 @pytest.mark.parametrize("instructions", ["baseline", "avx2"])
 def test_other_instruction_sets(instructions):
-    selected = [f"{__file__}::{name}" for name in ("test_triangular_forms", "test_sums_over_the_change")]
+    names = "test_triangular_forms", "test_sums_over_the_change", "test_squared_rows_of_products"
+    selected = [f"{__file__}::{name}" for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *selected]
     environment = {**os.environ, "SUI_FAST_CPU": instructions, "PYTEST_ADDOPTS": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "18 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "25 passed" in done.stdout, done.stdout + done.stderr

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 EXAMPLES = [(name, number) for name, op in ops.OPS.items() for number in range(len(list(op.examples(CPU))))]
 SMOOTH = [
     "jvp", "vjp", "ntk_gram", "ntk_gram_sum", "sketch", "converged_removal", "rational_removal", "rational_sums",
-    "triangular_sqnorm",
+    "triangular_sqnorm", "product_sqnorm",
 ]  # fmt: skip
 
 

@@ -31,6 +31,12 @@ def decided(page):
     return page.locator("#progress").inner_text()
 
 
+def reloaded(page):
+    page.reload()
+    page.wait_for_selector("html[data-ready]", state="attached")
+    return decided(page)
+
+
 def export(page, path):
     with page.expect_download() as download:
         page.click("#export")
@@ -155,11 +161,25 @@ def test_keyboard_review_undo_and_export(page, tmp_path):
     assert (
         pandas.columns.tolist() == ["id", "decision", "label", "new_label"] and pandas.dtypes["new_label"].kind == "i"
     )
-    page.reload()
-    page.wait_for_selector("html[data-ready]", state="attached")
-    assert decided(page).startswith("4 decided")  # they outlive the page
+    assert reloaded(page).startswith("4 decided")  # they outlive the page
     page.select_option("#decision", "drop")
     assert sorted(map(int, ids(page))) == sorted([order[1], order[3]])
+
+
+def test_decisions_outlive_a_reload_that_finds_nothing_on_disk(page):
+    """As Chromium does while it writes what was kept: the tab has a copy, and what is undone is gone from both."""
+    page.keyboard.press("k")
+    page.keyboard.press("d")
+    page.evaluate("localStorage.clear()")
+    assert reloaded(page).startswith("2 decided: 1 keep, 0 relabel, 1 drop")
+    page.keyboard.press("d")
+    page.evaluate("sessionStorage.clear()")
+    assert reloaded(page).startswith("2 decided: 0 keep, 0 relabel, 2 drop")  # as in a new tab
+    page.keyboard.press("k")
+    page.keyboard.press("u")
+    assert reloaded(page).startswith("2 decided: 0 keep, 0 relabel, 2 drop")
+    page.evaluate("Object.keys(localStorage).forEach(key => localStorage.setItem(key, '[1'))")
+    assert reloaded(page).startswith("Nothing decided")
 
 
 def test_suspects_are_reviewed_one_by_one(page, tmp_path):

@@ -54,3 +54,35 @@ def triangular_sqnorm(c: Tensor, x: Tensor) -> Tensor:
         strip = c[begin : begin + step, begin:].triu()
         total = total + (x[:, begin:] @ strip.T).square().sum(1)
     return total
+
+
+def _product_examples(device):
+    rng = torch.Generator().manual_seed(1)
+    return [
+        tuple(torch.randn(*shape, generator=rng, dtype=torch.float64).to(device) for shape in shapes)
+        for shapes in (((3, 29, 5), (3, 5, 31), (29, 31)), ((2, 4, 7), (2, 7, 9), (4, 9)))
+    ]
+
+
+@op(
+    shapes={"a": "b t v", "m": "b v p", "base": "t p"},
+    result="b t",
+    examples=_product_examples,
+    dtypes={"a": (torch.float64,), "m": (torch.float64,), "base": (torch.float64,)},
+)
+def product_sqnorm(a: Tensor, m: Tensor, base: Tensor) -> Tensor:
+    """Squared length of every row of many products.
+
+    ::
+
+        result[b, t] = sum_p (base[t, p] + sum_v a[b, t, v] m[b, v, p])^2
+
+    Args:
+        a: left factors [b, t, v]. m: right factors [b, v, p]. base: what is added to each product [t, p]. All float64.
+    Returns:
+        [b, t] float64.
+    Raises:
+        ArgumentError: shapes, dtypes or devices that disagree.
+    Source: docs/math.md, section 6.
+    """
+    return torch.baddbmm(base, a, m).square().sum(2)
