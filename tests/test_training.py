@@ -102,9 +102,6 @@ class Exact(TensorSums):
         rows = g[:, 0].transpose(1, 2).to(a.dtype) @ a
         self._put(stream, torch.cat([rows.flatten(1), g[:, 0].sum(1)], 1) if ones else rows)
 
-    def flat(self, x, g, stream, ones=False):
-        self.outer(x[:, None], g[:, None, None], stream, ones)
-
     def index(self, token, g, vocabulary, stream):
         hot = nn.functional.one_hot(token.clamp(min=0), vocabulary) * (token >= 0)[..., None]
         self._put(stream, hot.to(g.dtype).transpose(1, 2) @ g[:, 0])
@@ -112,8 +109,11 @@ class Exact(TensorSums):
     def rows(self, rows, stream):
         self._put(stream, rows)
 
-    def folded(self, *_):
+    def layer(self, *_):
         return False  # nothing was added: by outer, then
+
+    def flush(self, *_):
+        pass
 
     def total(self):
         rows = torch.cat([self.parts[stream] for stream in sorted(self.parts)], 1)
