@@ -39,7 +39,7 @@ class TensorSums:
         self._spare: Tensor | None = None  # that of an earlier total
         self._waiting: list[tuple[Tensor, Tensor, int, bool]] = []  # layers of one position, which go in one call
         self._told: list[int] = []  # addresses of what ``layer`` was given
-        self._kept: list[tuple[Tensor, Tensor]] = []  # what lies there
+        self._kept: list[tuple] = []  # what lies there
         one = self.out.new_zeros(1, 1, 1)
         backend, _ = sketch.op.choose((one, one[None], rank, seed, 0, "tensor", "auto"))
         # what adds in place; None: the op gives what is added
@@ -72,7 +72,7 @@ class TensorSums:
         if not layer.known.as_is:
             x, g = _layers_cpu.readable(layer, x, g, self.out.dtype)
         self._told += layer.known.address, x.data_ptr(), g.data_ptr()
-        self._kept.append((x, g))
+        self._kept.append((x, g, layer.known))
         return True
 
     def windows(self, x: Tensor, g: Tensor, window: Window, stream: int, ones: bool = False) -> bool:
