@@ -38,7 +38,8 @@ _NEVER = "no gradient came through a call of its layer"
 def _hook(output: Tensor, call: Callable[[Tensor], None]) -> None:
     """output.register_hook(call) without a handle to remove it by, which would take as long as the rest."""
     if output._backward_hooks is None and output.grad_fn is not None:
-        output._backward_hooks = OrderedDict({-1: call})
+        output._backward_hooks = hooks = OrderedDict()
+        hooks[-1] = call
         output.grad_fn._register_hook_dict(output)
     else:
         output.register_hook(call)
@@ -236,7 +237,7 @@ class TrainingScores:
         if x.numel() + g.numel() <= _LARGE:
             self._waiting.append((module, x, g))
         else:  # let go, and read as long as it is in the cache
-            self._add_all([(module, x, g)], len(g) if self._sums is None else len(self._sums.out))
+            self._add_all([(module, x, g)], (g if self._sums is None else self._sums.out).shape[0])
             if self._sums is not None:
                 self._sums.flush()
         self._clock.taken += time.perf_counter() - begin + _DISPATCH
@@ -260,7 +261,7 @@ class TrainingScores:
     def _begin(self, n: int, g: Tensor) -> None:
         """Sums for a batch of n, in the memory of the last one where that fits."""
         if self._sums is None:
-            made_for = n, g.dtype, g.device
+            made_for = n, g.dtype, g.is_cpu or g.device
             if self._spare[0] != made_for:
                 self._spare = made_for, TensorSums(n, 1, self.rank, self.seed, g)
             else:
@@ -361,12 +362,11 @@ class TrainingScores:
                 return
             todo = "Call step(ids) once after backward(), with the model in train mode and not compiled."
             raise ArgumentError(complaint("step", "a backward pass before it", "none", todo))
-        if self._sums is not None and len(self._sums.out) != n or all(n not in g.shape[:2] for _, _, g in waiting):
-            if self._sums is None or len(self._sums.out) != n:
-                rows = len(self._sums.out) if self._sums is not None else len(waiting[0][2])
-                self._sums = None
-                got, todo = f"{n} ids for {rows} samples", "Pass the ids of the batch, in its order."
-                raise ArgumentError(complaint("ids", "one for each sample of the batch", got, todo))
+        rows = waiting[0][2].shape[0] if self._sums is None else self._sums.out.shape[0]
+        if rows != n and (self._sums is not None or all(n not in g.shape[:2] for _, _, g in waiting)):
+            self._sums = None
+            got, todo = f"{n} ids for {rows} samples", "Pass the ids of the batch, in its order."
+            raise ArgumentError(complaint("ids", "one for each sample of the batch", got, todo))
         self._add_all(waiting, n)
         if self._sums is None:
             return
@@ -375,8 +375,10 @@ class TrainingScores:
         if self.scaler is not None:
             factor /= self.scaler.get_scale()
         known, numbers = len(self._numbers), self._numbers
-        rows = [numbers.setdefault(name, len(numbers)) for name in listed]
-        if len(numbers) > len(self._table):
+        rows = [*map(numbers.get, listed)]
+        if None in rows:
+            rows = [numbers.setdefault(name, len(numbers)) for name in listed]
+        if len(numbers) > self._table.shape[0]:
             grown = torch.empty(max(1024, 2 * len(numbers)), self.rank)
             grown[:known] = self._table[:known]
             self._table = grown

@@ -1,4 +1,4 @@
-"""jacobian() and ntk(): a pass over the data, batch by batch, proven by autograd on first use of a model with its weights."""
+"""jacobian() and ntk(): a pass over the data, batch by batch, proven by autograd once for a model and its weights."""
 
 from __future__ import annotations
 

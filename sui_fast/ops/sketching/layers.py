@@ -8,7 +8,7 @@ from .window import Window
 
 
 class Layer:
-    """A linear layer of one position, x [n, i] and g [n, o], or a convolution, x [n, c, *space] and g [n, o, *positions].
+    """A linear layer of one position, x [n, i], g [n, o], or a convolution, x [n, c, *space], g [n, o, *positions].
 
     Args:
         stream: of its parameter. ones: one more input of ones, the bias. window: of a convolution.
