@@ -27,7 +27,7 @@ from .scores import Scores
 from .spectra import Moments, feature_spectrum
 from .streaming import LowRank
 
-_LARGE = 1 << 20  # numbers of a layer's input and gradient that are not kept until step()
+_LARGE = 1 << 18  # numbers of a layer's input and gradient that are not kept until step()
 _DISPATCH = 1e-5  # seconds for two hooks of a layer outside of them: measured, they cannot see it
 _COMPARED = 1 / 16  # share of the steps that are not watched under a budget, to compare with
 _MIXES = "the layer mixes the samples of a batch in train mode"

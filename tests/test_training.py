@@ -265,6 +265,21 @@ def test_large_layers_do_not_wait(monkeypatch):
     same(live.features()[1], rows_of(run, net, x, y))
 
 
+@pytest.mark.parametrize("large", [0, 1 << 18])
+def test_without_the_kernels_the_maps_are_the_same(large, monkeypatch):
+    monkeypatch.setattr("sui_fast.training._LARGE", large)
+    (x, y), net, found = data(9), model(), []
+    for backend in ("auto", "reference"):
+        if backend == "reference":
+            monkeypatch.setattr("sui_fast.ops.sketching.sums._layers_cpu", None)
+        with sui_fast.use_backend(backend), TrainingScores(net, rank=32) as live:
+            for part in torch.arange(9).split(4):
+                nn.functional.cross_entropy(net(x[part]), y[part]).backward()
+                live.step(part)
+        found.append(live.features()[1])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
 def test_mixed_precision_with_a_scaler(monkeypatch):
     (x, y), net = data(9), model()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**9)

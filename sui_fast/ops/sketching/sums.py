@@ -136,14 +136,15 @@ class TensorSums:
 
     def flush(self, rows: Sequence[int] = (), factor: float = 1.0, table: Tensor | None = None) -> bool:
         """Add the layers that wait; then, where all is finite, keep factor times the sum in these rows of a table."""
+        if not self._told and table is None:
+            return True
         done = _layers_cpu.add_layers(self._told, self.out, rows, factor, table)
         self._told, self._kept = [], []
         return done
 
     def total(self) -> Tensor:
         """The sum so far, [n, k, rank], float32 for half precision."""
-        if self._told:
-            self.flush()
+        self.flush()
         if self._waiting:
             self._transform()
         if self._fourier is not None:
