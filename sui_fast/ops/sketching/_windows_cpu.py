@@ -1,9 +1,10 @@
 """C++ kernels of convolutions (csrc/cpu/windows_kernels.cpp): their rows without the patches, sketched in two ways.
 
-``add_windows`` has the map of the tensor sketch. ``fold_windows`` has one of its own: channel c of the image, with a
-sign, is added to plane c mod planes; entry (o, i) of the weight of that smaller image goes to (o mod width + place[i])
-mod rank with the sign s[o] s'[i]. A row is added to the sketch as it leaves the registers, and what folds saves its
-part of the product: entries that meet differ by random signs, so E<Px, Py> = <x, y> for any planes and width.
+``add_windows`` has the map of the tensor sketch. Layers of a training step have one of their own: channel c of the
+image, with a sign, is added to plane c mod planes; entry (o, i) of the weight of that smaller image goes to
+(o mod width + place[i]) mod rank with the sign s[o] s'[i]. A row is added to the sketch as it leaves the registers, and
+what folds saves its part of the product: entries that meet differ by random signs, so E<Px, Py> = <x, y> for any planes
+and width.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def _wide(o: int, rank: int, stream: int, seed: int, dtype: torch.dtype) -> tupl
 
 @functools.lru_cache(maxsize=256)
 def fold_sizes(window: Window, channels: int, o: int, rank: int) -> tuple[int, int] | None:
-    """Planes and width that ``fold_windows`` takes for a rank; None where it is too small."""
+    """Planes and width that a folded layer takes for a rank; None where it is too small."""
     planes = min(channels, -(-rank // (4 * math.prod(window.kernel))))
     return (planes, width_of(min(rank // 16, o))) if rank >= width_of(1) else None
 
@@ -90,7 +91,7 @@ def add_windows(x: Tensor, g: Tensor, window: Window, out: Tensor, seed: int, st
 
 
 def folded(rows: Tensor, bias: Tensor | None, planes: int, width: int, rank: int, seed: int, stream: int) -> Tensor:
-    """What ``fold_windows`` adds, from rows [n, k, o, channels, kernel] and of a bias [n, k, o]: the reference."""
+    """What a folded layer adds, from rows [n, k, o, channels, kernel] and of a bias [n, k, o]: the reference."""
     o, channels, kernel = rows.shape[2:]
     kind, i = dict(device=rows.device, dtype=rows.dtype), planes * kernel
     place, sign_i = bucket_and_sign(i + (bias is not None), rank, 0, stream, seed, **kind)
