@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from .jacobians.data import Samples
 from .jacobians.engine import predict
 from .losses import Curved, Goal, Rooted, Squared
 from .projections import MODES, Aligned, Lumped, RootedLumped, Shared, Sketched
+
+_FILLED = 0.3  # of the random rows, by the effective dimension: from there on scores were more than 6% too large
 
 
 def targets(samples: Samples, constant: float | None, k: int) -> torch.Tensor | None:
@@ -62,3 +65,15 @@ def check_mode(mode, loss, labels, wanted, candidates) -> None:
     if not fits or candidates is not None:
         got, todo = f"{mode!r} with loss={loss!r}, measures {list(wanted)}", "Use 'top' or 'all'; see output_mode."
         raise ArgumentError(complaint("output_mode", "a mode that fits the loss and the measures", got, todo))
+
+
+def warn_of_rows(rows: int, n: int, edf: float) -> None:
+    """A warning where random rows are too few for the effective dimension found with them, and scores too large."""
+    if edf > _FILLED * n * rows:
+        share = f"an effective dimension of {edf:.0f} fills {edf / (n * rows):.0%} of {n * rows} rows"
+        warnings.warn(
+            f"sui_fast: output_rank {rows} is small: {share}, and scores come out too large. "
+            "Raise output_rank=, or reg=, or use output_mode='all'.",
+            RuntimeWarning,
+            stacklevel=3,
+        )

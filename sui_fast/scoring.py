@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ._errors import ArgumentError, complaint
-from .aims import aim, aim_at_few, check_mode
+from .aims import aim, aim_at_few, check_mode, warn_of_rows
 from .aims import targets as targets_of
 from .checks import check_arguments
 from .jacobians import as_samples, jacobian, read_samples
@@ -220,6 +220,8 @@ def score(
         values, details, reg, ids = found
         if few and loss == "mse":
             values = {name: column * (k / output_rank) for name, column in values.items()}
+        elif few and output_mode == "random" and rows < k - (loss == "cross_entropy"):
+            warn_of_rows(rows, run.samples.n, details.get("effective_dimension", 0.0))
     finally:
         stages.close()
 

@@ -6,7 +6,7 @@ import math
 import random
 import time
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -21,17 +21,28 @@ from .jacobians.layers import Factor, Index, Outer, Rows
 from .jacobians.taps import READERS, factors_of, reader_of, window_of
 from .loo import make_filter
 from .measures import information
+from .ops.sketching.layers import Layer
 from .ops.sketching.sums import TensorSums
 from .scores import Scores
 from .spectra import Moments, feature_spectrum
 from .streaming import LowRank
 
-_LARGE = 1 << 20  # numbers of a layer's input and gradient that are not kept until step()
+_LARGE = 1 << 18  # numbers of a layer's input and gradient that are not kept until step()
 _DISPATCH = 1e-5  # seconds for two hooks of a layer outside of them: measured, they cannot see it
 _COMPARED = 1 / 16  # share of the steps that are not watched under a budget, to compare with
 _MIXES = "the layer mixes the samples of a batch in train mode"
 _UNKNOWN = "no rule for the layer"
 _NEVER = "no gradient came through a call of its layer"
+
+
+def _hook(output: Tensor, call: Callable[[Tensor], None]) -> None:
+    """output.register_hook(call) without a handle to remove it by, which would take as long as the rest."""
+    if output._backward_hooks is None and output.grad_fn is not None:
+        output._backward_hooks = hooks = OrderedDict()
+        hooks[-1] = call
+        output.grad_fn._register_hook_dict(output)
+    else:
+        output.register_hook(call)
 
 
 class _Clock:
@@ -167,21 +178,15 @@ class TrainingScores:
         uses = Counter(name for _, _, own in self._layers.values() for name in own.values())
         self._shared = {name for name, count in uses.items() if count > 1}
         self._time_first = time_first
-        self._plain = {  # linear layers that are whole and alone: stream, bias
-            key: (self._streams[own["weight"]], module.bias is not None)
-            for key, (_, module, own) in self._layers.items()
-            if reader_of(module) is READERS[nn.Linear]
-            and len(own) == 1 + (module.bias is not None)
-            and self._shared.isdisjoint(own.values())
-        }
-        self._images = {  # convolutions of the same kind, with the way they read
-            key: (len(window.kernel) + 2, window, self._streams[own["weight"]], module.bias is not None)
-            for key, (_, module, own) in self._layers.items()
-            if reader_of(module) is READERS.get(nn.Conv2d)
-            and len(own) == 1 + (module.bias is not None)
-            and self._shared.isdisjoint(own.values())
-            and (window := window_of(module)) is not None
-        }
+        self._plain: dict[int, Layer] = {}  # linear layers and convolutions that are whole and alone
+        for key, (_, module, own) in self._layers.items():
+            reader, bias = reader_of(module), getattr(module, "bias", None) is not None
+            if len(own) != 1 + bias or not self._shared.isdisjoint(own.values()):
+                continue
+            if reader is READERS[nn.Linear]:
+                self._plain[key] = Layer(self._streams[own["weight"]], bias)
+            elif reader is READERS[nn.Conv2d] and (window := window_of(module)) is not None:
+                self._plain[key] = Layer(self._streams[own["weight"]], bias, window)
 
     @property
     def coverage(self) -> float:
@@ -224,31 +229,28 @@ class TrainingScores:
             if (self._waiting or self._sums is not None) and torch._C._current_graph_task_id() < 0:
                 todo = "Call step(ids) after every backward pass, before the next forward pass."
                 raise ArgumentError(complaint("step", "one backward pass for each step", "a second one", todo))
-            output.register_hook(partial(self._receive, module, inputs[0]))
+            _hook(output, partial(self._receive, module, inputs[0]))
         self._clock.taken += time.perf_counter() - begin
 
     def _receive(self, module: nn.Module, x: Tensor, g: Tensor) -> None:
         begin = time.perf_counter()
-        if id(module) not in self._images and x.numel() + g.numel() <= _LARGE:
+        if x.numel() + g.numel() <= _LARGE:
             self._waiting.append((module, x, g))
-        else:  # as long as it is in the cache, or so that it is let go
-            self._add_all([(module, x, g)], len(g) if self._sums is None else len(self._sums.out))
+        else:  # let go, and read as long as it is in the cache
+            self._add_all([(module, x, g)], (g if self._sums is None else self._sums.out).shape[0])
+            if self._sums is not None:
+                self._sums.flush()
         self._clock.taken += time.perf_counter() - begin + _DISPATCH
 
     def _add_all(self, layers: list[tuple[nn.Module, Tensor, Tensor]], n: int) -> None:
         others = []
-        for layer in layers:
-            module, x, g = layer
-            key, axes = id(module), x.ndim
-            if self._axes.get(key) == 0 and axes == g.ndim and len(x) == len(g) == n:
+        for module, x, g in layers:
+            key = id(module)  # len(x) would take longer than all of this
+            if key in self._plain and self._axes.get(key) == 0 and x.shape[0] == g.shape[0] == n:
                 self._begin(n, g)
-                if axes == 2 and key in self._plain:
-                    self._sums.flat(x, g, *self._plain[key])
+                if self._sums.layer(self._plain[key], x, g):
                     continue
-                image = self._images.get(key)
-                if image is not None and axes == image[0] and self._sums.folded(x, g, *image[1:]):
-                    continue
-            others.append(layer)
+            others.append((module, x, g))
         if not others:
             return
         kind = layers[0][2].device.type
@@ -259,7 +261,7 @@ class TrainingScores:
     def _begin(self, n: int, g: Tensor) -> None:
         """Sums for a batch of n, in the memory of the last one where that fits."""
         if self._sums is None:
-            made_for = n, g.dtype, g.device
+            made_for = n, g.dtype, g.is_cpu or g.device
             if self._spare[0] != made_for:
                 self._spare = made_for, TensorSums(n, 1, self.rank, self.seed, g)
             else:
@@ -274,12 +276,12 @@ class TrainingScores:
         self._begin(n, g)
         if axis:
             x, g = x.movedim(axis, 0), g.movedim(axis, 0)
-        image = self._images.get(id(module))
-        if image is not None and x.ndim == g.ndim == image[0] and self._sums.folded(x, g, *image[1:]):
+        plain = self._plain.get(id(module))
+        if plain and self._sums.layer(plain, x, g):
             return
-        if id(module) in self._plain:
+        if plain and plain.window is None:
             a, g = x.reshape(n, -1, x.shape[-1]), g.reshape(n, 1, -1, g.shape[-1])
-            self._sums.outer(a, g, *self._plain[id(module)])
+            self._sums.outer(a, g, plain.stream, plain.ones)
             return
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             self._leave_out(module, _MIXES)
@@ -360,12 +362,11 @@ class TrainingScores:
                 return
             todo = "Call step(ids) once after backward(), with the model in train mode and not compiled."
             raise ArgumentError(complaint("step", "a backward pass before it", "none", todo))
-        if self._sums is not None and len(self._sums.out) != n or all(n not in g.shape[:2] for _, _, g in waiting):
-            if self._sums is None or len(self._sums.out) != n:
-                rows = len(self._sums.out) if self._sums is not None else len(waiting[0][2])
-                self._sums = None
-                got, todo = f"{n} ids for {rows} samples", "Pass the ids of the batch, in its order."
-                raise ArgumentError(complaint("ids", "one for each sample of the batch", got, todo))
+        rows = waiting[0][2].shape[0] if self._sums is None else self._sums.out.shape[0]
+        if rows != n and (self._sums is not None or all(n not in g.shape[:2] for _, _, g in waiting)):
+            self._sums = None
+            got, todo = f"{n} ids for {rows} samples", "Pass the ids of the batch, in its order."
+            raise ArgumentError(complaint("ids", "one for each sample of the batch", got, todo))
         self._add_all(waiting, n)
         if self._sums is None:
             return
@@ -374,8 +375,10 @@ class TrainingScores:
         if self.scaler is not None:
             factor /= self.scaler.get_scale()
         known, numbers = len(self._numbers), self._numbers
-        rows = [numbers.setdefault(name, len(numbers)) for name in listed]
-        if len(numbers) > len(self._table):
+        rows = [*map(numbers.get, listed)]
+        if None in rows:
+            rows = [numbers.setdefault(name, len(numbers)) for name in listed]
+        if len(numbers) > self._table.shape[0]:
             grown = torch.empty(max(1024, 2 * len(numbers)), self.rank)
             grown[:known] = self._table[:known]
             self._table = grown

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
+import sui_fast
 from benchmarks.bad_inputs import fuzz
 from sui_fast import leave_one_out, ntk, score
-from sui_fast._errors import ArgumentError, StabilityError, SuiError
+from sui_fast._errors import ArgumentError, DataError, StabilityError, SuiError
 
 N, K = 6, 2
 X = torch.randn(N, 3, generator=torch.Generator().manual_seed(0))
@@ -213,6 +214,50 @@ def test_no_shape_gets_through(rows, columns, n, k):
         return
     with pytest.raises(ArgumentError):
         leave_one_out(theta, residual, outputs=k, reg=0.1)
+
+
+X, NAMES = torch.ones(4, 3), ["cat", "dog", "cat", "dog"]
+TEXT = {  # data, what is wrong, the text
+    "tuple": ((X, NAMES), "targets", "cat"),
+    "tuples": ((X, tuple(NAMES)), "targets", "cat"),
+    "array": ((X.numpy(), np.array(NAMES)), "targets", "cat"),
+    "objects": ((X.numpy(), np.array(NAMES, dtype=object)), "targets", "cat"),
+    "bytes": ((X, [b"a", b"b", b"a", b"b"]), "targets", "b'a'"),
+    "mixed": ((X, [0, "dog", 1, 0]), "targets", "dog"),
+    "none": ((X, [0, None, 1, 0]), "targets", "NoneType"),
+    "batches": ([(X, NAMES)], "targets", "cat"),
+    "rows": ([(x, name) for x, name in zip(X, NAMES, strict=True)], "targets", "cat"),
+    "dict": ({"x": X, "labels": NAMES}, "targets", "cat"),
+    "inputs": ((NAMES, torch.arange(4)), "inputs", "cat"),
+    "alone": (NAMES, "samples", "cat"),
+}
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_text_in_the_place_of_numbers(name, tmp_path):
+    data, what, text = TEXT[name]
+    net, good = torch.nn.Linear(3, 2), (X, torch.tensor([0, 1, 0, 1]))
+    calls = {
+        "train": [
+            lambda: score(net, data, good, progress=False),
+            lambda: score(net, data, good, method="sketch", rank=8, store=tmp_path / "store", progress=False),
+            lambda: sui_fast.plan(net, data, good),
+            lambda: sui_fast.find_mislabeled(net, data),
+            lambda: sui_fast.influence_functions(net, data),
+        ],
+        "val": [lambda: score(net, good, data, progress=False)],
+        "data": [lambda: sui_fast.jacobian(net, data)],
+        "sources['a']": [lambda: sui_fast.compare_sources(net, {"a": data, "b": good}, {"v": good})],
+    }
+    if name != "dict":  # where all is input, text beside it is left out
+        calls["x1"] = [lambda: ntk(net, data)]
+    for argument, some in calls.items():
+        for call in some:
+            with pytest.raises(DataError) as error:
+                call()
+            message, kind = str(error.value), "inputs" if argument == "x1" and what == "targets" else what
+            assert message.startswith(f"{argument}: expected {kind} that are numbers") and text in message
+            assert kind != "targets" or name == "none" or "Number the classes" in message
 
 
 def test_no_call_ends_in_another_way():

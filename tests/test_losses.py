@@ -315,6 +315,19 @@ def test_random_rows_keep_the_gradient():
         np.testing.assert_allclose(got["si"], want["si"], rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("error")
+def test_too_few_random_rows_are_named():
+    """Scores come out too large where the effective dimension fills the rows, and the warning says so."""
+    model, train, _ = many()
+    arguments = dict(loss="cross_entropy", measures=("si",), progress=False)
+    few = dict(output_mode="random", output_rank=3)
+    with pytest.warns(RuntimeWarning, match="output_rank 3 is small"):
+        got = score(model, train, reg=1e-3, **few, **arguments)
+    assert np.median(got["si"] / score(model, train, reg=1e-3, **arguments)["si"]) > 1.2
+    score(model, train, reg=10.0, **few, **arguments)
+    score(model, train, reg=1e-3, output_mode="random", output_rank=23, **arguments)  # a basis
+
+
 def test_margin_of_the_top_logits():
     model, train, probe = many()
     arguments = dict(loss="cross_entropy", reg=0.1, progress=False, measures=("loo_margin",))

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <string>
@@ -67,10 +68,6 @@ void define_rows(py::module_& module, const char* type) {
   define("fourier_finish", [](Address sums, Index rows, Index rank, Address out, int threads) {
     sui::finish(at<const T>(sums), rows, rank, at<T>(out), threads);
   }, release);
-  define("keep_rows", [](Address rows, Index rank, double factor, const std::vector<Index>& to, Address table) {
-    return sui::tensor_kernels<T>().keep(at<const T>(rows), Index(to.size()), rank, static_cast<T>(factor), to.data(),
-                                         at<T>(table));
-  });
   define("scatter_rows", [](Address x, Index rows, Index o, Index i, Address place_o, Address sign_o, Address place_i,
                             Address sign_i, Index rank, Address out, int threads) {
     sui::scatter_rows(at<const T>(x), rows, o, i, at<int>(place_o), at<const T>(sign_o), at<int>(place_i),
@@ -87,10 +84,33 @@ void define_rows(py::module_& module, const char* type) {
         at<void>(Address(v[19])), v[20] ? sui::Kind::bfloat16 : sui::Kind::real, v[21], v[22], v[23], v[24],
         at<const int>(Address(v[25])), at<const int>(Address(v[26]))};
   };
-  define("fold_windows", [windows](const Geometry& geometry, Index samples, Index width, Index rank, bool ones,
-                                   Address place, Address sign_i, Address sign_o, Address out, int threads) {
-    const sui::Folding<T> folding{width, rank, ones, at<const int>(place), at<const T>(sign_i), at<const T>(sign_o)};
-    sui::fold_windows(windows(geometry), folding, samples, at<T>(out), threads);
+  // told: three numbers a layer, the addresses of what is known of it, of x and of g. Known: 0 and two sides, or 1,
+  // windows, width, ones, places, signs of i, signs of o.
+  define("layers", [side, windows](const std::vector<std::int64_t>& told, Index samples, Index rank, Index length,
+                                   Address out, const std::vector<Index>& to, double factor, Address table,
+                                   int threads) {
+    std::vector<sui::Layer<T>> flat;
+    for (std::size_t layer = 0; layer < told.size(); layer += 3) {
+      const auto* known = at<const std::int64_t>(Address(told[layer]));
+      if (*known++ == 0) {
+        Numbers a, g;
+        std::copy(known, known + 10, a.begin());
+        std::copy(known + 10, known + 20, g.begin());
+        a[0] = told[layer + 1], g[0] = told[layer + 2];
+        flat.push_back({side(a), side(g)});
+      } else {
+        Geometry geometry;
+        std::copy(known, known + 27, geometry.begin());
+        geometry[0] = told[layer + 1], geometry[19] = told[layer + 2];
+        const sui::Folding<T> folding{known[27], rank, known[28] != 0, at<const int>(Address(known[29])),
+                                      at<const T>(Address(known[30])), at<const T>(Address(known[31]))};
+        sui::fold_windows(windows(geometry), folding, samples, at<T>(out), threads);
+      }
+    }
+    if (!flat.empty())
+      sui::flat(flat.data(), Index(flat.size()), samples, rank, length, at<T>(out), threads);
+    return !table || sui::tensor_kernels<T>().keep(at<const T>(out), samples, rank, static_cast<T>(factor), to.data(),
+                                                   at<T>(table));
   }, release);
   define("scatter_windows", [windows](const Geometry& geometry, Index samples, Index width, Address place_o,
                                       Address sign_o, Address place_i, Address sign_i, Index rank, Address out,

@@ -40,6 +40,16 @@ void fourier(const Layer<T>* layers, Index count, Index samples, Index k, Index 
 }
 
 template <class T>
+void flat(const Layer<T>* layers, Index count, Index samples, Index rank, Index length, T* out, int threads) {
+  const auto& kernels = tensor_kernels<T>();
+  const Index parts = parts_for(samples, 20.0 * double(count) * double(samples) * double(length), threads);
+  const Rooms<T> rooms(parts, kernels.fourier_room(length));
+  in_parts(samples, parts, [&](Index part, Index begin, Index end) {
+    kernels.flat(layers, count, begin, end, rank, length, rooms[part], out);
+  });
+}
+
+template <class T>
 void finish(const T* sums, Index rows, Index rank, T* out, int threads) {
   const auto& kernels = tensor_kernels<T>();
   const Index parts = parts_for(rows, 20.0 * double(rows) * double(rank), threads);
@@ -74,6 +84,7 @@ void scatter_index(const T* g, Index samples, Index k, Index s, Index o, const I
 
 #define SUI_FOR(T)                                                                                                   \
   template void fourier(const Layer<T>*, Index, Index, Index, Index, Index, T*, int);                                \
+  template void flat(const Layer<T>*, Index, Index, Index, Index, T*, int);                                          \
   template void finish(const T*, Index, Index, T*, int);                                                             \
   template void scatter_rows(const T*, Index, Index, Index, const int*, const T*, const int*, const T*, Index, T*,    \
                              int);                                                                                   \

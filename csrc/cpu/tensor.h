@@ -33,6 +33,8 @@ struct TensorKernels {
   void (*fourier)(const Layer<T>* layers, Index count, Index first, Index last, Index k, Index s, Index rank, T* room,
                   T* out);
   void (*finish)(const T* sums, Index rows, Index rank, T* room, T* out);  // room: rank lanes
+  // out[n, :] += the sketches of layers of one position and one output; length: of the transforms; room: fourier_room
+  void (*flat)(const Layer<T>* layers, Index count, Index first, Index last, Index rank, Index length, T* room, T* out);
   bool (*keep)(const T* rows, Index count, Index rank, T factor, const Index* to, T* table);
   void (*scatter)(const T* x, Index rows, Index o, Index i, const int* place_o, const T* sign_o, const int* place_i,
                   const T* sign_i, Index rank, T* room, T* out);  // room: 2 rank lanes
@@ -45,6 +47,9 @@ const TensorKernels<T>& tensor_kernels();
 
 template <class T>
 void fourier(const Layer<T>* layers, Index count, Index samples, Index k, Index s, Index rank, T* out, int threads);
+
+template <class T>
+void flat(const Layer<T>* layers, Index count, Index samples, Index rank, Index length, T* out, int threads);
 
 template <class T>
 void finish(const T* sums, Index rows, Index rank, T* out, int threads);

@@ -136,6 +136,9 @@ void scatter_sum(const T* from, Index count, T* row) {
     for (int l = 0; l < lanes; ++l) row[f] += from[f * lanes + l];
 }
 
+// The numbers of a side, for each doubling of the rank, that are multiplied one by one sooner than transformed.
+constexpr Index kShort = 2;
+
 // Fourier -------------------------------------------------------------------------------------------------------------
 
 namespace fft = pocketfft::detail;
@@ -260,6 +263,70 @@ void finish_rows(const T* sums, Index rows, Index rank, T* room, T* out) {
 }
 
 template <class T>
+bool is_short(const Side<T>& side, Index rank) {
+  return side.length + side.ones <= kShort * (31 - __builtin_clz(static_cast<unsigned>(rank)));
+}
+
+// sums [rank, lanes] += the circular convolution of y with x, whose numbers are at the places of its side; x is zero after.
+template <class T>
+void add_short(const Side<T>& side, T* x, const T* y, Index rank, T* sums) {
+  constexpr int lanes = Simd<T>::lanes;
+  for (Index j = 0; j < side.length + side.ones; ++j) {
+    const Index place = side.place[j];
+    const Vector<T> v = at(x + place * lanes);
+    at(x + place * lanes) = Vector<T>{};  // another number at this place has been added to it
+    T* const to = sums + place * lanes;
+    for (Index b = 0; b < rank - place; ++b) at(to + b * lanes) += v * at(y + b * lanes);
+    for (Index b = rank - place; b < rank; ++b) at(to + (b - rank) * lanes) += v * at(y + b * lanes);
+  }
+}
+
+// As fourier_rows and finish_rows for layers of one position and one output: sums never leave their lanes.
+template <class T>
+void flat_rows(const Layer<T>* layers, Index count, Index first, Index last, Index rank, Index length, T* room,
+               T* out) {
+  constexpr int lanes = Simd<T>::lanes;
+  const Plan<T>& plan = plan_for<T>(length);
+  T *x = room, *y = x + pitch<T>(length), *sums = y + pitch<T>(length);
+  for (Index begin = first; begin < last; begin += lanes) {
+    const int live = static_cast<int>(last - begin < lanes ? last - begin : lanes);
+    zero(sums, length * lanes);
+    bool transformed = false;
+    for (Index layer = 0; layer < count; ++layer) {
+      const auto& [a, g] = layers[layer];
+      if (is_short(a, rank) || is_short(g, rank)) continue;
+      zero(x, length * lanes);
+      hash(a, begin, live, 1, 0, x);
+      plan.forward(x);
+      zero(y, length * lanes);
+      hash(g, begin, live, 1, 0, y);
+      plan.forward(y);
+      plan.add_product(x, y, sums);
+      transformed = true;
+    }
+    if (transformed) {
+      plan.backward(sums);
+      for (Index b = rank; b < length && b < 2 * rank; ++b) at(sums + (b - rank) * lanes) += at(sums + b * lanes);
+    }
+    for (Index layer = 0; layer < count; ++layer) {
+      const auto& [a, g] = layers[layer];
+      if (!is_short(a, rank) && !is_short(g, rank)) continue;
+      zero(x, rank * lanes);
+      hash(a, begin, live, 1, 0, x);
+      zero(y, rank * lanes);
+      hash(g, begin, live, 1, 0, y);
+      if (g.length < a.length)
+        add_short(g, y, x, rank, sums);
+      else
+        add_short(a, x, y, rank, sums);
+    }
+    T* row[lanes];
+    for (int l = 0; l < live; ++l) row[l] = out + (begin + l) * rank;
+    scatter(sums, live, rank, row);
+  }
+}
+
+template <class T>
 bool keep_rows(const T* rows, Index count, Index rank, T factor, const Index* to, T* table) {
   constexpr Index lanes = Simd<T>::lanes;
   Vector<T> some = {};  // 0 x is 0 only where x is finite
@@ -341,8 +408,8 @@ void scatter_index(const T* g, Index samples, Index k, Index s, Index o, const I
 #define SUI_TABLE(T)                                                      \
   extern const TensorKernels<T> SUI_JOIN(tensor_##T##_, SUI_VARIANT);     \
   const TensorKernels<T> SUI_JOIN(tensor_##T##_, SUI_VARIANT) = {         \
-      Simd<T>::lanes, fourier_room<T>, fourier_rows<T>, finish_rows<T>, keep_rows<T>, scatter_lanes<T>, \
-      scatter_index<T>}
+      Simd<T>::lanes, fourier_room<T>, fourier_rows<T>, finish_rows<T>, flat_rows<T>, keep_rows<T>, \
+      scatter_lanes<T>, scatter_index<T>}
 SUI_TABLE(float);
 SUI_TABLE(double);
 

@@ -4,6 +4,8 @@
 // of the patch times some vectors of outputs stays in registers while it runs over all positions.
 #include "windows.h"
 
+#include <type_traits>
+
 #include "half.h"
 
 namespace sui {
@@ -25,6 +27,11 @@ Index image_size(const Windows<T>& w) {
   return w.planes * w.padded[0] * w.padded[1] * w.padded[2];
 }
 
+template <class T>
+Index inner_size(const Windows<T>& w) {
+  return w.planes * w.size[0] * w.size[1] * w.size[2];
+}
+
 // to = sign x, or += where it is not the first; count numbers that are `apart`.
 template <class T, bool first, class E>
 SUI_FN void copy_line(const E* from, Index apart, Index count, T sign, T* to) {
@@ -44,24 +51,34 @@ SUI_FN void copy_line(const E* from, Index apart, Index count, T sign, T* to) {
   for (; q < count; ++q) to[q] = (first ? T(0) : to[q]) + sign * one(from + q * apart);
 }
 
-// The inside of a padded image whose border is zero.
+// The inside of a padded image whose border is zero. Channels of dense images are added up before they are padded.
 template <class T, class E>
-void copy_image(const Windows<T>& w, const E* x, T* to) {
-  const Index plane = w.padded[0] * w.padded[1] * w.padded[2];
+void copy_image(const Windows<T>& w, const E* x, T* sums, T* to) {
+  const Index plane = w.padded[0] * w.padded[1] * w.padded[2], count = inner_size(w) / w.planes;
   const Index inside = (w.before[0] * w.padded[1] + w.before[1]) * w.padded[2] + w.before[2];
+  const auto pad = [&](const auto* from, const Index* stride, T sign, Index q, auto add) {
+    for (Index z = 0; z < w.size[0]; ++z)
+      for (Index y = 0; y < w.size[1]; ++y)
+        copy_line<T, !add()>(from + z * stride[0] + y * stride[1], stride[2], w.size[2], sign,
+                             to + q * plane + inside + (z * w.padded[1] + y) * w.padded[2]);
+  };
+  const Index dense[] = {w.size[1] * w.size[2], w.size[2], 1};
+  bool together = w.channels > w.planes;
+  for (int axis = 0; axis < 3; ++axis) together &= w.stride[axis] == dense[axis] || w.size[axis] == 1;
   for (Index c = 0, q = 0; c < w.channels; ++c, q = q + 1 == w.planes ? 0 : q + 1) {
+    const E* const from = x + c * w.channel;
     const T sign = w.sign ? w.sign[c] : T(1);
-    for (Index z = 0; z < w.size[0]; ++z) {
-      const E* from = x + c * w.channel + z * w.stride[0];
-      T* line = to + q * plane + inside + z * w.padded[1] * w.padded[2];
-      for (Index y = 0; y < w.size[1]; ++y, from += w.stride[1], line += w.padded[2]) {
-        if (c < w.planes)
-          copy_line<T, true>(from, w.stride[2], w.size[2], sign, line);
-        else
-          copy_line<T, false>(from, w.stride[2], w.size[2], sign, line);
-      }
-    }
+    if (together && c < w.planes)
+      copy_line<T, true>(from, 1, count, sign, sums + q * count);
+    else if (together)
+      copy_line<T, false>(from, 1, count, sign, sums + q * count);
+    else if (c < w.planes)
+      pad(from, w.stride, sign, q, std::false_type());
+    else
+      pad(from, w.stride, sign, q, std::true_type());
   }
+  if (together)
+    for (Index q = 0; q < w.planes; ++q) pad(sums + q * count, dense, T(1), q, std::false_type());
 }
 
 // g [o, s] to [s, width], with signs; output o is added to column o mod width.
@@ -147,20 +164,21 @@ void product(const Windows<T>& w, const T* x, const T* g, Index width, const Tak
   for (; column < width; column += lanes) strip<T, kTile, 1>(w, 0, x, g, width, column, take);
 }
 
-// room: a padded image, gradients [s, width], a sketch with what goes beyond its end
+// room: an image with and without its border, gradients [s, width], a sketch with what goes beyond its end
 template <class T>
 Index room(const Windows<T>& w, Index width, Index rank) {
-  return image_size(w) + w.s * width + rank + width;
+  return image_size(w) + inner_size(w) + w.s * width + rank + width;
 }
 
 // each(sample, output, image, gradients)
 template <class T, class X, class G, class Each>
 void samples_as(const Windows<T>& w, Index first, Index last, const T* sign, Index width, T* room, const Each& each) {
   T* const image = room;
-  T* const g = image + image_size(w);
+  T* const sums = image + image_size(w);
+  T* const g = sums + inner_size(w);
   zero(image, image_size(w));
   for (Index n = first; n < last; ++n) {
-    copy_image(w, static_cast<const X*>(w.x) + n * w.sample, image);
+    copy_image(w, static_cast<const X*>(w.x) + n * w.sample, sums, image);
     for (Index c = 0; c < w.k; ++c) {
       turn(static_cast<const G*>(w.g) + (n * w.k + c) * w.o * w.s, w.o, w.s, sign, width, g);
       each(n, c, image, g);
@@ -190,7 +208,7 @@ template <class T>
 void fold(const Windows<T>& w, const Folding<T>& f, Index first, Index last, T* room, T* out) {
   constexpr int lanes = Simd<T>::lanes;
   const Index width = f.width;
-  T* const sums = room + image_size(w) + w.s * width;
+  T* const sums = room + image_size(w) + inner_size(w) + w.s * width;
   zero(sums, f.rank + width);
   samples<T>(w, first, last, f.sign_o, width, room, [&](Index n, Index c, const T* image, const T* g) {
     product(w, image, g, width, [&](Index j, Index column, Vector<T> v) {

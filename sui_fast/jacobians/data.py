@@ -19,6 +19,7 @@ from .._errors import DataError, complaint
 from .digest import Digest
 from .finite import check_rows
 from .loaders import check_stream, quietly, refuse_shuffled
+from .numbers import as_array, as_tensor, is_text, refuse_text
 
 _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 _ID_KEYS = ("id", "ids", "idx", "index")
@@ -146,7 +147,7 @@ def as_samples(data: Any, *, with_targets: bool | None, argument: str = "train")
     elif is_stream(data):
         items = [split(batch, with_targets, argument) for batch in rows_in_batches(data, argument)]
     elif isinstance(data, Tensor | np.ndarray):
-        items = [(_tensor(data, argument), None, None)]
+        items = [(as_tensor(data, argument), None, None)]
     elif isinstance(data, Mapping):
         if data and all(is_dataset(x) or is_stream(x) or isinstance(x, DataLoader) for x in data.values()):
             got, todo = f"{type(data).__name__} of {sorted(map(str, data))}", "Pass one of them."
@@ -154,10 +155,8 @@ def as_samples(data: Any, *, with_targets: bool | None, argument: str = "train")
         items = [split(data, with_targets, argument)]
     elif _named(data) is not data:
         items = [split(data, with_targets, argument)]
-    elif isinstance(data, tuple) and with_targets is not False and len(data) == 2 and _is_arrays(data):
+    elif isinstance(data, tuple) and (with_targets is False or len(data) == 2) and _is_arrays(data):
         items = [split(data, with_targets, argument)]
-    elif isinstance(data, tuple) and with_targets is False and _is_arrays(data):
-        items = [(map_batch(lambda x: _tensor(x, argument), data), None, None)]
     elif isinstance(data, list) and data and _is_row(data[0]):
         items = [split(batch, with_targets, argument) for batch in rows_in_batches(data, argument)]
     elif isinstance(data, list) and data and not np.isscalar(data[0]):
@@ -168,6 +167,7 @@ def as_samples(data: Any, *, with_targets: bool | None, argument: str = "train")
             for begin in range(0, len(data), GATHERED)
         ]
     else:
+        refuse_text(data, argument, "samples")
         raise DataError(
             complaint(
                 argument,
@@ -260,7 +260,10 @@ def _is_row(x: Any) -> bool:
 
 
 def _is_nested(x: Any) -> bool:
-    return isinstance(x, Sequence) and not isinstance(x, str) and len(x) > 0 and np.asarray(x).dtype.kind in "fiub"
+    """Whether lists are an array, or would be if their text or None were numbers."""
+    if not isinstance(x, Sequence) or isinstance(x, str | bytes) or len(x) == 0:
+        return False
+    return is_text(x) or any(value is None for value in x) or np.asarray(x).dtype.kind in "fiub"
 
 
 def gather(data: Any, numbers: Sequence[int], argument: str) -> Any:
@@ -309,7 +312,7 @@ def _columns(columns: Mapping[str, Any], argument: str) -> dict[str, Any]:
         if isinstance(values[0], Mapping) or hasattr(values[0], "convert"):  # nested records, pictures
             got, todo = f"{type(values[0]).__name__} in column {key!r}", "Turn it into arrays with .map()."
             raise DataError(complaint(argument, "numbers", got, todo))
-        rows = [_tensor(value, argument) for value in values]
+        rows = [as_tensor(value, argument) for value in values]
         if len({row.shape for row in rows}) == 1:
             found[key] = torch.stack(rows)
             continue
@@ -350,7 +353,7 @@ def split(batch: Any, with_targets: bool | None, argument: str) -> tuple[Any, Te
                 target = batch.pop(found[0])
                 if np.ndim(target) == 2 and np.shape(target) == np.shape(batch.get("input_ids")):
                     batch["labels"] = target  # of every token: the outputs of a language model need them
-        inputs: Any = {key: value for key, value in batch.items() if not _is_text(value)}
+        inputs: Any = {key: value for key, value in batch.items() if not is_text(value)}
         if not inputs:
             got, todo = f"only {', '.join(map(repr, batch))}", "Encode text as numbers first."
             raise DataError(complaint(argument, "inputs", got, todo))
@@ -361,45 +364,17 @@ def split(batch: Any, with_targets: bool | None, argument: str) -> tuple[Any, Te
         inputs = batch[0]
     else:
         inputs = batch
+    refuse_text(inputs, argument, "inputs")
     if isinstance(inputs, list):
-        inputs = _array(inputs, argument)
-    inputs = map_batch(lambda x: _tensor(x, argument), inputs)
+        inputs = as_array(inputs, argument)
+    elif type(inputs) is tuple:
+        inputs = tuple(as_array(part, argument) if isinstance(part, list) else part for part in inputs)
+    inputs = map_batch(lambda x: as_tensor(x, argument), inputs)
     batch_length(inputs)
-    target = None if target is None else _tensor(target, argument)
+    target = None if target is None else as_tensor(target, argument, "targets")
     if target is not None and target.ndim == 0:
         raise DataError(complaint(argument, "one target per sample", "a scalar", "Pass a batch of targets."))
     return inputs, target, ids
-
-
-def _is_text(x: Any) -> bool:
-    if isinstance(x, np.ndarray):
-        return x.dtype.kind in "US"
-    return isinstance(x, list | tuple) and len(x) > 0 and isinstance(x[0], str)
-
-
-def _array(x: Any, argument: str) -> np.ndarray:
-    try:
-        return np.asarray(x)
-    except (TypeError, ValueError, RuntimeError) as error:
-        todo = "Pass inputs alone where no targets are wanted, and samples of one shape."
-        raise DataError(complaint(argument, "one array of inputs", str(error), todo)) from None
-
-
-def _tensor(x: Any, argument: str) -> Tensor:
-    if not isinstance(x, Tensor):
-        array = _array(x, argument)
-        if array.dtype.kind not in "fiub":
-            raise DataError(complaint(argument, "numbers", f"an array of {array.dtype}", "Encode it as numbers first."))
-        if np.ma.is_masked(x):
-            raise DataError(complaint(argument, "a number everywhere", "a masked array", "Call .filled() first."))
-        x = torch.from_numpy(np.array(array, array.dtype.newbyteorder("=")))  # a copy: strides, bytes, flags are fine
-    if x.is_nested:
-        raise DataError(complaint(argument, "dense tensors", "a nested one", "Pad it with .to_padded_tensor(0.0)."))
-    if x.layout != torch.strided or x.is_quantized:
-        raise DataError(complaint(argument, "dense tensors", f"layout {x.layout}", "Call .to_dense() first."))
-    if x.device.type == "meta":
-        raise DataError(complaint(argument, "tensors with values", "a meta tensor", "Materialise the data first."))
-    return x.detach()
 
 
 def join_targets(parts: list[Tensor | None]) -> Tensor | None:
@@ -412,7 +387,7 @@ def join_ids(parts: list[Any], argument: str) -> np.ndarray | None:
     if len(given) < len(parts) or not given:
         return None
     ids = np.concatenate(
-        [_array(x.tolist() if isinstance(x, np.ndarray) and x.dtype == object else x, argument) for x in given]
+        [as_array(x.tolist() if isinstance(x, np.ndarray) and x.dtype == object else x, argument) for x in given]
     )
     if ids.ndim != 1 or ids.dtype.kind not in "biufUSM":
         got = f"shape {list(ids.shape)}" if ids.ndim != 1 else type(ids[0]).__name__

@@ -1,4 +1,4 @@
-"""jacobian() and ntk(): a pass over the data, batch by batch, proven by autograd on first use."""
+"""jacobian() and ntk(): a pass over the data, batch by batch, proven by autograd once for a model and its weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def jacobian(
 
     One batched forward pass and k batched backward passes per batch, no weight gradients. The model runs in eval mode
     (dropout off, BatchNorm with its running statistics) and is left exactly as found. Layers without a rule go through
-    torch.func; on first use with a model the factors are compared with autograd.
+    torch.func; on first use with a model, and again when its weights have changed, the factors are compared with
+    autograd.
 
     Args:
         model: any module.
@@ -126,9 +127,13 @@ def _pass(model, data, make, outputs, params, batch_size, dtype, progress):
         batch = to_device(next(samples.batches(CHECKED)), evaluator.device, evaluator.dtype)
         key = (tuple(evaluator.parameters), outputs, evaluator.dtype, _signature(batch))
         known = _proven.setdefault(model, {})
-        if key not in known or known[key].samples < batch_length(batch):  # one sample cannot show that others mix in
-            known[key] = prove(evaluator, batch, _collect)
+        weights = [(id(p), 0 if p.is_inference() else p._version) for p in model.parameters()]
+        plan = known.get(key)
+        # one sample cannot show that others mix in, nor can weights from before a training what it made of them
+        if plan is None or plan.samples < batch_length(batch) or plan.weights != weights:
+            known[key] = prove(evaluator, batch, _collect, plan and plan.general)
         for _ in range(2):
+            known[key].weights = weights
             sketched = make is not _Store and isinstance(make.args[0], Sketch)
             if sketched and known[key].outputs == 1 and known[key].ways is None:
                 known[key].ways = _ways(evaluator, batch, known[key])

@@ -376,6 +376,25 @@ def test_samples_that_interact_are_refused():
         jacobian(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False)), torch.randn(6, 3))
 
 
+class Gated(nn.Module):
+    """Outputs depend on one sample each while the gate is zero; its gradients depend on all."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.layer, self.mix, self.gate = nn.Linear(3, 2), nn.Linear(3, 2), nn.Parameter(torch.full((2,), gate))
+
+    def forward(self, x):
+        return self.layer(x) + self.gate * torch.tanh(self.mix(x - x.mean(0)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gate", [0.0, 1.0])
+def test_samples_that_interact_behind_a_closed_gate_are_refused(gate, dtype):
+    torch.manual_seed(0)
+    with pytest.raises(CoverageError, match="one sample"):
+        jacobian(Gated(gate).to(dtype), torch.randn(6, 3).to(dtype))
+
+
 class Random(nn.Module):
     def __init__(self):
         super().__init__()

@@ -8,6 +8,7 @@ import torch
 import sui_fast
 from sui_fast.jacobians.layers import Image
 from sui_fast.ops import sketch
+from sui_fast.ops.sketching.layers import Layer
 from sui_fast.ops.sketching.sums import TensorSums
 from sui_fast.ops.sketching.window import Window
 
@@ -89,13 +90,14 @@ def convolution(n, k, c, o, size, window, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("n, k, c, o, size, window", CONVOLUTIONS)
-def test_convolutions_without_their_patches(n, k, c, o, size, window, bias, dtype):
+def test_convolutions_without_their_patches(n, k, c, o, size, window, bias, dtype, monkeypatch):
     kernels = pytest.importorskip("sui_fast.ops.sketching._windows_cpu", reason="the C++ module is not built")
     x, g, a = convolution(n, k, c, o, size, window, dtype)
     ones = torch.ones(*a.shape[:2], 1, dtype=torch.float64)
     wide_a, wide_g = torch.cat([a.double(), ones], 2) if bias else a.double(), g.double()
     rows = (wide_g.transpose(2, 3) @ a.double()[:, None]).unflatten(3, (c, -1))
     turned = x.transpose(1, -1).contiguous().transpose(1, -1)  # another layout
+    shape = [g.shape[2], *[1] * (len(size) - 1)]  # the window says where positions are
     bound = 1e-12 if dtype == torch.float64 else 2e-5 if dtype == torch.float32 else 1e-2
     for rank in (48, 300):
         folds = [(planes, width) for planes in {1, min(c, 3), c} for width in (16, 48)]
@@ -106,9 +108,10 @@ def test_convolutions_without_their_patches(n, k, c, o, size, window, bias, dtyp
             kernels.add_windows(given, g.transpose(2, 3), window, outs[0], 5, 3, bias)
             for out, fold in zip(outs[1:], folds, strict=True):
                 for q in range(k):
-                    one = out[:, q : q + 1].contiguous()
-                    kernels.fold_windows(given, g[:, q].transpose(1, 2), window, *fold, one, 5, 3, bias)
-                    out[:, q : q + 1] = one
+                    monkeypatch.setattr("sui_fast.ops.sketching._layers_cpu.fold_sizes", lambda *_, fold=fold: fold)
+                    sums = TensorSums(n, 1, rank, 5, given)
+                    assert sums.layer(Layer(3, bias, window), given, g[:, q].transpose(1, 2).unflatten(2, shape))
+                    out[:, q] = sums.total()[:, 0]
             for got, want in zip(outs, wants, strict=True):
                 assert float((got - want).abs().max()) <= bound * float(want.abs().max())
 
@@ -124,6 +127,39 @@ def test_folded_rows_keep_products_in_expectation(planes, width):
     flat = torch.cat([rows.flatten(1), bias.flatten(1)], 1)
     error = (products.mean(0) - flat @ flat.T).abs()
     assert (error <= 5 * products.std(0) / seeds**0.5 + 1e-9).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [1, 48, 97, 256])
+def test_layers_of_one_position_in_one_call(rank, dtype):
+    """Sides that are transformed and sides that are not, layouts that are read as they are and others, one table."""
+    pytest.importorskip("sui_fast.ops.sketching._layers_cpu", reason="the C++ module is not built")
+    n, wide = 19, torch.promote_types(dtype, torch.float32)
+    sums, want = TensorSums(n, 1, rank, 5, torch.empty(0, dtype=dtype)), 0
+    for stream, (i, o, bias) in enumerate(
+        [(40, 50, True), (300, 3, False), (2, 70, True), (1, 1, False), (60, 33, False)]
+    ):
+        x, g = draw(i, n).to(dtype).T if i == 40 else draw(n, i).to(dtype), draw(n, 2 * o).to(dtype)[:, :o]
+        assert sums.layer(Layer(stream, bias), x, g)
+        a = torch.cat([x, torch.ones(n, 1, dtype=dtype)], 1) if bias else x
+        want = want + sketch.op.body(a.double()[:, None], g.double()[:, None, None], rank, 5, stream)
+    table, rows = torch.zeros(50, rank), list(range(1, 39, 2))
+    bound = (1e-12 if dtype == torch.float64 else 2e-5) * float(want.abs().max())
+    assert sums.keep(table, rows, 0.5)
+    assert float((2 * table[rows] - want[:, 0]).abs().max()) <= max(bound, 1e-6 * float(want.abs().max()))
+    assert float((sums.total() - want).abs().max()) <= bound and sums.total().dtype == wide
+    assert not table[::2].any()
+
+
+@pytest.mark.parametrize("o", [3, 100])
+def test_a_table_keeps_nothing_of_a_sum_that_is_not_finite(o):
+    x, g, table = draw(20, 9, dtype=torch.float32), draw(20, o, dtype=torch.float32), torch.zeros(20, 64)
+    g[17, 1] = torch.nan
+    sums = TensorSums(20, 1, 64, 0, x)
+    if not sums.layer(Layer(0, True), x, g):
+        sums.outer(x[:, None], g[:, None, None], 0, True)
+    assert not sums.keep(table, range(20), 1.0) and not table.any()
+    assert sums.total().isfinite().all(2)[:, 0].tolist() == [i != 17 for i in range(20)]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

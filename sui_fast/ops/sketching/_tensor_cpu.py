@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,13 +42,13 @@ def fourier_length(rank: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _hashed(*key) -> tuple[tuple[Tensor, Tensor], int, int]:
+def hashed_at(*key) -> tuple[tuple[Tensor, Tensor], int, int]:
     """Places and signs as ``hashed`` gives them, with their addresses."""
     table = hashed(*key)
     return table, table[0].data_ptr(), table[1].data_ptr()
 
 
-def _side(x: Tensor, length: int, ones: bool, table: tuple[Any, int, int]) -> list[int]:
+def side_of(x: Tensor, length: int, ones: bool, table: tuple[Any, int, int]) -> list[int]:
     """A side as the kernel takes it; x [n, s, length] or [n, k, s, length], positions or features adjacent."""
     n, *c, s, f = x.stride()
     return [x.data_ptr(), x.dtype == torch.bfloat16, n, *(c or (0,)), s, f, length, ones, *table[1:]]
@@ -75,35 +74,10 @@ def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums:
     for a, g, stream, ones in layers:
         i, o = a.shape[2], g.shape[3]
         a, g = _readable(a, dtype), _readable(g, dtype)
-        left, right = _hashed(i + ones, rank, 0, stream, seed, dtype), _hashed(o, rank, 1, stream, seed, dtype)
+        left, right = hashed_at(i + ones, rank, 0, stream, seed, dtype), hashed_at(o, rank, 1, stream, seed, dtype)
         kept.append((a, g, left, right))
-        sides.append((_side(a, i, ones, left), _side(g, o, False, right)))
+        sides.append((side_of(a, i, ones, left), side_of(g, o, False, right)))
     call("fourier", dtype)(sides, n, k, s, length, sums.data_ptr(), torch.get_num_threads())
-
-
-def add_flat(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums: Tensor, seed: int) -> None:
-    """``add_fourier`` for layers x [n, i], g [n, o] of one position and one output."""
-    (n, _, length), dtype, sides, kept = sums.shape, sums.dtype, [], []
-    for x, g, stream, ones in layers:
-        if x.dtype != dtype or x.stride(1) != 1:
-            x = _readable(x[:, None], dtype)[:, 0]
-        if g.dtype != dtype or g.stride(1) != 1:
-            g = _readable(g[:, None], dtype)[:, 0]
-        kept.append((x, g))
-        i, o, a, b = x.shape[1], g.shape[1], x.stride(0), g.stride(0)
-        left, right = _hashed(i + ones, rank, 0, stream, seed, dtype), _hashed(o, rank, 1, stream, seed, dtype)
-        half_x, half_g = x.dtype == torch.bfloat16, g.dtype == torch.bfloat16
-        sides.append(
-            (
-                [x.data_ptr(), half_x, a, 0, a, 1, i, ones, left[1], left[2]],
-                [g.data_ptr(), half_g, b, 0, b, 1, o, False, right[1], right[2]],
-            )
-        )
-    call("fourier", dtype)(sides, n, 1, 1, length, sums.data_ptr(), torch.get_num_threads())
-
-
-def prefers_flat(x: Tensor, g: Tensor, ones: bool, rank: int) -> bool:
-    return fft_is_cheaper(x.shape[0], 1, x.shape[1] + ones, g.shape[1], 1, rank)
 
 
 def prefers_fourier(a: Tensor, g: Tensor, ones: bool, out: Tensor) -> bool:
@@ -122,11 +96,6 @@ def finish(sums: Tensor, out: Tensor) -> None:
     call("fourier_finish", out.dtype)(sums.data_ptr(), n * k, length, found.data_ptr(), torch.get_num_threads())
     if length != rank:
         out += fold(found, rank)
-
-
-def keep_rows(found: Tensor, rows: Sequence[int], factor: float, table: Tensor) -> bool:
-    """table[rows] = factor found [n, rank] if all of it is finite."""
-    return call("keep_rows", found.dtype)(found.data_ptr(), found.shape[1], factor, rows, table.data_ptr())
 
 
 def add_scatter(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, ones: bool) -> None:

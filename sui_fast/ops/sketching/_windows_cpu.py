@@ -1,9 +1,10 @@
 """C++ kernels of convolutions (csrc/cpu/windows_kernels.cpp): their rows without the patches, sketched in two ways.
 
-``add_windows`` has the map of the tensor sketch. ``fold_windows`` has one of its own: channel c of the image, with a
-sign, is added to plane c mod planes; entry (o, i) of the weight of that smaller image goes to (o mod width + place[i])
-mod rank with the sign s[o] s'[i]. A row is added to the sketch as it leaves the registers, and what folds saves its
-part of the product: entries that meet differ by random signs, so E<Px, Py> = <x, y> for any planes and width.
+``add_windows`` has the map of the tensor sketch. Layers of a training step have one of their own: channel c of the
+image, with a sign, is added to plane c mod planes; entry (o, i) of the weight of that smaller image goes to
+(o mod width + place[i]) mod rank with the sign s[o] s'[i]. A row is added to the sketch as it leaves the registers, and
+what folds saves its part of the product: entries that meet differ by random signs, so E<Px, Py> = <x, y> for any planes
+and width.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def _geometry(window: Window, channels: int, planes: int, size: tuple[int, ...])
 
 
 @functools.lru_cache(maxsize=256)
-def _layout(window: Window, planes: int, signs: int, axes: int, x_size, x_stride, x_half, g_size, g_half) -> tuple:
+def layout_of(window: Window, planes: int, signs: int, axes: int, x_size, x_stride, x_half, g_size, g_half) -> tuple:
     """The geometry as the kernel takes it but for two addresses, and what must live as long.
 
     axes: positions are axes axes - 1 .. of g.
@@ -70,7 +71,7 @@ def _wide(o: int, rank: int, stream: int, seed: int, dtype: torch.dtype) -> tupl
 
 @functools.lru_cache(maxsize=256)
 def fold_sizes(window: Window, channels: int, o: int, rank: int) -> tuple[int, int] | None:
-    """Planes and width that ``fold_windows`` takes for a rank; None where it is too small."""
+    """Planes and width that a folded layer takes for a rank; None where it is too small."""
     planes = min(channels, -(-rank // (4 * math.prod(window.kernel))))
     return (planes, width_of(min(rank // 16, o))) if rank >= width_of(1) else None
 
@@ -79,7 +80,7 @@ def add_windows(x: Tensor, g: Tensor, window: Window, out: Tensor, seed: int, st
     """out [n, k, rank] += tensor sketches of the rows of a convolution's weight; x [n, c, *space], g [n, k, o, s]."""
     x, g = readable_dtype(x, out.dtype), readable_dtype(g, out.dtype).contiguous()
     halves = x.dtype != out.dtype, g.dtype != out.dtype
-    first, last, _ = _layout(window, x.shape[1], 0, 4, x.shape, x.stride(), halves[0], g.shape, halves[1])
+    first, last, _ = layout_of(window, x.shape[1], 0, 4, x.shape, x.stride(), halves[0], g.shape, halves[1])
     numbers = [x.data_ptr(), *first, g.data_ptr(), *last]
     (n, _, o, _), rank, i = g.shape, out.shape[2], numbers[23]
     left = hashed(i + ones, rank, 0, stream, seed, out.dtype)
@@ -89,38 +90,8 @@ def add_windows(x: Tensor, g: Tensor, window: Window, out: Tensor, seed: int, st
     call("scatter_windows", out.dtype)(numbers, n, width_of(o), *tables, rank, out.data_ptr(), torch.get_num_threads())
 
 
-@functools.lru_cache(maxsize=256)
-def _folding(
-    rank: int, planes: int, width: int, stream: int, seed: int, ones: bool, dtype: torch.dtype, window: Window, *images
-) -> tuple:
-    """The arguments of the kernel but for the addresses of x, g and out, and what must live as long."""
-    (channels, o), i = (images[0][1], images[3][1]), planes * math.prod(window.kernel) + ones
-    tables = (
-        *hashed(i, rank, 0, stream, seed, dtype),
-        *(hashed(size, rank, word, stream, seed, dtype)[1] for size, word in ((o, 1), (channels, 2))),
-    )
-    *pointers, signs = [table.data_ptr() for table in tables]
-    first, last, kept = _layout(window, planes, signs, 3, *images)
-    return first, last, (images[0][0], width, rank, ones, *pointers), (tables, kept)
-
-
-def fold_windows(
-    x: Tensor, g: Tensor, window: Window, planes: int, width: int, out: Tensor, seed: int, stream: int, ones: bool
-) -> None:
-    """out [n, 1, rank] += sketches of the same rows with the map of the module's head, g [n, o, *positions].
-
-    width: as ``width_of`` returns it, at most rank.
-    """
-    dtype = out.dtype
-    x, g = readable_dtype(x, dtype), readable_dtype(g, dtype).contiguous()
-    images = x.shape, x.stride(), x.dtype != dtype, g.shape, g.dtype != dtype
-    first, last, rest, _ = _folding(out.shape[2], planes, width, stream, seed, ones, dtype, window, *images)
-    numbers = [x.data_ptr(), *first, g.data_ptr(), *last]
-    call("fold_windows", dtype)(numbers, *rest, out.data_ptr(), torch.get_num_threads())
-
-
 def folded(rows: Tensor, bias: Tensor | None, planes: int, width: int, rank: int, seed: int, stream: int) -> Tensor:
-    """What ``fold_windows`` adds, from rows [n, k, o, channels, kernel] and of a bias [n, k, o]: the reference."""
+    """What a folded layer adds, from rows [n, k, o, channels, kernel] and of a bias [n, k, o]: the reference."""
     o, channels, kernel = rows.shape[2:]
     kind, i = dict(device=rows.device, dtype=rows.dtype), planes * kernel
     place, sign_i = bucket_and_sign(i + (bias is not None), rank, 0, stream, seed, **kind)

@@ -12,12 +12,13 @@ from torch import Tensor
 from .._register import wide_dtype
 from . import sketch
 from ._random import bucket_and_sign
+from .layers import Layer
 from .window import Window
 
 try:
-    from . import _tensor_cpu, _windows_cpu
+    from . import _layers_cpu, _tensor_cpu, _windows_cpu
 except ImportError:  # not built: the op does not choose it
-    _tensor_cpu = _windows_cpu = None
+    _layers_cpu = _tensor_cpu = _windows_cpu = None
 
 
 class TensorSums:
@@ -37,7 +38,8 @@ class TensorSums:
         self._fourier: Tensor | None = None
         self._spare: Tensor | None = None  # that of an earlier total
         self._waiting: list[tuple[Tensor, Tensor, int, bool]] = []  # layers of one position, which go in one call
-        self._flat: list[tuple[Tensor, Tensor, int, bool]] = []  # the same, x [n, i] and g [n, o]
+        self._told: list[int] = []  # addresses of what ``layer`` was given
+        self._kept: list[tuple] = []  # what lies there
         one = self.out.new_zeros(1, 1, 1)
         backend, _ = sketch.op.choose((one, one[None], rank, seed, 0, "tensor", "auto"))
         # what adds in place; None: the op gives what is added
@@ -58,13 +60,20 @@ class TensorSums:
         else:
             kernels.add_scatter(a, g, self.out, self._key, stream, ones)
 
-    def flat(self, x: Tensor, g: Tensor, stream: int, ones: bool = False) -> None:
-        """``outer`` for one position and one output, x [n, i] and g [n, o], with little to do for each layer."""
-        built = self.kernels is _tensor_cpu is not None
-        if built and x.numel() and g.numel() and _tensor_cpu.prefers_flat(x, g, ones, self.rank):
-            self._flat.append((x, g, stream, ones))
-        else:
-            self.outer(x[:, None], g[:, None, None], stream, ones)
+    def layer(self, layer: Layer, x: Tensor, g: Tensor) -> bool:
+        """Add the part of a layer of one output at the next ``flush``; False where no kernel is built for it."""
+        if self.kernels is not _tensor_cpu or _tensor_cpu is None:
+            return False
+        like = x.shape, x.stride(), x.dtype, g.shape, g.stride(), g.dtype, self.rank, self._key, self.out.dtype
+        if layer.like != like:
+            layer.like, layer.known = like, _layers_cpu.known_of(layer, x, g, *like[6:])
+        if layer.known is None:
+            return False
+        if not layer.known.as_is:
+            x, g = _layers_cpu.readable(layer, x, g, self.out.dtype)
+        self._told += layer.known.address, x.data_ptr(), g.data_ptr()
+        self._kept.append((x, g, layer.known))
+        return True
 
     def windows(self, x: Tensor, g: Tensor, window: Window, stream: int, ones: bool = False) -> bool:
         """As ``outer`` for a convolution of x [n, c, *space], without its patches; False where those cost less.
@@ -80,24 +89,6 @@ class TensorSums:
             return False
         _windows_cpu.add_windows(x, g.transpose(2, 3), window, self.out, self._key, stream, ones)
         return True
-
-    def folded(self, x: Tensor, g: Tensor, window: Window, stream: int, ones: bool = False) -> bool:
-        """Another sketch of the rows of a convolution [o, c, kernel], for little time; False where it is not built.
-
-        Args:
-            x: [n, c, *space]. g: [n, o, *positions], of one output.
-
-        Channels fold to planes with random signs, outputs to columns: entry (o, c, t) goes to place
-        (o mod columns + h[c mod planes, t]) mod rank with the sign u[o] v[c] w[c mod planes, t]. The signs of two
-        entries are independent, so E<Px, Py> = <x, y>. Measured (two CNNs, untrained and trained, ranks 256 and 1024):
-        the error of the Gram matrix is that of the tensor sketch within the spread of seeds.
-        """
-        if self.kernels is not _tensor_cpu or _tensor_cpu is None:
-            return False
-        sizes = _windows_cpu.fold_sizes(window, x.shape[1], g.shape[1], self.rank)
-        if sizes and g.numel():
-            _windows_cpu.fold_windows(x, g, window, *sizes, self.out, self._key, stream, ones)
-        return sizes is not None
 
     def formed(self, rows: Tensor, first: int, stream: int, bias: Tensor | None = None) -> None:
         """As ``outer`` for samples from ``first`` on, from their rows [b, k, o, i] and those of the bias [b, k, o]."""
@@ -116,9 +107,6 @@ class TensorSums:
     def _transform(self) -> None:
         if self._fourier is None:
             self._fourier = self.kernels.new_sums(self.out) if self._spare is None else self._spare.zero_()
-        if self._flat:
-            self.kernels.add_flat(self._flat, self.rank, self._fourier, self._key)
-            self._flat = []
         groups: dict[int, list] = {}
         for layer in self._waiting:
             groups.setdefault(layer[1].shape[2], []).append(layer)
@@ -146,9 +134,18 @@ class TensorSums:
         """Explicit rows [n, k, p]."""
         self.outer(rows.new_ones(len(rows), 1, 1), rows[:, :, None], stream)
 
+    def flush(self, rows: Sequence[int] = (), factor: float = 1.0, table: Tensor | None = None) -> bool:
+        """Add the layers that wait; then, where all is finite, keep factor times the sum in these rows of a table."""
+        if not self._told and table is None:
+            return True
+        done = _layers_cpu.add_layers(self._told, self.out, rows, factor, table)
+        self._told, self._kept = [], []
+        return done
+
     def total(self) -> Tensor:
         """The sum so far, [n, k, rank], float32 for half precision."""
-        if self._waiting or self._flat:
+        self.flush()
+        if self._waiting:
             self._transform()
         if self._fourier is not None:
             self.kernels.finish(self._fourier, self.out)
@@ -157,10 +154,11 @@ class TensorSums:
 
     def keep(self, table: Tensor, rows: Sequence[int], factor: float) -> bool:
         """table[rows] = factor times the sum of one output, float32 on the CPU; False, nothing kept, if not finite."""
-        found = self.total()[:, 0]
-        if self.kernels is _tensor_cpu is not None and found.dtype == torch.float32:
-            return _tensor_cpu.keep_rows(found, rows, factor, table)
-        found = (found * factor).to("cpu", torch.float32)
+        if self.kernels is _tensor_cpu is not None and self.out.dtype == torch.float32:
+            if self._waiting or self._fourier is not None:
+                self.total()
+            return self.flush(rows, factor, table)
+        found = (self.total()[:, 0] * factor).to("cpu", torch.float32)
         finite = bool(torch.isfinite(found).all())
         if finite:
             table[list(rows)] = found
@@ -168,5 +166,5 @@ class TensorSums:
 
     def clear(self) -> None:
         """Begin again, in the same memory: that of ``total`` is overwritten."""
-        self._waiting, self._flat, self._fourier = [], [], None
+        self._waiting, self._told, self._kept, self._fourier = [], [], [], None
         self.out.zero_()
