@@ -72,8 +72,8 @@ class Straight(_Way):
     def __init__(self, times):
         super().__init__(times)
         if self.probe is not None:
-            self.probe = torch.linalg.qr(self.probe, mode="r").R
-        self.step = max(1, _WORK // self.base.numel())
+            self.probe = torch.linalg.qr(self.probe, mode="r").R.contiguous()
+        self.step = max(1, 4 * _WORK // self.base.numel())  # the factor is packed once for each portion
 
     def portion(self, u: Tensor, coefficients: Tensor) -> Tensor:
         b, count, r = len(u), *self.base.shape

@@ -23,7 +23,7 @@ from .lengths import Straight, ThroughBases, is_shorter
 from .rational import Rational, fit_rationals
 from .solve import check_stability, remove_from_spectrum
 
-_WORK = 1 << 19  # float64 elements of one intermediate: what stays in the cache
+_WORK = 1 << 20  # float64 elements of one intermediate: what stays in the cache
 _TOLERANCE = 1e-13  # what the bases leave out, relative to each resolvent
 
 
