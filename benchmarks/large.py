@@ -99,7 +99,7 @@ def bookkeeping(store: Store, samples: int) -> None:
     took = min(_seconds(lambda: store.read(0)) for _ in range(2))
     count, size = store.shards[0]["rows"], store.shards[0]["bytes"]
     print(f"bookkeeping, all of these: {samples / total:,.0f} samples/s")
-    print(f"checksum (SHA-256), with reading: {size / took / 1e9:.2f} GB/s, {count / took:,.0f} samples/s")
+    print(f"checksum (CRC-32), with reading: {size / took / 1e9:.2f} GB/s, {count / took:,.0f} samples/s")
 
 
 def model(samples: int, rank: int, folder: Path) -> None:

@@ -91,20 +91,26 @@ def make_plan(
     stored: bool,
     given: int,
     sketch: str = "tensor",
+    spectral: bool = True,
 ) -> Plan:
     """Costs from the Jacobian of a few samples and the seconds its capture took; products with it are timed here.
 
     Args:
         first: captured with the settings of the run. n, m: training and validation samples. stored: on disk.
         sketch: kind of random map of method "sketch".
-        given: bytes of an input where the scores keep it.
+        given: bytes of an input where the scores keep it. spectral: an exact kernel needs its eigenvectors, not a
+            Cholesky factor alone.
     """
     k, rows, each, d = first.k, n * first.k, first.nbytes / max(first.n, 1), first.shape[1]
     capture, product = seconds / first.n, _product_seconds()
     if method == "dense":
-        peak = int(_LIBRARIES + 1.2 * (n + m) * each + 8 * rows * rows * 5.4 + 8 * rows * m * k)
+        held = 1.2 * (n + m) * each + 8 * rows * m * k
+        solve = 8 * rows * rows * (5.2 if spectral else 4.0) + 30_000_000 * (not spectral)
+        peak = int(_LIBRARIES + held + max(solve, 8 * rows * rows + _tile_bytes(first, n)))
         gram = _seconds_of(lambda: first.gram(first)) / first.n**2 * (n * n / 2 + n * m)
-        return Plan(method, rows, reason, 1, 0, peak, capture * (n + m) + gram + 12 * rows**3 * product)
+        return Plan(
+            method, rows, reason, 1, 0, peak, capture * (n + m) + gram + (12 if spectral else 2) * rows**3 * product
+        )
     wide = min(subspace_columns(rank), rows) if method == "subspace" else rank  # columns that come out
     size = _low_rank_bytes(first, n, m, method, rank, wide, each, stored, given)
     passes = {"sketch": 1, "nystrom": 1, "subspace": 3}[method]
@@ -129,6 +135,14 @@ def make_plan(
     probes = probe_count(first, n)
     total = fit + (n + m) * (capture + each_map) + work * product + 0.2 + 2 * probes * capture
     return Plan(method, rank, reason, passes, disk, size, total, sketch if method == "sketch" else None)
+
+
+def _tile_bytes(first: Jacobian, n: int) -> int:
+    """What a tile of the exact kernel takes: rows of the widest layer where it has positions, and products."""
+    layers = [factor for factor in first.select(range(1)).factors() if isinstance(factor, Outer)]
+    spread = [x.a.shape[2] * (x.g.shape[3] + x.a.shape[1]) for x in layers if x.a.shape[1] > 1]
+    tile = min(n * first.k, 2048 if spread else 640)
+    return first.outputs.element_size() * tile * (max(spread, default=0) + 3 * tile)
 
 
 def probe_count(first: Jacobian, n: int) -> int:

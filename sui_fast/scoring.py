@@ -319,7 +319,12 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     seconds = least_seconds(lambda: jacobian(model, few, **options))
     small = small_inputs(few) if shown(samples) else None
     given = 0 if small is None or samples.n * small[0].nbytes >= MOST_INPUTS else small[0].nbytes
-    found = make_plan(first, seconds, samples.n, m, method, rank, reason, stored, given, bound.arguments["sketch"])
+    asked = bound.arguments
+    settled = asked["time"] is None and not isinstance(asked["reg"], str) and asked["reg"] > 0 and convention != "mean"
+    spectral = not settled or "si_sgd" in asked["measures"] or asked["candidates"] is not None
+    found = make_plan(
+        first, seconds, samples.n, m, method, rank, reason, stored, given, asked["sketch"], spectral=spectral
+    )
     del first
     return_memory()
     return found

@@ -216,18 +216,18 @@ def test_no_shape_gets_through(rows, columns, n, k):
         leave_one_out(theta, residual, outputs=k, reg=0.1)
 
 
-X, NAMES = torch.ones(4, 3), ["cat", "dog", "cat", "dog"]
+ONES, NAMES = torch.ones(4, 3), ["cat", "dog", "cat", "dog"]
 TEXT = {  # data, what is wrong, the text
-    "tuple": ((X, NAMES), "targets", "cat"),
-    "tuples": ((X, tuple(NAMES)), "targets", "cat"),
-    "array": ((X.numpy(), np.array(NAMES)), "targets", "cat"),
-    "objects": ((X.numpy(), np.array(NAMES, dtype=object)), "targets", "cat"),
-    "bytes": ((X, [b"a", b"b", b"a", b"b"]), "targets", "b'a'"),
-    "mixed": ((X, [0, "dog", 1, 0]), "targets", "dog"),
-    "none": ((X, [0, None, 1, 0]), "targets", "NoneType"),
-    "batches": ([(X, NAMES)], "targets", "cat"),
-    "rows": ([(x, name) for x, name in zip(X, NAMES, strict=True)], "targets", "cat"),
-    "dict": ({"x": X, "labels": NAMES}, "targets", "cat"),
+    "tuple": ((ONES, NAMES), "targets", "cat"),
+    "tuples": ((ONES, tuple(NAMES)), "targets", "cat"),
+    "array": ((ONES.numpy(), np.array(NAMES)), "targets", "cat"),
+    "objects": ((ONES.numpy(), np.array(NAMES, dtype=object)), "targets", "cat"),
+    "bytes": ((ONES, [b"a", b"b", b"a", b"b"]), "targets", "b'a'"),
+    "mixed": ((ONES, [0, "dog", 1, 0]), "targets", "dog"),
+    "none": ((ONES, [0, None, 1, 0]), "targets", "NoneType"),
+    "batches": ([(ONES, NAMES)], "targets", "cat"),
+    "rows": ([(x, name) for x, name in zip(ONES, NAMES, strict=True)], "targets", "cat"),
+    "dict": ({"x": ONES, "labels": NAMES}, "targets", "cat"),
     "inputs": ((NAMES, torch.arange(4)), "inputs", "cat"),
     "alone": (NAMES, "samples", "cat"),
 }
@@ -236,7 +236,7 @@ TEXT = {  # data, what is wrong, the text
 @pytest.mark.parametrize("name", TEXT)
 def test_text_in_the_place_of_numbers(name, tmp_path):
     data, what, text = TEXT[name]
-    net, good = torch.nn.Linear(3, 2), (X, torch.tensor([0, 1, 0, 1]))
+    net, good = torch.nn.Linear(3, 2), (ONES, torch.tensor([0, 1, 0, 1]))
     calls = {
         "train": [
             lambda: score(net, data, good, progress=False),
