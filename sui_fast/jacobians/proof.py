@@ -141,9 +141,7 @@ def _disagreement(
     In bfloat16, float16 and under autocast rounding hides what is to be seen: a float32 copy of the model is asked too.
     """
     exact = evaluator.exact()
-    apart = (
-        exact.dtype.itemsize > 2
-    )  # of a model too large to copy, rounding in another batch would hide more than show
+    apart = exact.dtype.itemsize > 2  # in half precision another batch rounds more than there is to see
     if exact is not evaluator:
         precise = to_device(batch, exact.device, exact.dtype)
         found = _compare(exact, precise, plan, collect, _tolerance(exact.dtype), apart)
