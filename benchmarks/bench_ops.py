@@ -80,6 +80,57 @@ def test_rational_kernel(benchmark, k):
     )
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_rational_sums(benchmark, k):
+    n, rank, rows = 20_000, 512, 300
+    args = removal(n, rank, k)
+    args = (*args, args[2] * 0.1, torch.triu(torch.randn(rank, rank, dtype=torch.float64))[:rows].contiguous())
+    few = (args[0][:200], *args[1:3], *(x[:200] for x in args[3:6]), *args[6:])
+    for got, want in zip(kernel(ops.rational_sums, *few), body(ops.rational_sums, *few), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
+    compare(
+        benchmark,
+        lambda: kernel(ops.rational_sums, *args),
+        lambda: args[0][:, 0] @ args[-1].T,
+        body=lambda: body(ops.rational_sums, *args),
+        rounds=3,
+        shape=f"n = {n}, r = {rank}, k = {k}, 13 poles, {rows} rows of the factor",
+        floor_name="the product with the factor",
+    )
+
+
+@pytest.mark.parametrize("rank", [512, 1024])
+def test_triangular(benchmark, rank):
+    c, x = torch.randn(rank, rank, dtype=torch.float64).triu(), torch.randn(10_000, rank, dtype=torch.float64)
+    args = (c, x)
+    torch.testing.assert_close(kernel(ops.triangular_sqnorm, *args), body(ops.triangular_sqnorm, *args))
+    compare(
+        benchmark,
+        lambda: kernel(ops.triangular_sqnorm, *args),
+        lambda: x @ c[: rank // 2].T,
+        body=lambda: body(ops.triangular_sqnorm, *args),
+        rounds=5,
+        shape=f"n = 10000, r = {rank}",
+        floor_name="a product with half of the factor",
+    )
+
+
+@pytest.mark.parametrize("sizes", [(64, 30, 42, 300), (64, 30, 126, 700)])
+def test_products(benchmark, sizes):
+    b, t, v, p = sizes
+    args = tuple(torch.randn(*shape, dtype=torch.float64) for shape in ((b, t, v), (b, v, p), (t, p)))
+    torch.testing.assert_close(kernel(ops.product_sqnorm, *args), body(ops.product_sqnorm, *args))
+    compare(
+        benchmark,
+        lambda: kernel(ops.product_sqnorm, *args),
+        lambda: args[0] @ args[1],
+        body=lambda: body(ops.product_sqnorm, *args),
+        rounds=9,
+        shape=f"{b} products of {t} x {v} and {v} x {p}",
+        floor_name="the products alone",
+    )
+
+
 def test_sjlt(benchmark):
     n, d, rank = 64, 10_000_000, 4096
     a, g = torch.ones(n, 1, 1), torch.randn(n, 1, 1, d)
