@@ -107,7 +107,7 @@ def make_plan(
         held = 1.2 * (n + m) * each + 8 * rows * m * k
         solve = 8 * rows * rows * (5.2 if spectral else 4.0) + 30_000_000 * (not spectral)
         peak = int(_LIBRARIES + held + max(solve, 8 * rows * rows + _tile_bytes(first, n)))
-        gram = _seconds_of(lambda: first.gram(first)) / first.n**2 * (n * n / 2 + n * m)
+        gram = _pair_seconds(first) * (n * n / 2 + n * m)
         return Plan(
             method, rows, reason, 1, 0, peak, capture * (n + m) + gram + (12 if spectral else 2) * rows**3 * product
         )
@@ -121,7 +121,7 @@ def make_plan(
         fit = min(n, 256) * (capture + each_map)
     elif method == "nystrom":
         pool, landmarks = min(n, max(2000, 4 * rank // k)), _landmarks(n, k, rank)
-        each_map = _seconds_of(lambda: first.gram(first)) / first.n**2 * landmarks
+        each_map = _pair_seconds(first) * landmarks
         fit = pool * (capture + each_map) + 2.0 * k**2 * pool * landmarks**2 * product
         work += 2.0 * (rows + m * k) * landmarks * k * rank
     else:
@@ -223,6 +223,15 @@ def _seconds_of(work: Callable[[], object]) -> float:
     """Of a call, the first of which does not count."""
     work()
     return least_seconds(work)
+
+
+def _pair_seconds(first: Jacobian) -> float:
+    """Of the kernel of two samples among many, of which it costs less than among few."""
+    few = _seconds_of(lambda: first.gram(first))
+    if few > 0.1 or 4 * first.nbytes > HELD:
+        return few / first.n**2
+    many = first.select(list(range(first.n)) * 4)
+    return _seconds_of(lambda: many.gram(many)) / many.n**2
 
 
 def return_memory() -> None:
