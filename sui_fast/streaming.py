@@ -177,9 +177,8 @@ class LowRank:
     ):
         self.store, self.spectrum, self.k, self.moment = store, spectrum, k, moment
         self.convention, self.groups, self.device = convention, groups, device
-        self.outside = torch.zeros(
-            2, dtype=torch.float64
-        )  # squared gradients of new samples beyond features, and in them
+        # squared gradients of new samples beyond the features, and in them
+        self.outside = torch.zeros(2, dtype=torch.float64)
 
     def shards(self) -> Iterator[dict[str, Tensor]]:
         """Portions of one shard after the other, or all as one where groups may span them."""

@@ -9,13 +9,14 @@ from torch import nn
 import sui_fast
 
 APPLICATIONS = {
-    "find_mislabeled": lambda *a, **k: sui_fast.find_mislabeled(*a, **k),
-    "find_undersampled": lambda *a, **k: sui_fast.find_undersampled(*a, **k),
-    "detect_adversarial": lambda *a, **k: sui_fast.detect_adversarial(*a, **k),
+    "find_mislabeled": sui_fast.find_mislabeled,
+    "find_undersampled": sui_fast.find_undersampled,
+    "detect_adversarial": sui_fast.detect_adversarial,
     "overlap": lambda *a, **k: sui_fast.overlap(*a, [(0, 1)], **k),
-    "redundancy": lambda *a, **k: sui_fast.redundancy(*a, **k),
-    "influence_functions": lambda *a, **k: sui_fast.influence_functions(*a, **k),
-    "score": lambda *a, **k: sui_fast.score(*a, **k),
+    "redundancy": sui_fast.redundancy,
+    "information_curves": sui_fast.information_curves,
+    "influence_functions": sui_fast.influence_functions,
+    "score": sui_fast.score,
 }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .._errors import ArgumentError, complaint, number, whole
+from .._waiting import waited_for
 from ..loo import make_filter, remove_at_times
 from ..measures import information
 from .kernel import linear_problem
@@ -52,6 +53,7 @@ class Curves(Result):
         ax.legend()
 
 
+@waited_for
 def information_curves(
     model: torch.nn.Module,
     train,

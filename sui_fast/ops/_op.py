@@ -144,7 +144,7 @@ class Op:
         self._loaded: dict[str, Any] = {}
         self._trusted: dict[tuple, str | None] = {}
         self._logged: set[str] = set()
-        self._agree = functools.lru_cache(maxsize=256)(self._describe_same)
+        self._agree = functools.lru_cache(maxsize=256)(self._check_described)
         self.registered = register(self)
 
     # border ---------------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ class Op:
             self._check(*args)
         return ordinary
 
-    def _describe_same(self, length: int, described: tuple) -> None:
+    def _check_described(self, length: int, described: tuple) -> None:
         """Raise unless kinds, shapes, devices, layouts and dtypes agree; remembered, as the next such call is free."""
         sizes: dict[str, int] = {}
         dtype, device = None, described[0][3]
