@@ -11,15 +11,15 @@ from torch import Tensor
 from .._errors import SpectrumError, complaint
 from .dense import Spectrum
 
-_BLOCK = 128  # columns of a block of a symmetric product
+BLOCK = 128  # columns of a block of a symmetric product
 _ROWS = 256  # of features made float64 at a time
 _PORTION = 1 << 20  # numbers made float64 at a time for a sum
 
 
 def add_upper(total: Tensor, x: Tensor, sign: int = 1) -> None:
     """total += sign x^T x [r, r], its upper triangle at least: the blocks of it, half the work."""
-    for begin in range(0, x.shape[1], _BLOCK):
-        block = slice(begin, begin + _BLOCK)
+    for begin in range(0, x.shape[1], BLOCK):
+        block = slice(begin, begin + BLOCK)
         total[block, begin:].addmm_(x[:, block].T, x[:, begin:], alpha=sign)
 
 
