@@ -32,7 +32,7 @@ from .loo import (
 )
 from .losses import ROOTS, Goal
 from .measures import feature_neighbours, information, kernel_neighbours, sgd_information
-from .parts import Merged, Part, check_map, open_parts
+from .parts import Merged, Part, open_parts
 from .planning import METHODS, return_memory
 from .probing import drawn, kernel_error, probed_dimension
 from .processes import Processes, Source
@@ -216,16 +216,15 @@ class Run:
         about = dict(method=method, rank=fmap.rank, rank_asked=int(rank), seed=self.seed, options=options)
         if method == "sketch":
             about["sketch"] = self.sketch
-        about["targets"] = fingerprint_of({"targets": self.goal.y})
+        about["rows"], about["targets"] = self.goal.rows, fingerprint_of({"targets": self.goal.y})
         if self.goal.kind != "mse":
-            about["loss"] = f"{self.goal.kind} {fingerprint_of({'outputs': self.goal.f0})}"
+            known = {"outputs": self.goal.f0, "residual": self.goal.residual(slice(None), self.goal.f0)}
+            about["loss"] = f"{self.goal.kind} {fingerprint_of(known)}"
         stores = []
         try:
             with stages("features"):
                 print_ = run_fingerprint(self.model, self.samples, about, _version())
                 stores.append(open_(store, print_, "train", processes, resume))
-                if merged:
-                    check_map(source, fmap, stores[0])
                 collect(source, fmap, self.goal, stores[0], self.progress)
             if self.probes is not None:
                 with stages("validation features"):

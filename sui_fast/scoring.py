@@ -163,7 +163,7 @@ def score(
             read = as_samples if store is None else functools.partial(read_samples, progress=progress)
             run.samples = read(train, with_targets=need, argument="train")
             if "fsi" in wanted:
-                run.probes = read(val, with_targets=None, argument="val", **({} if store is None else {"named": False}))
+                run.probes = read(val, with_targets=None, argument="val")
             if candidates is not None:
                 run.candidates = read(candidates, with_targets=need, argument="candidates")
         common = dict(outputs=outputs, params=params, batch_size=batch_size)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._errors import StabilityError
+from ._errors import StabilityError, StoreError, complaint
 from .jacobians import Jacobian, portions
 from .jacobians.data import Samples
 from .loo import (
@@ -110,6 +110,7 @@ def fit_map(
 
 def collect(source: Source, fmap: FeatureMap, goal: Goal | None, store: Store | _Memory, progress: bool) -> None:
     """Pass 1: features [n, k, r] float32, residual [n, k] and the diagonal that the features miss [n, k, k]."""
+    check_held(source, fmap, goal, getattr(store, "stores", [store]))
     for shard in features_of(source, fmap, goal, source.begin + store.rows, progress):
         store.append(shard)
     source.kept.clear()
@@ -287,6 +288,37 @@ def open_store(path, fingerprint: dict[str, Any], name: str, processes: Processe
     folder = Path(path) / f"{name}-{processes.number:04d}-of-{processes.count:04d}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     return Store(folder, fingerprint, resume=resume)
+
+
+def check_held(source: Source, fmap: FeatureMap, goal: Goal | None, stores: list[Store]) -> None:
+    """Whether stores, one after the other from the first sample on, begin with what this process would put there.
+
+    Weights and ids do not tell what a model does with them, what a function of the outputs does, nor which parameters
+    count; and parts on several machines may have fitted other maps.
+
+    Raises:
+        StoreError: features or residuals of the first batch differ.
+    """
+    begin, few = source.begin, min(source.options["batch_size"], portion(source.samples.n))
+    for number, store in enumerate(stores, 1):
+        if store.rows:
+            held = store.read(0)
+            end = begin + min(few, len(held["features"]))
+            fresh = next(features_of(replace(source, begin=begin, end=end), fmap, goal, begin, False))
+            y = 0.0 if goal is None else float(goal.y[begin:end].double().norm())
+            for name, near in (("features", 0.0), ("residual", y)):
+                if name not in fresh:
+                    continue
+                one, two = fresh[name], held[name][: len(fresh[name])]
+                if one.shape != two.shape or float((one - two).norm()) > 1e-3 * (float(one.norm()) + near):
+                    what = f"those of part {number} of {len(stores)}" if len(stores) > 1 else "others"
+                    got = f"{what}: {name} of sample {begin} and after"
+                    todo = (
+                        "The model's code, outputs=, params= or what requires gradients changed, or parts ran on other "
+                        "kinds of machines or versions: name another folder, or pass resume=False to begin anew."
+                    )
+                    raise StoreError(complaint("store", "what this model gives", got, todo))
+        begin += store.rows
 
 
 def run_fingerprint(model: torch.nn.Module, samples: Samples, settings: dict[str, Any], version: str) -> dict[str, Any]:
