@@ -21,6 +21,7 @@ from ..jacobians import Jacobian, Sketch
 from ..ops.sketching._random import signs
 from .moments import BLOCK, add_upper, mirrored
 
+_FEW = 128  # samples whose factors are float64 at a time
 _WIDE = 1 << 21  # float64 numbers of one intermediate
 RANK_FOR = {"sketch": 40.0, "nystrom": 5.0, "subspace": 2.0}  # ranks per effective dimension, measured (docs/math.md)
 
@@ -85,14 +86,33 @@ def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
     """Landmark samples of a pool, drawn in proportion to what the landmarks before them leave unexplained.
 
     All outputs of a landmark sample serve, so rank is rounded up to whole samples; fewer columns where the pool is
-    explained sooner. Of a small rank more landmarks are drawn than columns kept, the leading ones.
+    explained sooner. Of a small rank more landmarks are drawn than columns kept, the leading ones. Where float32 kernels
+    leave fewer columns than asked for, as their rounding hides small eigenvalues, they are computed in float64.
 
     Args:
         pool: samples to draw from. rank: columns. seed: of the draws.
     Source: Chen, Epperly, Tropp, Webber 2022 (randomly pivoted Cholesky, blocks).
     """
+    rank = -(-rank // pool.k) * pool.k
+    found = _nystrom(pool, rank, seed, _kernel, pool.dtype)
+    if pool.dtype == torch.float64 or found.rank >= min(rank, pool.shape[0]):
+        return found
+    del found  # its landmarks are as large as those that follow
+    return _nystrom(pool, rank, seed, _wide_kernel, torch.float64)
+
+
+def _kernel(left: Jacobian, right: Jacobian) -> Tensor:
+    return left.gram(right).to(torch.float64)
+
+
+def _wide_kernel(left: Jacobian, right: Jacobian) -> Tensor:
+    """Computed in float64, a few samples of both at a time: their factors are float64 meanwhile."""
+    parts = [[x.select(range(i, min(i + _FEW, x.n))).wide() for i in range(0, x.n, _FEW)] for x in (left, right)]
+    return torch.cat([torch.cat([one.gram(two) for two in parts[1]], 1) for one in parts[0]])
+
+
+def _nystrom(pool: Jacobian, rank: int, seed: int, kernel: Callable, dtype: torch.dtype) -> FeatureMap:
     n, k = pool.n, pool.k
-    rank = -(-rank // k) * k
     wanted = min(n, max(rank, min(8 * rank, 256 * k, 2048)) // k)
     rng = torch.Generator().manual_seed(seed)
     diagonal = pool.own_blocks().diagonal(dim1=1, dim2=2).to(torch.float64)
@@ -108,7 +128,7 @@ def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
         count = min(wanted - len(chosen), max(1, wanted // 8), int((weight > 0).sum()))
         fresh = torch.multinomial(weight, count, replacement=False, generator=rng).tolist()
         rows = (torch.tensor(fresh)[:, None] * k + torch.arange(k)).reshape(-1).to(pool.device)
-        block = pool.gram(pool.select(fresh)).to(torch.float64)
+        block = kernel(pool, pool.select(fresh))
         block = block - factor[:, :used] @ factor[rows, :used].T
         # of a block drawn at once some say the same: keep those that still add something
         core = block[rows]
@@ -121,16 +141,16 @@ def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
         chosen += fresh
     del factor, block, columns  # as large as what follows
     landmarks = pool.select(chosen)
-    inner = landmarks.gram().to(torch.float64)
+    inner = kernel(landmarks, landmarks)
     s, u = torch.linalg.eigh(inner)
-    keep = s > len(s) * torch.finfo(pool.dtype).eps * float(s[-1])
+    keep = s > len(s) * torch.finfo(dtype).eps * float(s[-1])
     root = u[:, keep] / s[keep].sqrt()
     if root.shape[1] > rank:
-        known = pool.gram(landmarks).to(torch.float64) @ root
+        known = kernel(pool, landmarks) @ root
         root = root @ torch.linalg.eigh(known.T @ known)[1][:, -rank:]
 
     def both(jac: Jacobian, own: bool) -> tuple[Tensor, Tensor | None]:
-        features = (jac.gram(landmarks).to(torch.float64) @ root).reshape(jac.n, jac.k, -1)
+        features = (kernel(jac, landmarks) @ root).reshape(jac.n, jac.k, -1)
         return features, jac.own_blocks() if own else None
 
     state = {"landmarks": torch.tensor(chosen), "root": root}
