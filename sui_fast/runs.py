@@ -315,7 +315,7 @@ class Run:
                 details["effective_dimension"] = edf
                 # fewer columns than asked for explain all there is; no rank has more than rows or parameters
                 most = fmap.rank if fmap.rank < rank else min(n * self.goal.rows, some.shape[2])
-                better = warn_of_rank(method, fmap.rank, edf, most)
+                better = warn_of_rank(method, fmap.rank, edf, most, missed / kept if kept > 0 else 0.0)
         finally:
             for held in stores:
                 held.close()

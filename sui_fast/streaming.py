@@ -56,6 +56,7 @@ from .spectra import (
 
 _SHARD, _PORTION = SHARD, PORTION
 _MARGIN = 1.25  # of the rank that a warning names
+_MISSED = 0.4  # leverage beyond the features over that in them; from 0.5 on scores correlated less than 0.98
 
 
 class _Memory(list):
@@ -263,18 +264,34 @@ class LowRank:
         return np.array(regs), total(errors).numpy() / n
 
 
-def warn_of_rank(kind: str, rank: int, edf: float, most: int) -> int | None:
+def warn_of_rank(kind: str, rank: int, edf: float, most: int, missed: float = 0.0) -> int | None:
     """Rank that would do where this one is too small for the effective dimension, with a warning.
 
     It is named with a margin, so that a run with it does not warn again where its estimate of the dimension is larger.
+
+    Args:
+        most: rank at which features below the kernel have all of it. missed: leverage beyond the features, over that in
+            them; where the rank does and this is large, directions are lost to float32.
     """
-    least, most = RANK_FOR[kind] * edf, most if kind != "sketch" else 1 << 20
+    least, exact = RANK_FOR[kind] * edf, most
+    most = most if kind != "sketch" else 1 << 20
     if rank >= 0.95 * least or rank >= most:
+        if kind != "sketch" and missed > _MISSED:
+            warnings.warn(
+                f"sui_fast: the {rank} features of {kind} leave out {missed:.0%} of the leverage that is in them: "
+                "directions weak against the largest, but not against reg=, are lost to rounding. Raise reg=, or use "
+                f"method={'sketch' if kind == 'nystrom' else 'nystrom'!r}.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
         return None
     needed = min(math.ceil(_MARGIN * least), most)
+    instead = "or use another method"
+    if needed > exact:
+        instead = f"or use method='nystrom', which is exact at rank {exact}"
     warnings.warn(
         f"sui_fast: rank {rank} is small for an effective dimension of {edf:.0f}; {kind} wants about {needed}. "
-        "Raise rank=, or reg=, or use another method.",
+        f"Raise rank=, or reg=, {instead}.",
         RuntimeWarning,
         stacklevel=4,
     )

@@ -1,5 +1,7 @@
 """Methods of low rank with float32 models, whose kernels have few eigenvalues above the rounding of float32."""
 
+import warnings
+
 import pytest
 import torch
 from scipy.stats import spearmanr
@@ -22,14 +24,34 @@ class Encoder(nn.Module):
         return self.head(self.body(self.embed(x)).mean(1))
 
 
-@pytest.mark.parametrize("method, rank", [("nystrom", 180), ("subspace", 70)])
+def digits(n):
+    data = load_digits()
+    x, y = torch.tensor(data.images / 16, dtype=torch.float32), torch.tensor((data.target > 4) * 1)
+    return (x[:n], y[:n]), (x[n : n + 60], y[n : n + 60])
+
+
+@pytest.mark.parametrize("method, rank, reg", [("nystrom", 180, 1e-3), ("subspace", 70, 1e-3), ("subspace", 300, 1e-5)])
 @pytest.mark.filterwarnings("error:sui_fast")
-def test_small_eigenvalues_are_not_lost_to_rounding(method, rank):
-    digits = load_digits()
-    x, y = torch.tensor(digits.images / 16, dtype=torch.float32), torch.tensor((digits.target > 4) * 1)
-    train, val = (x[:300], y[:300]), (x[300:360], y[300:360])
-    exact = sui_fast.score(Encoder(), train, val, reg=0.001, method="dense", progress=False)
-    found = sui_fast.score(Encoder(), train, val, reg=0.001, method=method, rank=rank, progress=False)
+def test_small_eigenvalues_are_not_lost_to_rounding(method, rank, reg):
+    train, val = digits(300)
+    exact = sui_fast.score(Encoder(), train, val, reg=reg, method="dense", progress=False)
+    found = sui_fast.score(Encoder(), train, val, reg=reg, method=method, rank=rank, progress=False)
     assert found.diagnostics["features"] >= rank
     for name in ("si", "fsi"):
         assert spearmanr(exact[name], found[name])[0] > 0.995, name
+
+
+def test_what_is_lost_to_rounding_all_the_same_is_warned_of():
+    train, val = digits(700)
+    for reg, told in ((1e-3, False), (1e-6, True)):
+        about = dict(reg=reg, rank=350, method="subspace", progress=False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            sui_fast.score(Encoder(), train, val, **about)
+        assert any("lost to rounding" in str(x.message) for x in caught) == told
+
+
+def test_a_sketch_wider_than_an_exact_kernel_names_what_is_exact():
+    train, _ = digits(60)
+    with pytest.warns(RuntimeWarning, match="method='nystrom', which is exact at rank 60"):
+        sui_fast.score(Encoder(), train, reg=1e-5, rank=16, method="sketch", measures=("si",), progress=False)

@@ -87,7 +87,7 @@ def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
 
     All outputs of a landmark sample serve, so rank is rounded up to whole samples; fewer columns where the pool is
     explained sooner. Of a small rank more landmarks are drawn than columns kept, the leading ones. Where float32 kernels
-    leave fewer columns than asked for, as their rounding hides small eigenvalues, they are computed in float64.
+    leave fewer columns than asked for, as rounding hides small eigenvalues, they are computed in float64.
 
     Args:
         pool: samples to draw from. rank: columns. seed: of the draws.
@@ -179,7 +179,7 @@ def subspace_map(
     Source: Halko, Martinsson, Tropp 2011; Musco and Musco 2015.
     """
     basis, wide = None, min(subspace_columns(rank), samples)
-    for _ in range(2):
+    for last in (True,) if wide == samples else (False, True):  # of all rows the first pass has the span
         total = None
         for first, part in passes():
             if basis is None and wide == samples:  # all rows: as many random signs may depend on one another
@@ -194,7 +194,7 @@ def subspace_map(
             part.add_vjp(left, total)
         # float64 sums in another order are the same in float32; weak directions, and what is rounded after them, hang
         # on the last bit
-        last, basis = basis is not None, reduce(total).to(torch.float32)
+        basis = reduce(total).to(torch.float32)
         del total
         _even(basis, torch.float64 if last else torch.float32)
 
