@@ -113,7 +113,7 @@ def make_plan(
         )
     wide = min(subspace_columns(rank), rows) if method == "subspace" else rank  # columns that come out
     size = _low_rank_bytes(first, n, m, method, rank, wide, each, stored, given)
-    passes = {"sketch": 1, "nystrom": 1, "subspace": 3}[method]
+    passes = {"sketch": 1, "nystrom": 1, "subspace": 3 - (wide == rows)}[method]
     disk = (4 * wide + 8 + (8 * k if method != "sketch" else 0)) * rows + 4 * wide * m * k
     work = 2.0 * rows * wide**2 * (1.8 + 0.5 * (m > 0)) + m * k * wide**2 + 15.0 * wide**3 * (1 + (m > 0))
     if method == "sketch":

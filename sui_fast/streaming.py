@@ -303,7 +303,6 @@ def open_store(path, fingerprint: dict[str, Any], name: str, processes: Processe
     if path is None:
         return _Memory()
     folder = Path(path) / f"{name}-{processes.number:04d}-of-{processes.count:04d}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
     return Store(folder, fingerprint, resume=resume)
 
 
@@ -317,24 +316,31 @@ def check_held(source: Source, fmap: FeatureMap, goal: Goal | None, stores: list
         StoreError: features or residuals of the first batch differ.
     """
     begin, few = source.begin, min(source.options["batch_size"], portion(source.samples.n))
+    rows, most = sum(store.rows for store in stores), source.end - begin
+    if rows > most:
+        todo = "Delete the folder, or pass resume=False to begin anew."
+        raise StoreError(complaint("store", f"at most {most} samples", rows, todo))
     for number, store in enumerate(stores, 1):
         if store.rows:
             held = store.read(0)
-            end = begin + min(few, len(held["features"]))
-            fresh = next(features_of(replace(source, begin=begin, end=end), fmap, goal, begin, False))
-            y = 0.0 if goal is None else float(goal.y[begin:end].double().norm())
-            for name, near in (("features", 0.0), ("residual", y)):
-                if name not in fresh:
-                    continue
-                one, two = fresh[name], held[name][: len(fresh[name])]
-                if one.shape != two.shape or float((one - two).norm()) > 1e-3 * (float(one.norm()) + near):
-                    what = f"those of part {number} of {len(stores)}" if len(stores) > 1 else "others"
-                    got = f"{what}: {name} of sample {begin} and after"
-                    todo = (
-                        "The model's code, outputs=, params= or what requires gradients changed, or parts ran on other "
-                        "kinds of machines or versions: name another folder, or pass resume=False to begin anew."
-                    )
-                    raise StoreError(complaint("store", "what this model gives", got, todo))
+            one = replace(source, begin=begin, end=min(begin + few, begin + store.shards[0]["rows"]))
+            fresh = next(features_of(one, fmap, goal, begin, False))
+            differs = sorted(fresh.keys() ^ held.keys())
+            for name in ("features", "residual")[: 1 if goal is None else 2] if not differs else ():
+                x, y = fresh[name], held[name][: len(fresh[name])]
+                scale = float(x.norm()) + (
+                    0.0 if name == "features" else float(goal.y[begin : one.end].double().norm())
+                )
+                if x.shape != y.shape or not float((x - y).norm()) <= 1e-3 * scale:
+                    differs.append(name)
+            if differs:
+                what = f"those of part {number} of {len(stores)}" if len(stores) > 1 else "others"
+                todo = (
+                    "The model's code, outputs=, params= or what requires gradients changed, or parts ran on other "
+                    "kinds of machines or versions: name another folder, or pass resume=False to begin anew."
+                )
+                got = f"{what}: {differs[0]} of sample {begin} and after"
+                raise StoreError(complaint("store", "what this model gives", got, todo))
         begin += store.rows
 
 

@@ -8,6 +8,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
 import sui_fast
+from sui_fast.spectra import Store
+from sui_fast.spectra.store import read_fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore:sui_fast")
 COMMON = dict(method="sketch", rank=32, reg=0.1, progress=False)
@@ -96,3 +98,35 @@ def test_a_store_goes_on_with_the_same_data_in_another_form(tmp_path):
     one = sui_fast.score(Scaled(), (x, y), (vx, vy), store=tmp_path, **COMMON)
     two = sui_fast.score(Scaled(), Rows(x, y), Rows(vx, vy), store=tmp_path, **COMMON)
     np.testing.assert_array_equal(one["fsi"], two["fsi"])
+
+
+def forged(folder, change):
+    """The store with another content, and a fingerprint and checksums that fit."""
+    fingerprint, shards = read_fingerprint(folder), list(Store(folder, read_fingerprint(folder), write=False))
+    with Store(folder, fingerprint, resume=False) as store:
+        for shard in change(shards):
+            store.append(shard)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda shards: shards * 2, "at most 150 samples, got 300"),
+        (lambda shards: [{"features": x["features"]} for x in shards], "others: missed"),
+        (lambda shards: [{**x, "features": x["features"] * float("nan")} for x in shards], "others: features"),
+        (lambda shards: [{**x, "features": x["features"][:, :, 1:]} for x in shards], "others: features"),
+    ],
+    ids=["rows", "names", "nan", "shape"],
+)
+def test_forged_content_is_refused(tmp_path, change, message):
+    run = lambda: sui_fast.score(Scaled(), data(), measures=("si",), store=tmp_path, **COMMON)  # noqa: E731
+    run()
+    forged(tmp_path / "train-0000-of-0001", change)
+    with pytest.raises(sui_fast.StoreError, match=message):
+        run()
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(sui_fast.StoreError, match="plain files in"):
+        sui_fast.score(Scaled(), data(), measures=("si",), store=tmp_path / "file", **COMMON)

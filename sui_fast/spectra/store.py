@@ -61,11 +61,15 @@ class Store:
         self.fingerprint = json.loads(json.dumps(fingerprint))
         if self.path.is_symlink() or self.path.exists() and not self.path.is_dir():
             raise StoreError(complaint("store", "a folder", str(self.path), "Name a folder of its own."))
-        self.path.mkdir(parents=True, exist_ok=True)
-        if write:
-            self._lock = _take_lock(self.path / "lock")
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if write:
+                self._lock = _take_lock(self.path / "lock")
             self._open(resume)
+        except OSError as error:
+            self.close()
+            todo = "Name a folder of its own that can be written."
+            raise StoreError(complaint("store", f"plain files in {self.path}", str(error), todo)) from error
         except BaseException:
             self.close()
             raise
