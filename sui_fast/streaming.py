@@ -51,6 +51,7 @@ from .spectra import (
     pool_size,
     sketch_map,
     sketch_rank,
+    subspace_columns,
     subspace_map,
 )
 
@@ -105,8 +106,17 @@ def fit_map(
     def passes() -> Iterator[tuple[int, Jacobian]]:
         return source.parts(portion(n), HELD)
 
-    k = source.part(0, 1).k
-    return subspace_map(passes, n * k, min(rank, n * k), seed, reduce=processes.total)
+    one = source.part(0, 1)
+    rows, rank = n * one.k, min(rank, n * one.k)
+
+    def reduce(total: Tensor | None) -> Tensor:
+        """The sum; a process without samples has none of its own, and must meet the others all the same."""
+        if total is None:
+            shape = min(subspace_columns(rank), rows), one.shape[1]
+            total = torch.zeros(shape, dtype=torch.float64, device=source.device)
+        return processes.total(total)
+
+    return subspace_map(passes, rows, rank, seed, reduce)
 
 
 def collect(source: Source, fmap: FeatureMap, goal: Goal | None, store: Store | _Memory, progress: bool) -> None:

@@ -167,7 +167,7 @@ def subspace_map(
     samples: int,
     rank: int,
     seed: int = 0,
-    reduce: Callable[[Tensor], Tensor] = lambda x: x,
+    reduce: Callable[[Tensor | None], Tensor] = lambda x: x,
 ) -> FeatureMap:
     """Leading right singular space of J, matrix-free: J^T of random signs, then a jvp and a vjp over the data.
 
@@ -175,7 +175,7 @@ def subspace_map(
         passes: called once per pass, yields (number of the first sample, Jacobian) part by part. samples: rows in all.
         rank: columns at least; those of the oversampling stay, for F-SI gains more by them than by another iteration.
         seed: of the start.
-        reduce: sums a tensor over processes.
+        reduce: sums a tensor over processes; it is given None where there are no parts.
     Source: Halko, Martinsson, Tropp 2011; Musco and Musco 2015.
     """
     basis, wide = None, min(subspace_columns(rank), samples)
