@@ -212,8 +212,8 @@ class Run:
             )
         with stages(f"{method} map"):
             fmap = fit_map(source, self.goal, method, rank, self.seed, processes, self.sketch)
-        options = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(sorted(common.items(), key=str)))  # the same tomorrow
-        about = dict(method=method, rank=fmap.rank, rank_asked=int(rank), seed=self.seed, options=options)
+        options = {name: re.sub(r" at 0x[0-9a-fA-F]+", "", repr(x)) for name, x in common.items()}  # the same tomorrow
+        about = dict(options, method=method, rank=fmap.rank, rank_asked=int(rank), seed=self.seed)
         if method == "sketch":
             about["sketch"] = self.sketch
         about["rows"], about["targets"] = self.goal.rows, fingerprint_of({"targets": self.goal.y})

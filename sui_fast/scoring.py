@@ -210,8 +210,6 @@ def score(
             got, todo = "candidates with a projection", "Use method='dense'."
             raise ArgumentError(complaint("candidates", "None with the authors' projections", got, todo))
         if chosen == "dense":
-            if store is not None and method == "dense":
-                raise ArgumentError(complaint("store", "None with an exact method", repr(store), "Drop it."))
             found = run.dense(stages, common)
         else:
             found = run.low_rank(stages, common, chosen, rank, store, resume)

@@ -381,7 +381,11 @@ def test_plan_tells_what_score_would_do():
     assert plan.method == "dense" and "rows" in plan.reason and plan.peak_bytes > 0
     low = sui_fast.plan(model, train, val, method="sketch", rank=64)
     assert low.rank == 64 and low.passes == 1 and low.disk_bytes > 100 * 64 * 4
-    assert "sketch" in str(low) and "peak memory" in str(low)
+    assert "sketch" in str(low) and "peak memory" in str(low) and "where store= is given" in str(low)
+    stored = sui_fast.plan(model, train, val, method="sketch", rank=64, store="unused")
+    assert stored.stored and "where store=" not in str(stored) and not os.path.exists("unused")
+    with pytest.raises(sui_fast.ArgumentError, match="store: expected None with an exact method"):
+        sui_fast.plan(model, train, val, method="dense", store="unused")
 
 
 @pytest.mark.parametrize("images", [False, True], ids=["mlp", "cnn"])

@@ -83,6 +83,19 @@ def test_what_weights_and_ids_do_not_tell(tmp_path, change, method):
         run(**other)
 
 
+def test_what_differs_is_in_sight_also_at_the_end_of_a_long_list(tmp_path):
+    names = [f"first.{name}" for name in ("weight", "bias")] * 4
+    run = lambda params: sui_fast.score(  # noqa: E731
+        Scaled(), data(), measures=("si",), store=tmp_path, params=params, **COMMON
+    )
+    run([*names, "head.weight"])
+    with pytest.raises(sui_fast.StoreError, match=r"params was .*first.bias', 'head\.weight.*, is .*head\.bias"):
+        run([*names, "head.bias"])
+    with pytest.raises(sui_fast.StoreError, match="batch_size was '64', is '32'"):
+        run_other = dict(COMMON, batch_size=32)
+        sui_fast.score(Scaled(), data(), measures=("si",), store=tmp_path, params=[*names, "head.weight"], **run_other)
+
+
 def test_one_validation_sample_that_changed(tmp_path):
     (x, y), (vx, vy) = data(), data(300)
     run = lambda vx: sui_fast.score(Scaled(), (x, y), Rows(vx, vy), store=tmp_path, **COMMON)  # noqa: E731

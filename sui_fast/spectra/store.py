@@ -280,12 +280,15 @@ def _difference(held: Any, wanted: dict[str, Any]) -> str:
     if not isinstance(held, dict):
         return "no fingerprint"
     names = [name for name in sorted(set(held) | set(wanted)) if held.get(name) != wanted.get(name)]
-    return "; ".join(f"{name} was {_short(held.get(name))}, is {_short(wanted.get(name))}" for name in names[:4])
+    return "; ".join("{} was {}, is {}".format(x, *_short(held.get(x), wanted.get(x))) for x in names[:4])
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _short(*values: Any) -> list[str]:
+    """Values in at most 66 letters each; of long ones what is the same at the beginning is left out."""
+    texts = [repr(value) for value in values]
+    first = max(0, len(os.path.commonprefix(texts)) - 20) if max(map(len, texts)) > 60 else 0
+    cut = [text[first : first + 60] for text in texts]
+    return ["..." * (first > 0) + x + "..." * (first + 60 < len(text)) for x, text in zip(cut, texts, strict=True)]
 
 
 def _take_lock(path: Path) -> int:
