@@ -86,8 +86,8 @@ def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
     """Landmark samples of a pool, drawn in proportion to what the landmarks before them leave unexplained.
 
     All outputs of a landmark sample serve, so rank is rounded up to whole samples; fewer columns where the pool is
-    explained sooner. Of a small rank more landmarks are drawn than columns kept, the leading ones. Where float32 kernels
-    leave fewer columns than asked for, as rounding hides small eigenvalues, they are computed in float64.
+    explained sooner. Of a small rank more landmarks are drawn than columns kept, the leading ones. Where float32
+    leaves fewer columns than asked for, as rounding hides small eigenvalues, kernels are computed in float64.
 
     Args:
         pool: samples to draw from. rank: columns. seed: of the draws.
