@@ -346,8 +346,8 @@ def check_held(source: Source, fmap: FeatureMap, goal: Goal | None, stores: list
             if differs:
                 what = f"those of part {number} of {len(stores)}" if len(stores) > 1 else "others"
                 todo = (
-                    "The model's code, outputs=, params= or what requires gradients changed, or parts ran on other "
-                    "kinds of machines or versions: name another folder, or pass resume=False to begin anew."
+                    "The model's code, outputs=, params= or what requires gradients changed, or it ran on another kind "
+                    "of machine or version: name another folder, or pass resume=False to begin anew."
                 )
                 got = f"{what}: {differs[0]} of sample {begin} and after"
                 raise StoreError(complaint("store", "what this model gives", got, todo))
