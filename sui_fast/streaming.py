@@ -265,13 +265,13 @@ class LowRank:
                 break
             regs.append(float(reg))
             filters.append(phi)
-        errors = torch.zeros(len(regs), dtype=torch.float64)
+        errors = torch.zeros(len(regs), dtype=torch.float64, device=self.device)
         for shard in self.shards():
             part = slice(first, first + len(shard["features"]))
             for number, phi in enumerate(filters):
                 errors[number] += float(error(part, self.removal(shard, phi).loo_residual).sum())
             first = part.stop
-        return np.array(regs), total(errors).numpy() / n
+        return np.array(regs), total(errors).cpu().numpy() / n
 
 
 def warn_of_rank(kind: str, rank: int, edf: float, most: int, missed: float = 0.0) -> int | None:
