@@ -178,6 +178,13 @@ class Plan {
     }
   }
 
+  // As add_product where x is real and y of complex numbers, or the other way round.
+  void add_ring_product(const T* x, const T* y, T* sums) const {
+    const Complex<T>*p = pairs(x), *q = pairs(y);
+    Complex<T>* const s = pairs(sums);
+    for (Index f = 0; f < half_; ++f) s[f] += p[f] * q[f];
+  }
+
  private:
   static Complex<T>* pairs(T* x) { return reinterpret_cast<Complex<T>*>(x); }
   static const Complex<T>* pairs(const T* x) { return reinterpret_cast<const Complex<T>*>(x); }
@@ -206,11 +213,11 @@ Index fourier_room(Index rank) {
 }
 
 template <class T>
-void fourier_rows(const Layer<T>* layers, Index count, Index first, Index last, Index k, Index s, Index rank, T* room,
-                  T* out) {
+void fourier_rows(const Layer<T>* layers, Index count, Index first, Index last, Index k, Index s, Index rank,
+                  Index length, T* room, T* out) {
   constexpr int lanes = Simd<T>::lanes;
-  const Plan<T>& plan = plan_for<T>(rank);
-  const Index size = rank * lanes;
+  const Plan<T>& plan = plan_for<T>(length);
+  const Index size = rank * lanes, ring = length * lanes;
   T *x = room, *y = x + pitch<T>(rank), *sums = y + pitch<T>(rank);
   // where a sample fills the lanes, its groups end with it and its sums stay until then
   const bool together = s >= lanes;
@@ -222,18 +229,25 @@ void fourier_rows(const Layer<T>* layers, Index count, Index first, Index last, 
     for (Index c = 0; c < k; ++c) {
       zero(sums, size);
       for (Index layer = 0; layer < count; ++layer) {
-        const auto& [a, g] = layers[layer];
+        const auto& [a, g, one] = layers[layer];
+        const Index end_x = one == 1 ? ring : size, end_y = one == 2 ? ring : size;
         for (Index group = begin; group < stop; group += lanes) {
           const int live = static_cast<int>(stop - group < lanes ? stop - group : lanes);
-          if (c == 0 || !keep) {
-            zero(x, size);
+          const bool fresh = c == 0 || !keep;
+          if (fresh) {
+            zero(x, end_x);
             hash(a, group, live, s, 0, x);
-            plan.forward(x);
           }
-          zero(y, size);
+          zero(y, end_y);
           hash(g, group, live, s, c, y);
-          plan.forward(y);
-          plan.add_product(x, y, sums);
+          for (Index q = 0; q < size; q += ring) {
+            if (q < end_x && fresh) plan.forward(x + q);
+            if (q < end_y) plan.forward(y + q);
+            if (one)
+              plan.add_ring_product(x + (q < end_x ? q : 0), y + (q < end_y ? q : 0), sums + q);
+            else
+              plan.add_product(x, y, sums);
+          }
         }
       }
       T* row[lanes];
@@ -249,16 +263,24 @@ void fourier_rows(const Layer<T>* layers, Index count, Index first, Index last, 
 }
 
 template <class T>
-void finish_rows(const T* sums, Index rows, Index rank, T* room, T* out) {
+void finish_rows(const T* sums, Index rows, Index rank, Index length, T* room, T* out) {
   constexpr int lanes = Simd<T>::lanes;
-  const Plan<T>& plan = plan_for<T>(rank);
+  const Plan<T>& plan = plan_for<T>(length);
+  const bool whole = length == rank;
+  const Index rings = 2 * rank / length;
+  T* const turned = whole ? room : room + rank * lanes;
   for (Index begin = 0; begin < rows; begin += lanes) {
     const int live = static_cast<int>(rows - begin < lanes ? rows - begin : lanes);
     gather(sums + begin * rank, live, rank, room);
-    plan.backward(room);
+    for (Index first = 0; first < rank; first += length) {
+      T* const from = room + first * lanes;
+      plan.backward(from);
+      for (Index b = 0; !whole && b < length; ++b)
+        at(turned + (b / 2 * rings + 2 * (first / length) + b % 2) * lanes) = at(from + b * lanes);
+    }
     T* row[lanes];
     for (int l = 0; l < live; ++l) row[l] = out + (begin + l) * rank;
-    scatter(room, live, rank, row);
+    scatter(turned, live, rank, row);
   }
 }
 
@@ -293,7 +315,7 @@ void flat_rows(const Layer<T>* layers, Index count, Index first, Index last, Ind
     zero(sums, length * lanes);
     bool transformed = false;
     for (Index layer = 0; layer < count; ++layer) {
-      const auto& [a, g] = layers[layer];
+      const auto& [a, g, one] = layers[layer];
       if (is_short(a, rank) || is_short(g, rank)) continue;
       zero(x, length * lanes);
       hash(a, begin, live, 1, 0, x);
@@ -309,7 +331,7 @@ void flat_rows(const Layer<T>* layers, Index count, Index first, Index last, Ind
       for (Index b = rank; b < length && b < 2 * rank; ++b) at(sums + (b - rank) * lanes) += at(sums + b * lanes);
     }
     for (Index layer = 0; layer < count; ++layer) {
-      const auto& [a, g] = layers[layer];
+      const auto& [a, g, one] = layers[layer];
       if (!is_short(a, rank) && !is_short(g, rank)) continue;
       zero(x, rank * lanes);
       hash(a, begin, live, 1, 0, x);
