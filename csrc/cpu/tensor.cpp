@@ -54,7 +54,7 @@ template <class T>
 void finish(const T* sums, Index rows, Index rank, Index length, T* out, int threads) {
   const auto& kernels = tensor_kernels<T>();
   const Index parts = parts_for(rows, 20.0 * double(rows) * double(rank), threads);
-  const Rooms<T> rooms(parts, 2 * rank * kernels.lanes);
+  const Rooms<T> rooms(parts, rank * kernels.lanes);
   in_parts(rows, parts, [&](Index part, Index begin, Index end) {
     kernels.finish(sums + begin * rank, end - begin, rank, length, rooms[part], out + begin * rank);
   });

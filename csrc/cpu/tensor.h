@@ -25,8 +25,8 @@ struct Layer {
 };
 
 // fourier: out[n, c, :] += the sum over layers and positions of fft(CS_a(a_ns)) fft(CS_g(g_ncs)), rank real numbers.
-// Where one side has places on a ring of length / 2 only, the others are on as many such rings as the rank holds, two of
-// them interleaved: number 2 b + c of pair q is place b (2 rank / length) + 2 q + c of the sketch.
+// Where one side has places on a ring of `length` only, the other one is on as many such rings as the rank holds: number b
+// of ring q is place b (rank / length) + q of the sketch.
 // finish: out[row, :] += the sketch of which these are the sums. keep: table[to[n], :] = factor rows[n, :]; false, and
 // nothing kept, where one is not finite.
 template <class T>
@@ -35,7 +35,7 @@ struct TensorKernels {
   Index (*fourier_room)(Index rank);
   void (*fourier)(const Layer<T>* layers, Index count, Index first, Index last, Index k, Index s, Index rank,
                   Index length, T* room, T* out);
-  void (*finish)(const T* sums, Index rows, Index rank, Index length, T* room, T* out);  // room: 2 rank lanes
+  void (*finish)(const T* sums, Index rows, Index rank, Index length, T* room, T* out);  // room: rank lanes
   // out[n, :] += the sketches of layers of one position and one output; length: of the transforms; room: fourier_room
   void (*flat)(const Layer<T>* layers, Index count, Index first, Index last, Index rank, Index length, T* room, T* out);
   bool (*keep)(const T* rows, Index count, Index rank, T factor, const Index* to, T* table);

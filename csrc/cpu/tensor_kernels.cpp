@@ -102,20 +102,27 @@ void gather(const T* rows, int live, Index count, T* to) {
     for (int l = 0; l < lanes; ++l) to[f * lanes + l] = l < live ? rows[l * count + f] : T(0);
 }
 
-// row[lane] [count] += from [count, lanes], in the live lanes.
+// row[lane] [count] += from [count, lanes], in the live lanes; from is ring after ring, row a place of each, the next of each.
 template <class T>
-void scatter(const T* from, int live, Index count, T* const* row) {
+void scatter(const T* from, int live, Index count, Index length, T* const* row) {
   constexpr int lanes = Simd<T>::lanes;
-  Index f = 0;
+  Index f = 0, ring = 0, place = 0;
+  const auto next = [&] {
+    const T* const found = from + (ring + place) * lanes;
+    if ((ring += length) == count) ring = 0, ++place;
+    return found;
+  };
   for (; f + lanes <= count; f += lanes) {
     Vector<T> v[lanes];
 #pragma GCC unroll 16
-    for (int l = 0; l < lanes; ++l) v[l] = at(from + (f + l) * lanes);
+    for (int l = 0; l < lanes; ++l) v[l] = at(next());
     transpose<T>(v);
     for (int l = 0; l < live; ++l) at(row[l] + f) += v[l];
   }
-  for (; f < count; ++f)
-    for (int l = 0; l < live; ++l) row[l][f] += from[f * lanes + l];
+  for (; f < count; ++f) {
+    const T* const found = next();
+    for (int l = 0; l < live; ++l) row[l][f] += found[l];
+  }
 }
 
 // row [count] += the sum over lanes of from [count, lanes].
@@ -178,13 +185,6 @@ class Plan {
     }
   }
 
-  // As add_product where x is real and y of complex numbers, or the other way round.
-  void add_ring_product(const T* x, const T* y, T* sums) const {
-    const Complex<T>*p = pairs(x), *q = pairs(y);
-    Complex<T>* const s = pairs(sums);
-    for (Index f = 0; f < half_; ++f) s[f] += p[f] * q[f];
-  }
-
  private:
   static Complex<T>* pairs(T* x) { return reinterpret_cast<Complex<T>*>(x); }
   static const Complex<T>* pairs(const T* x) { return reinterpret_cast<const Complex<T>*>(x); }
@@ -243,10 +243,7 @@ void fourier_rows(const Layer<T>* layers, Index count, Index first, Index last, 
           for (Index q = 0; q < size; q += ring) {
             if (q < end_x && fresh) plan.forward(x + q);
             if (q < end_y) plan.forward(y + q);
-            if (one)
-              plan.add_ring_product(x + (q < end_x ? q : 0), y + (q < end_y ? q : 0), sums + q);
-            else
-              plan.add_product(x, y, sums);
+            plan.add_product(x + (q < end_x ? q : 0), y + (q < end_y ? q : 0), sums + q);
           }
         }
       }
@@ -256,7 +253,7 @@ void fourier_rows(const Layer<T>* layers, Index count, Index first, Index last, 
       if (together)
         scatter_sum(sums, rank, row[0]);
       else
-        scatter(sums, live, rank, row);
+        scatter(sums, live, rank, rank, row);
     }
     begin = stop;
   }
@@ -266,21 +263,13 @@ template <class T>
 void finish_rows(const T* sums, Index rows, Index rank, Index length, T* room, T* out) {
   constexpr int lanes = Simd<T>::lanes;
   const Plan<T>& plan = plan_for<T>(length);
-  const bool whole = length == rank;
-  const Index rings = 2 * rank / length;
-  T* const turned = whole ? room : room + rank * lanes;
   for (Index begin = 0; begin < rows; begin += lanes) {
     const int live = static_cast<int>(rows - begin < lanes ? rows - begin : lanes);
     gather(sums + begin * rank, live, rank, room);
-    for (Index first = 0; first < rank; first += length) {
-      T* const from = room + first * lanes;
-      plan.backward(from);
-      for (Index b = 0; !whole && b < length; ++b)
-        at(turned + (b / 2 * rings + 2 * (first / length) + b % 2) * lanes) = at(from + b * lanes);
-    }
+    for (Index ring = 0; ring < rank; ring += length) plan.backward(room + ring * lanes);
     T* row[lanes];
     for (int l = 0; l < live; ++l) row[l] = out + (begin + l) * rank;
-    scatter(turned, live, rank, row);
+    scatter(room, live, rank, length, row);
   }
 }
 
@@ -344,7 +333,7 @@ void flat_rows(const Layer<T>* layers, Index count, Index first, Index last, Ind
     }
     T* row[lanes];
     for (int l = 0; l < live; ++l) row[l] = out + (begin + l) * rank;
-    scatter(sums, live, rank, row);
+    scatter(sums, live, rank, rank, row);
   }
 }
 

@@ -18,7 +18,7 @@ from ._fold import fold
 from ._random import divisors, steps
 
 NAMES = {torch.float32: "float32", torch.float64: "float64"}
-_LEAST = 16  # places of a ring
+_LEAST = 64  # places of a ring
 _ROWS = 1 << 19  # numbers of formed rows at a time: they stay in the second cache
 
 
@@ -46,16 +46,14 @@ def sides(i: int, o: int, ones: bool, rank: int, stream: int, seed: int, dtype: 
 
 @functools.lru_cache(maxsize=1024)
 def ring(i: int, o: int, rank: int) -> tuple[int, int]:
-    """Numbers of a transform of a layer, and which side needs only one: 1 inputs, 2 outputs, 0 both.
+    """Length of the transforms of a layer, and which side needs only one: 1 inputs, 2 outputs, 0 both.
 
-    Where the shorter side has every q-th place of the rank, the other one falls into q rings that it turns alike, two
-    of them at a time as real and imaginary part.
+    Where the shorter side has every q-th place of the rank, the other one falls into q rings that it turns alike.
     """
     step = max(steps(i, o, rank))
-    for places in divisors(rank)[:-1] if step else ():
-        q = rank // places
-        if places >= _LEAST and q % 2 == 0 and step % q == 0 and _smooth(places):
-            return 2 * places, 1 if i <= o else 2
+    for length in divisors(rank)[:-1] if step else ():
+        if length >= _LEAST and length % 2 == 0 and step % (rank // length) == 0 and _smooth(length):
+            return length, 1 if i <= o else 2
     return fourier_length(rank), 0
 
 
@@ -63,12 +61,10 @@ def ring(i: int, o: int, rank: int) -> tuple[int, int]:
 def _ring_sides(i: int, o: int, ones: bool, rank: int, stream: int, seed: int, dtype: torch.dtype):
     """``sides`` by rings, two of them interleaved after two others, and their addresses."""
     found, (length, short) = sides(i, o, ones, rank, stream, seed, dtype), ring(i, o, rank)
-    q, tables = 2 * rank // length, []
+    q, tables = rank // length, []
     for number, (place, sign) in enumerate(found, 1):
         if short:
-            on_ring, place = place % q, 2 * (place // q)
-            if number != short:
-                place = on_ring // 2 * length + place + on_ring % 2
+            place = place // q if number == short else place % q * length + place // q
         tables.append(((place, sign), place.data_ptr(), sign.data_ptr()))
     return tables
 
@@ -193,20 +189,20 @@ def add_index(token: Tensor, g: Tensor, vocabulary: int, out: Tensor, seed: int,
 # Nanoseconds per sample, fitted to some hundred random shapes (AVX-512); vectors are full or paid in full
 def fft_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
     """Of `add_fourier` and `finish`."""
-    length = fourier_length(rank)
-    transform = length * math.log2(length)
+    length, one = ring(i, o, rank)
+    whole, bits = max(length, rank), math.log2(length)
+    size_a, size_g = length if one == 1 else whole, length if one == 2 else whole
     positions, rows = -(-s // 16) * 16 if s >= 16 else -(-n * s // 16) * 16 / n, -(-n * k // 16) * 16 / n
     of_a = k if s > 16 else 1
-    return (
-        9_400 / n + positions * (0.052 * (k + of_a) * transform + 0.21 * (of_a * i + k * o)) + 0.11 * rows * transform
-    )
+    transforms = 0.03 * bits * (of_a * size_a + k * size_g) + 0.22 * k * whole
+    return 7_500 / n + positions * (transforms + 0.21 * (of_a * i + k * o)) + 0.8 * rows * whole
 
 
 def scatter_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
     rows = -(-n * k // 16) * 16 / n
     entry = 0.2 if rank <= 2048 else 0.25 if rank <= 5500 else 0.33
     products = s * (0.032 * k * o * i + 0.17 * (i + k * o))
-    return 26_000 / n + rows * (0.065 * o * i + 0.385 * rank) + entry * k * o * i + products
+    return 19_000 / n + rows * (0.065 * o * i + 0.385 * rank) + entry * k * o * i + products
 
 
 @functools.lru_cache(maxsize=1024)
