@@ -6,6 +6,8 @@ import math
 import re
 import time as clock
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -49,6 +51,7 @@ from .streaming import (
     collect,
     features_of,
     fit_map,
+    kernel_across,
     moments_of,
     open_store,
     run_fingerprint,
@@ -298,15 +301,17 @@ class Run:
             if self.candidates is not None:
                 with stages("candidates"):
                     new = Source(self.model, self.candidates, source.options, *processes.slice(self.candidates.n))
+                    every = None if seen is None else replace(probes, begin=0, end=self.probes.n, kept={})
                     columns, begin = [], new.begin
                     for sample in features_of(new, fmap, self.new_goal, begin, self.progress):
-                        part = slice(begin, begin + len(sample["features"]))
-                        added = solver.addition(sample, phi, seen)
+                        part, across = slice(begin, begin + len(sample["features"])), None
+                        if "missed" in sample and seen is not None:  # what features of ``train`` leave out
+                            some = replace(new, begin=part.start, end=part.stop, kept={})
+                            across = partial(kernel_across, every, some, fmap)
+                        added = solver.addition(sample, phi, seen, across)
                         columns.append(self._measure(added, self.new_goal, part, n * reg)[0])
                         begin = part.stop
                     self.new_values = processes.gather(self._join(columns))
-                if seen is not None:
-                    solver.warn_of_outside(method)
             with stages("error estimate"):
                 some = drawn(source, fmap, self.seed)
                 error = kernel_error(n, some)

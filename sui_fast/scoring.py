@@ -116,8 +116,8 @@ def score(
         progress: show a bar on runs longer than two seconds.
         candidates: samples with targets that are not trained on: what each would add. Their scores are
             ``Scores.candidates``, with the measures of ``train`` (not "si_sgd"); the left-out residual and margin are
-            those of the model as it is. "fsi" wants "dense" or "sketch": the features of the others span gradients of
-            ``train`` alone (a warning tells how much of the candidates' lies outside).
+            those of the model as it is. Methods "nystrom" and "subspace" take their kernel with ``val`` for "fsi": their
+            features span gradients of ``train`` alone.
         compat: "iclr2021": the definitions of the authors' code: convention "iclr2021", and method also "random-subset"
             or "very-sparse", their projections of each parameter, with rank as their count.
         output_mode: what stands for the k outputs where they are many (docs/math.md, section 13): "all"; "random":
