@@ -192,7 +192,7 @@ def _low_rank_bytes(
         spread = max((x.a.shape[2] * x.g.shape[3] for x in layers if k > x.a.shape[1]), default=0)
         fit = kept + wide * d * (8.2 + item) + turned + 2 * wide * spread * item + part * (each + d * item)
         compute = capture + turned + part * (d * item + 16 * k * wide)
-    seen = 0 if m == 0 else 4 if m * k < wide else 8  # squares of the moment of the validation samples
+    seen = 0 if m == 0 else 3 if m * k < wide else 8  # squares of the moment of the validation samples
     after = (2.0 + 0.4 * seen) * square
     probes = probe_count(first, n)
     stages = (
