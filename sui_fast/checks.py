@@ -52,6 +52,8 @@ def check_arguments(
         flag(name, value)
     if store is not None:
         path_of("store", store)
+        if method == "dense":
+            raise ArgumentError(complaint("store", "None with an exact method", repr(store), "Drop it."))
     sgd_lr = 1.0 if sgd_lr is None else sgd_lr
     for name, value in dict(sigma=sigma, sgd_batch_size=sgd_batch_size, sgd_lr=sgd_lr, sgd_jitter=sgd_jitter).items():
         number(name, value, positive=True)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ._errors import ArgumentError, StoreError, complaint
-from .processes import Processes, Source
-from .spectra import FeatureMap, Store
+from .processes import Processes
+from .spectra import Store
 from .spectra.store import read_fingerprint
-from .streaming import features_of
 
 ALONE = ("sketch", "nystrom")  # methods whose map every part fits by itself, the same one
 _FOLDER = re.compile(r"train-(\d{4,})-of-(\d{4,})")
@@ -120,21 +118,6 @@ def open_parts(path, fingerprint: dict[str, Any], name: str, merged: Merged, res
             todo = "Start that part again with the arguments it had: it goes on where it stopped."
             raise StoreError(complaint("store", f"{which}, complete", got, todo))
     return Joined(stores)
-
-
-def check_map(source: Source, fmap: FeatureMap, joined: Joined) -> None:
-    """Whether every part fitted the map of this process: the features of its first sample are the same."""
-    begin = source.begin
-    for number, store in enumerate(joined.stores):
-        if store.rows:
-            one = replace(source, begin=begin, end=begin + 1)
-            fresh = next(features_of(one, fmap, None, begin, False))["features"]
-            held = store.read(0)["features"][:1]
-            if held.shape != fresh.shape or float((held - fresh).norm()) > 1e-3 * float(fresh.norm()):
-                got = f"part {number + 1} of {len(joined.stores)} with other features of sample {begin}"
-                todo = "Run the parts anew, all on the same kind of machine and with the same versions."
-                raise StoreError(complaint("store", "parts with the same feature map", got, todo))
-        begin += store.rows
 
 
 def _missing(folder: Path, number: int, count: int) -> StoreError:

@@ -38,8 +38,8 @@ class Plan:
 
     Attributes:
         method, rank, reason: the choice, and why. passes: over the training data.
-        sketch: kind of random map of method "sketch", else None.
-        disk_bytes: of the store.
+        sketch: kind of random map of method "sketch", else None. stored: whether the call names a store.
+        disk_bytes: of the store; where the call names none, what one would take.
         peak_bytes: the largest resident size of the process during ``score`` minus that just before it, with model and
             data in memory (on CUDA: of the memory of the device).
         seconds: rough, on this machine, from a short measurement of the model.
@@ -53,12 +53,14 @@ class Plan:
     peak_bytes: int
     seconds: float
     sketch: str | None = None
+    stored: bool = True
 
     def __str__(self) -> str:
         kind = f" ({self.sketch})" if self.sketch not in (None, "tensor") else ""
+        disk = f"disk {_size(self.disk_bytes)}" + " where store= is given" * (not self.stored and self.disk_bytes > 0)
         return (
             f"method {self.method}{kind}, rank {self.rank}: {self.reason}\n"
-            f"passes over the training data {self.passes}, disk {_size(self.disk_bytes)}, "
+            f"passes over the training data {self.passes}, {disk}, "
             f"peak memory about {_size(self.peak_bytes)}, about {self.seconds:.3g} s"
         )
 
@@ -113,7 +115,7 @@ def make_plan(
         )
     wide = min(subspace_columns(rank), rows) if method == "subspace" else rank  # columns that come out
     size = _low_rank_bytes(first, n, m, method, rank, wide, each, stored, given)
-    passes = {"sketch": 1, "nystrom": 1, "subspace": 3}[method]
+    passes = {"sketch": 1, "nystrom": 1, "subspace": 3 - (wide == rows)}[method]
     disk = (4 * wide + 8 + (8 * k if method != "sketch" else 0)) * rows + 4 * wide * m * k
     work = 2.0 * rows * wide**2 * (1.8 + 0.5 * (m > 0)) + m * k * wide**2 + 15.0 * wide**3 * (1 + (m > 0))
     if method == "sketch":
@@ -134,7 +136,7 @@ def make_plan(
         fit = n * (again * capture + wide * (forward + 2 * back)) + 6.0 * d * wide**2 * product
     probes = probe_count(first, n)
     total = fit + (n + m) * (capture + each_map) + work * product + 0.2 + 2 * probes * capture
-    return Plan(method, rank, reason, passes, disk, size, total, sketch if method == "sketch" else None)
+    return Plan(method, rank, reason, passes, disk, size, total, sketch if method == "sketch" else None, stored)
 
 
 def _tile_bytes(first: Jacobian, n: int) -> int:

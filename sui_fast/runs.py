@@ -34,7 +34,7 @@ from .loo import (
 )
 from .losses import ROOTS, Goal
 from .measures import feature_neighbours, information, kernel_neighbours, sgd_information
-from .parts import Merged, Part, check_map, open_parts
+from .parts import Merged, Part, open_parts
 from .planning import METHODS, return_memory
 from .probing import drawn, kernel_error, probed_dimension
 from .processes import Processes, Source
@@ -215,20 +215,19 @@ class Run:
             )
         with stages(f"{method} map"):
             fmap = fit_map(source, self.goal, method, rank, self.seed, processes, self.sketch)
-        options = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(sorted(common.items(), key=str)))  # the same tomorrow
-        about = dict(method=method, rank=fmap.rank, rank_asked=int(rank), seed=self.seed, options=options)
+        options = {name: re.sub(r" at 0x[0-9a-fA-F]+", "", repr(x)) for name, x in common.items()}  # the same tomorrow
+        about = dict(options, method=method, rank=fmap.rank, rank_asked=int(rank), seed=self.seed)
         if method == "sketch":
             about["sketch"] = self.sketch
-        about["targets"] = fingerprint_of({"targets": self.goal.y})
+        about["rows"], about["targets"] = self.goal.rows, fingerprint_of({"targets": self.goal.y})
         if self.goal.kind != "mse":
-            about["loss"] = f"{self.goal.kind} {fingerprint_of({'outputs': self.goal.f0})}"
+            known = {"outputs": self.goal.f0, "residual": self.goal.residual(slice(None), self.goal.f0)}
+            about["loss"] = f"{self.goal.kind} {fingerprint_of(known)}"
         stores = []
         try:
             with stages("features"):
                 print_ = run_fingerprint(self.model, self.samples, about, _version())
                 stores.append(open_(store, print_, "train", processes, resume))
-                if merged:
-                    check_map(source, fmap, stores[0])
                 collect(source, fmap, self.goal, stores[0], self.progress)
             if self.probes is not None:
                 with stages("validation features"):
@@ -321,7 +320,7 @@ class Run:
                 details["effective_dimension"] = edf
                 # fewer columns than asked for explain all there is; no rank has more than rows or parameters
                 most = fmap.rank if fmap.rank < rank else min(n * self.goal.rows, some.shape[2])
-                better = warn_of_rank(method, fmap.rank, edf, most)
+                better = warn_of_rank(method, fmap.rank, edf, most, missed / kept if kept > 0 else 0.0)
         finally:
             for held in stores:
                 held.close()

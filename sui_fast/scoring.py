@@ -116,7 +116,7 @@ def score(
         progress: show a bar on runs longer than two seconds.
         candidates: samples with targets that are not trained on: what each would add. Their scores are
             ``Scores.candidates``, with the measures of ``train`` (not "si_sgd"); the left-out residual and margin are
-            those of the model as it is. Methods "nystrom" and "subspace" take their kernel with ``val`` for "fsi": their
+            those of the model as it is. For "fsi" methods "nystrom" and "subspace" take their kernel with ``val``: the
             features span gradients of ``train`` alone.
         compat: "iclr2021": the definitions of the authors' code: convention "iclr2021", and method also "random-subset"
             or "very-sparse", their projections of each parameter, with rank as their count.
@@ -163,7 +163,7 @@ def score(
             read = as_samples if store is None else functools.partial(read_samples, progress=progress)
             run.samples = read(train, with_targets=need, argument="train")
             if "fsi" in wanted:
-                run.probes = read(val, with_targets=None, argument="val", **({} if store is None else {"named": False}))
+                run.probes = read(val, with_targets=None, argument="val")
             if candidates is not None:
                 run.candidates = read(candidates, with_targets=need, argument="candidates")
         common = dict(outputs=outputs, params=params, batch_size=batch_size)
@@ -210,8 +210,6 @@ def score(
             got, todo = "candidates with a projection", "Use method='dense'."
             raise ArgumentError(complaint("candidates", "None with the authors' projections", got, todo))
         if chosen == "dense":
-            if store is not None and method == "dense":
-                raise ArgumentError(complaint("store", "None with an exact method", repr(store), "Drop it."))
             found = run.dense(stages, common)
         else:
             found = run.low_rank(stages, common, chosen, rank, store, resume)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._errors import StabilityError
+from ._errors import StabilityError, StoreError, complaint
 from .jacobians import Jacobian, portions
 from .jacobians.data import Samples
 from .loo import (
@@ -51,11 +51,13 @@ from .spectra import (
     pool_size,
     sketch_map,
     sketch_rank,
+    subspace_columns,
     subspace_map,
 )
 
 _SHARD, _PORTION = SHARD, PORTION
 _MARGIN = 1.25  # of the rank that a warning names
+_MISSED = 0.4  # leverage beyond the features over that in them; from 0.5 on scores correlated less than 0.98
 
 
 class _Memory(list):
@@ -104,12 +106,22 @@ def fit_map(
     def passes() -> Iterator[tuple[int, Jacobian]]:
         return source.parts(portion(n), HELD)
 
-    k = source.part(0, 1).k
-    return subspace_map(passes, n * k, min(rank, n * k), seed, reduce=processes.total)
+    one = source.part(0, 1)
+    rows, rank = n * one.k, min(rank, n * one.k)
+
+    def reduce(total: Tensor | None) -> Tensor:
+        """The sum; a process without samples has none of its own, and must meet the others all the same."""
+        if total is None:
+            shape = min(subspace_columns(rank), rows), one.shape[1]
+            total = torch.zeros(shape, dtype=torch.float64, device=source.device)
+        return processes.total(total)
+
+    return subspace_map(passes, rows, rank, seed, reduce)
 
 
 def collect(source: Source, fmap: FeatureMap, goal: Goal | None, store: Store | _Memory, progress: bool) -> None:
     """Pass 1: features [n, k, r] float32, residual [n, k] and the diagonal that the features miss [n, k, k]."""
+    check_held(source, fmap, goal, getattr(store, "stores", [store]))
     for shard in features_of(source, fmap, goal, source.begin + store.rows, progress):
         store.append(shard)
     source.kept.clear()
@@ -274,18 +286,34 @@ def kernel_across(old: Source, new: Source, fmap: FeatureMap) -> Iterator[tuple[
             yield features, first - new.begin, part.gram(other).to(torch.float64)
 
 
-def warn_of_rank(kind: str, rank: int, edf: float, most: int) -> int | None:
+def warn_of_rank(kind: str, rank: int, edf: float, most: int, missed: float = 0.0) -> int | None:
     """Rank that would do where this one is too small for the effective dimension, with a warning.
 
     It is named with a margin, so that a run with it does not warn again where its estimate of the dimension is larger.
+
+    Args:
+        most: rank at which features below the kernel have all of it. missed: leverage beyond the features, over that in
+            them; where the rank does and this is large, directions are lost to float32.
     """
-    least, most = RANK_FOR[kind] * edf, most if kind != "sketch" else 1 << 20
+    least, exact = RANK_FOR[kind] * edf, most
+    most = most if kind != "sketch" else 1 << 20
     if rank >= 0.95 * least or rank >= most:
+        if kind != "sketch" and missed > _MISSED:
+            warnings.warn(
+                f"sui_fast: the {rank} features of {kind} leave out {missed:.0%} of the leverage that is in them: "
+                "directions weak against the largest, but not against reg=, are lost to rounding. Raise reg=, or use "
+                f"method={'sketch' if kind == 'nystrom' else 'nystrom'!r}.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
         return None
     needed = min(math.ceil(_MARGIN * least), most)
+    instead = "or use another method"
+    if needed > exact:
+        instead = f"or use method='nystrom', which is exact at rank {exact}"
     warnings.warn(
         f"sui_fast: rank {rank} is small for an effective dimension of {edf:.0f}; {kind} wants about {needed}. "
-        "Raise rank=, or reg=, or use another method.",
+        f"Raise rank=, or reg=, {instead}.",
         RuntimeWarning,
         stacklevel=4,
     )
@@ -297,8 +325,45 @@ def open_store(path, fingerprint: dict[str, Any], name: str, processes: Processe
     if path is None:
         return _Memory()
     folder = Path(path) / f"{name}-{processes.number:04d}-of-{processes.count:04d}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
     return Store(folder, fingerprint, resume=resume)
+
+
+def check_held(source: Source, fmap: FeatureMap, goal: Goal | None, stores: list[Store]) -> None:
+    """Whether stores, one after the other from the first sample on, begin with what this process would put there.
+
+    Weights and ids do not tell what a model does with them, what a function of the outputs does, nor which parameters
+    count; and parts on several machines may have fitted other maps.
+
+    Raises:
+        StoreError: features or residuals of the first batch differ.
+    """
+    begin, few = source.begin, min(source.options["batch_size"], portion(source.samples.n))
+    rows, most = sum(store.rows for store in stores), source.end - begin
+    if rows > most:
+        todo = "Delete the folder, or pass resume=False to begin anew."
+        raise StoreError(complaint("store", f"at most {most} samples", rows, todo))
+    for number, store in enumerate(stores, 1):
+        if store.rows:
+            held = store.read(0)
+            one = replace(source, begin=begin, end=min(begin + few, begin + store.shards[0]["rows"]))
+            fresh = next(features_of(one, fmap, goal, begin, False))
+            differs = sorted(fresh.keys() ^ held.keys())
+            for name in ("features", "residual")[: 1 if goal is None else 2] if not differs else ():
+                x, y = fresh[name], held[name][: len(fresh[name])]
+                scale = float(x.norm()) + (
+                    0.0 if name == "features" else float(goal.y[begin : one.end].double().norm())
+                )
+                if x.shape != y.shape or not float((x - y).norm()) <= 1e-3 * scale:
+                    differs.append(name)
+            if differs:
+                what = f"those of part {number} of {len(stores)}" if len(stores) > 1 else "others"
+                todo = (
+                    "The model's code, outputs=, params= or what requires gradients changed, or it ran on another kind "
+                    "of machine or version: name another folder, or pass resume=False to begin anew."
+                )
+                got = f"{what}: {differs[0]} of sample {begin} and after"
+                raise StoreError(complaint("store", "what this model gives", got, todo))
+        begin += store.rows
 
 
 def run_fingerprint(model: torch.nn.Module, samples: Samples, settings: dict[str, Any], version: str) -> dict[str, Any]:

@@ -1,5 +1,9 @@
 """Methods of low rank where the samples are fewer than the columns: exact, and nothing to warn of."""
 
+import os
+import subprocess
+import sys
+import textwrap
 import warnings
 
 import numpy as np
@@ -42,3 +46,33 @@ def test_new_samples_outside_of_the_features(method, rank):
     exact = sui_fast.score(model, train, val[0], method="dense", **common).candidates["fsi"]
     found = sui_fast.score(model, train, val[0], method=method, rank=rank, **common).candidates["fsi"]
     np.testing.assert_allclose(found, exact, rtol=0.02 if method == "sketch" else 1e-4)
+
+
+SHARED = textwrap.dedent(
+    """
+    import os, sys, torch
+    import sui_fast
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(13, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3)).double()
+    train, val = (torch.randn(2, 13).double(), torch.arange(2)), torch.randn(15, 13).double()
+    scores = sui_fast.score(model, train, val, reg=0.1, method=sys.argv[1], rank=16, progress=False)
+    with open(sys.argv[2] + os.environ.get("RANK", "0"), "w") as file:
+        print(*scores["si"], *scores["fsi"], file=file)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    """
+)
+
+
+@pytest.mark.parametrize("method", ["sketch", "subspace"])
+def test_more_processes_than_samples(tmp_path, method):
+    (tmp_path / "script.py").write_text(SHARED)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3")
+    for start, name in (((), "one"), (launcher, "many")):
+        done = subprocess.run(
+            [sys.executable, *start, tmp_path / "script.py", method, str(tmp_path / name)], capture_output=True,
+            text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(3):
+        np.testing.assert_allclose(np.loadtxt(tmp_path / f"many{rank}"), np.loadtxt(tmp_path / "one0"), rtol=1e-10)

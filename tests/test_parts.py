@@ -150,7 +150,7 @@ def test_a_part_with_another_map_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sui_fast.runs, "fit_map", otherwise)
     run_parts(tmp_path, 2, (2,), method="sketch", rank=40)
     monkeypatch.undo()
-    with pytest.raises(sui_fast.StoreError, match="same feature map, got part 2 of 2"):
+    with pytest.raises(sui_fast.StoreError, match="got those of part 2 of 2: features of sample 32"):
         sui_fast.merge(*problem(), store=tmp_path)
 
 

@@ -54,12 +54,10 @@ def anchored_sketch_map(pool: Jacobian, residual: Tensor, rank: int, seed: int =
         return sketch_map(sketch_rank(rank, kind), seed, kind)
     pull = u.T @ residual.reshape(-1).to(s)
     solved = torch.stack([u @ (pull / (s.clamp_min(0) + share * s[-1])) for share in _SOLUTIONS], 1)
-    lead = u[:, len(_SOLUTIONS) - count :]
-    chosen = torch.cat([solved, lead], 1)
+    lead = u[:, len(_SOLUTIONS) - count :].flip(1)
+    chosen = torch.cat([lead * lead.gather(0, lead.abs().argmax(0, keepdim=True)).sign(), solved], 1)
     chosen = chosen / torch.einsum("nq,nm,mq->q", chosen, theta, chosen).clamp_min(1e-300).sqrt()
-    size, turn = torch.linalg.eigh(chosen.T @ theta @ chosen)
-    keep = size > 1e-6 * size[-1]
-    chosen = chosen @ (turn[:, keep] / size[keep].sqrt())  # B = chosen^T J
+    chosen = chosen @ _orthonormal(chosen.T @ theta @ chosen)  # B = chosen^T J
     columns = sketch_rank(rank - chosen.shape[1], kind)
     if rows is not None and kind == "tensor":
         anchors = Anchors(chosen, chosen.to(rows).T @ rows, [])
@@ -79,6 +77,22 @@ def anchored_sketch_map(pool: Jacobian, residual: Tensor, rank: int, seed: int =
 
     both = lambda jac, own: features(jac, own)[:2]  # noqa: E731
     return FeatureMap("sketch", len(sketched) + columns, both, {"anchors": chosen}, portion)
+
+
+def _orthonormal(gram: Tensor, least: float = 1e-6) -> Tensor:
+    """T [q, r], T^T gram T = 1, column after column, without those that depend on earlier ones.
+
+    Gram and Schmidt, as eigenvectors of equal eigenvalues would turn with the last bit: a run that goes on with other
+    threads or batches must find the same features.
+    """
+    turn = gram.new_zeros(len(gram), 0)
+    for column in torch.eye(len(gram)).to(gram):
+        for _ in range(2):
+            column = column - turn @ (turn.T @ (gram @ column))
+        size = column @ gram @ column
+        if float(size) > least:
+            turn = torch.cat([turn, (column / size.sqrt())[:, None]], 1)
+    return turn
 
 
 def _explicit(jac: Jacobian, rows: int) -> bool:

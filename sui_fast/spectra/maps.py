@@ -9,9 +9,9 @@ The first is unbiased, the other two lie below Theta.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from math import isqrt
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from ..jacobians import Jacobian, Sketch
 from ..ops.sketching._random import signs
 from .moments import BLOCK, add_upper, mirrored
 
+_FEW = 128  # samples whose factors are float64 at a time
 _WIDE = 1 << 21  # float64 numbers of one intermediate
 RANK_FOR = {"sketch": 40.0, "nystrom": 5.0, "subspace": 2.0}  # ranks per effective dimension, measured (docs/math.md)
 
@@ -53,7 +54,7 @@ def sketch_rank(rank: int, kind: str) -> int:
     smaller side makes the variance.
     """
     if kind == "two_sided":
-        side = isqrt(rank)
+        side = math.isqrt(rank)
         return side * -(-rank // side)
     if kind != "tensor":
         return rank
@@ -85,14 +86,33 @@ def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
     """Landmark samples of a pool, drawn in proportion to what the landmarks before them leave unexplained.
 
     All outputs of a landmark sample serve, so rank is rounded up to whole samples; fewer columns where the pool is
-    explained sooner. Of a small rank more landmarks are drawn than columns kept, the leading ones.
+    explained sooner. Of a small rank more landmarks are drawn than columns kept, the leading ones. Where float32
+    leaves fewer columns than asked for, as rounding hides small eigenvalues, kernels are computed in float64.
 
     Args:
         pool: samples to draw from. rank: columns. seed: of the draws.
     Source: Chen, Epperly, Tropp, Webber 2022 (randomly pivoted Cholesky, blocks).
     """
+    rank = -(-rank // pool.k) * pool.k
+    found = _nystrom(pool, rank, seed, _kernel, pool.dtype)
+    if pool.dtype == torch.float64 or found.rank >= min(rank, pool.shape[0]):
+        return found
+    del found  # its landmarks are as large as those that follow
+    return _nystrom(pool, rank, seed, _wide_kernel, torch.float64)
+
+
+def _kernel(left: Jacobian, right: Jacobian) -> Tensor:
+    return left.gram(right).to(torch.float64)
+
+
+def _wide_kernel(left: Jacobian, right: Jacobian) -> Tensor:
+    """Computed in float64, a few samples of both at a time: their factors are float64 meanwhile."""
+    parts = [[x.select(range(i, min(i + _FEW, x.n))).wide() for i in range(0, x.n, _FEW)] for x in (left, right)]
+    return torch.cat([torch.cat([one.gram(two) for two in parts[1]], 1) for one in parts[0]])
+
+
+def _nystrom(pool: Jacobian, rank: int, seed: int, kernel: Callable, dtype: torch.dtype) -> FeatureMap:
     n, k = pool.n, pool.k
-    rank = -(-rank // k) * k
     wanted = min(n, max(rank, min(8 * rank, 256 * k, 2048)) // k)
     rng = torch.Generator().manual_seed(seed)
     diagonal = pool.own_blocks().diagonal(dim1=1, dim2=2).to(torch.float64)
@@ -108,7 +128,7 @@ def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
         count = min(wanted - len(chosen), max(1, wanted // 8), int((weight > 0).sum()))
         fresh = torch.multinomial(weight, count, replacement=False, generator=rng).tolist()
         rows = (torch.tensor(fresh)[:, None] * k + torch.arange(k)).reshape(-1).to(pool.device)
-        block = pool.gram(pool.select(fresh)).to(torch.float64)
+        block = kernel(pool, pool.select(fresh))
         block = block - factor[:, :used] @ factor[rows, :used].T
         # of a block drawn at once some say the same: keep those that still add something
         core = block[rows]
@@ -121,16 +141,16 @@ def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
         chosen += fresh
     del factor, block, columns  # as large as what follows
     landmarks = pool.select(chosen)
-    inner = landmarks.gram().to(torch.float64)
+    inner = kernel(landmarks, landmarks)
     s, u = torch.linalg.eigh(inner)
-    keep = s > len(s) * torch.finfo(pool.dtype).eps * float(s[-1])
+    keep = s > len(s) * torch.finfo(dtype).eps * float(s[-1])
     root = u[:, keep] / s[keep].sqrt()
     if root.shape[1] > rank:
-        known = pool.gram(landmarks).to(torch.float64) @ root
+        known = kernel(pool, landmarks) @ root
         root = root @ torch.linalg.eigh(known.T @ known)[1][:, -rank:]
 
     def both(jac: Jacobian, own: bool) -> tuple[Tensor, Tensor | None]:
-        features = (jac.gram(landmarks).to(torch.float64) @ root).reshape(jac.n, jac.k, -1)
+        features = (kernel(jac, landmarks) @ root).reshape(jac.n, jac.k, -1)
         return features, jac.own_blocks() if own else None
 
     state = {"landmarks": torch.tensor(chosen), "root": root}
@@ -147,7 +167,7 @@ def subspace_map(
     samples: int,
     rank: int,
     seed: int = 0,
-    reduce: Callable[[Tensor], Tensor] = lambda x: x,
+    reduce: Callable[[Tensor | None], Tensor] = lambda x: x,
 ) -> FeatureMap:
     """Leading right singular space of J, matrix-free: J^T of random signs, then a jvp and a vjp over the data.
 
@@ -155,11 +175,11 @@ def subspace_map(
         passes: called once per pass, yields (number of the first sample, Jacobian) part by part. samples: rows in all.
         rank: columns at least; those of the oversampling stay, for F-SI gains more by them than by another iteration.
         seed: of the start.
-        reduce: sums a tensor over processes.
+        reduce: sums a tensor over processes; it is given None where there are no parts.
     Source: Halko, Martinsson, Tropp 2011; Musco and Musco 2015.
     """
     basis, wide = None, min(subspace_columns(rank), samples)
-    for _ in range(2):
+    for last in (True,) if wide == samples else (False, True):  # of all rows the first pass has the span
         total = None
         for first, part in passes():
             if basis is None and wide == samples:  # all rows: as many random signs may depend on one another
@@ -174,7 +194,7 @@ def subspace_map(
             part.add_vjp(left, total)
         # float64 sums in another order are the same in float32; weak directions, and what is rounded after them, hang
         # on the last bit
-        last, basis = basis is not None, reduce(total).to(torch.float32)
+        basis = reduce(total).to(torch.float32)
         del total
         _even(basis, torch.float64 if last else torch.float32)
 
@@ -186,10 +206,10 @@ def subspace_map(
 
 
 def _even(rows: Tensor, dtype: torch.dtype) -> None:
-    """rows [r, d] <- L^-1 rows, L L^T = rows rows^T + shift I: the same span, nearly orthonormal, never longer than one.
+    """rows [r, d] <- L^-1 rows, L L^T = rows rows^T + shift I: the same span, nearly orthonormal, none longer than one.
 
-    Directions weaker than the rounding of rows keep their place, with less weight. The Gram matrix adds up in float64: in
-    float32 it would hide directions of a few thousandths of the largest.
+    Directions weaker than the rounding of rows keep their place, with less weight. The Gram matrix adds up in float64:
+    in float32 it would hide directions of a few thousandths of the largest.
 
     Args:
         dtype: of the last product; weak directions are orthogonal to others only in float64.
@@ -199,14 +219,13 @@ def _even(rows: Tensor, dtype: torch.dtype) -> None:
     for begin in range(0, rows.shape[1], step):
         add_upper(gram, rows[:, begin : begin + step].to(torch.float64).T)
     size = float(gram.diagonal().sum())
-    if not size > 0:
+    if not 0 < size < math.inf:
         got = "gradients that are all zero" if size == 0 else "gradients that are not finite"
         raise ArgumentError(complaint("model", "parameters that act on the outputs", got, "Check params=."))
     gram = mirrored(gram)
     gram.diagonal().add_(len(rows) * 1e-15 * size)
-    inverse = torch.linalg.solve_triangular(
-        torch.linalg.cholesky(gram), torch.eye(len(rows)).to(gram), upper=False
-    ).to(dtype)
+    root = torch.linalg.cholesky(gram)
+    inverse = torch.linalg.solve_triangular(root, torch.eye(len(rows)).to(gram), upper=False).to(dtype)
     for begin in range(0, rows.shape[1], step):
         part = rows[:, begin : begin + step].to(dtype)
         for first in reversed(range(0, len(rows), BLOCK)):  # in place: a block needs those above it

@@ -61,11 +61,15 @@ class Store:
         self.fingerprint = json.loads(json.dumps(fingerprint))
         if self.path.is_symlink() or self.path.exists() and not self.path.is_dir():
             raise StoreError(complaint("store", "a folder", str(self.path), "Name a folder of its own."))
-        self.path.mkdir(parents=True, exist_ok=True)
-        if write:
-            self._lock = _take_lock(self.path / "lock")
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if write:
+                self._lock = _take_lock(self.path / "lock")
             self._open(resume)
+        except OSError as error:
+            self.close()
+            todo = "Name a folder of its own that can be written."
+            raise StoreError(complaint("store", f"plain files in {self.path}", str(error), todo)) from error
         except BaseException:
             self.close()
             raise
@@ -276,12 +280,15 @@ def _difference(held: Any, wanted: dict[str, Any]) -> str:
     if not isinstance(held, dict):
         return "no fingerprint"
     names = [name for name in sorted(set(held) | set(wanted)) if held.get(name) != wanted.get(name)]
-    return "; ".join(f"{name} was {_short(held.get(name))}, is {_short(wanted.get(name))}" for name in names[:4])
+    return "; ".join("{} was {}, is {}".format(x, *_short(held.get(x), wanted.get(x))) for x in names[:4])
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _short(*values: Any) -> list[str]:
+    """Values in at most 66 letters each; of long ones what is the same at the beginning is left out."""
+    texts = [repr(value) for value in values]
+    first = max(0, len(os.path.commonprefix(texts)) - 20) if max(map(len, texts)) > 60 else 0
+    cut = [text[first : first + 60] for text in texts]
+    return ["..." * (first > 0) + x + "..." * (first + 60 < len(text)) for x, text in zip(cut, texts, strict=True)]
 
 
 def _take_lock(path: Path) -> int:

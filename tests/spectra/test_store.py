@@ -202,3 +202,20 @@ def test_killed_at_random_instants_it_ends_with_the_same_bytes(tmp_path):
     found = kill(tmp_path, 20)
     assert found["kills"] == 20 and found["stores"] >= 1
     assert found["part_files"] + found["beyond_manifest"] > 0  # some kills met it in the middle of a write
+
+
+@pytest.mark.parametrize("name", ["lock", ".shard-000009.safetensors.part"])
+def test_links_and_folders_in_the_place_of_files_are_named(tmp_path, name):
+    path = tmp_path / "s"
+    fill(path)
+    (path / name).unlink(missing_ok=True)
+    (path / name).mkdir()
+    with pytest.raises(StoreError, match="plain files in"):
+        read(path)
+    (path / name).rmdir()
+    (path / "lock").unlink(missing_ok=True)
+    (path / "lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match="plain files in.*lock"):
+        read(path)
+    with pytest.raises(StoreError, match="plain files in"):
+        Store(path / "manifest.json" / "s", PRINT)

@@ -40,7 +40,8 @@ def known_of(layer: Layer, x: Tensor, g: Tensor, rank: int, seed: int, dtype: to
     if layer.window is None:
         i, o = x.shape[1], g.shape[1]
         left, right = (
-            (table, *(t.data_ptr() for t in table)) for table in sides(i, o, layer.ones, rank, layer.stream, seed, dtype)
+            (table, *(t.data_ptr() for t in table))
+            for table in sides(i, o, layer.ones, rank, layer.stream, seed, dtype)
         )
         numbers = [0, *side_of(x[:, None], i, layer.ones, left), *side_of(g[:, None], o, False, right)]
         kept = left, right

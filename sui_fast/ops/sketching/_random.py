@@ -58,9 +58,9 @@ def divisors(rank: int) -> list[int]:
 def steps(i: int, o: int, rank: int) -> tuple[int, int]:
     """Steps of the places of i inputs and of o outputs in a tensor sketch; 0: at random.
 
-    The shorter side takes every step-th place, each once, so that entries of one line of the other side never meet; any
-    others still do with probability 1 / rank, for that side is at random. Its transform has rank / step places only, and
-    that of the other side falls into as many parts. One place more than inputs: for a bias.
+    The shorter side takes every step-th place, each once: entries of the same index of the other side never meet, any
+    others still do with probability 1 / rank, for that side is at random. Its transform has rank / step places only,
+    that of the other side falls into ``step`` of them. One place more than inputs: for a bias.
     """
     room = next((size for size in divisors(rank) if size >= (i + 1 if i <= o else o)), None)
     if room is None:

@@ -96,7 +96,9 @@ def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.stride(-2) == 1 and x.shape[-2] >= 16 and x.shape[-1] > 1 else x.contiguous()
 
 
-def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums: Tensor, length: int, seed: int) -> None:
+def add_fourier(
+    layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums: Tensor, length: int, seed: int
+) -> None:
     """sums [n, k, :] += products of the transforms of layers (a, g, stream, ones) of equal n, k, s and ``ring_of``."""
     (n, k, s, _), dtype = layers[0][1].shape, sums.dtype
     kept, told = [], []

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ... import _cpu
 from ._random import bucket_and_sign
-from ._tensor_cpu import add_bias, call, hashed, readable_dtype, sides
+from ._tensor_cpu import add_bias, call, readable_dtype, sides
 from .window import Window
 
 

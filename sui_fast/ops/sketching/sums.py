@@ -98,7 +98,9 @@ class TensorSums:
             return
         places = dict(device=rows.device, dtype=out.dtype)
         step_a, step = steps(i, o, self.rank)
-        place_a, sign_a = bucket_and_sign(i + (bias is not None), self.rank, 0, stream, self.seed, **places, step=step_a)
+        place_a, sign_a = bucket_and_sign(
+            i + (bias is not None), self.rank, 0, stream, self.seed, **places, step=step_a
+        )
         place, sign = bucket_and_sign(o, self.rank, 1, stream, self.seed, **places, step=step)
         whole = rows if bias is None else torch.cat([rows, bias[..., None]], 3)
         to = ((place[:, None] + place_a) % self.rank).reshape(-1)
