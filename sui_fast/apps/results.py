@@ -11,6 +11,8 @@ import pyarrow as pa
 
 from .._errors import ArgumentError, complaint
 
+NAMES = {"si": "SI", "fsi": "F-SI", "loo_margin": "margin"}  # of measures, in sentences
+
 
 @dataclass(frozen=True, eq=False)
 class Result:

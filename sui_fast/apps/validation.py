@@ -131,7 +131,8 @@ def validate_linearization(
             numbers ``kept``, deterministically; time, lr and reg must describe it.
         influence: method of ``influence_functions``, or None to leave them out.
         convention: "mean", what retraining on the mean loss does.
-        batch_size: samples per forward pass. dtype: of the retraining; default: the model's.
+        batch_size: samples per forward pass. dtype: of the retraining and of the kernel; default: the
+            model's and float64.
     Returns:
         Validation.
     Raises:
@@ -154,9 +155,10 @@ def validate_linearization(
     else:
         chosen = pick_samples(samples, data.n)
     common = dict(outputs=outputs, params=params)
+    own = {} if dtype is None else {"dtype": dtype}
     begin = clock.perf_counter()
     problem = linear_problem(
-        model, data, probes, reg=reg, convention=convention, batch_size=batch_size, progress=progress, **common
+        model, data, probes, reg=reg, convention=convention, batch_size=batch_size, progress=progress, **common, **own
     )
     if lr is None and time is not None:
         top = float(torch.linalg.matrix_norm(problem.theta, 2)) / data.n + reg

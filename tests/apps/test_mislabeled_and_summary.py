@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -45,8 +47,19 @@ def test_scores_from_a_file_rank_the_same(tmp_path):
 
 def test_clean_labels_are_left_alone():
     x, y = blobs(120, 3, spread=0.2)
-    found = find_mislabeled(network(3), (x, y), progress=False)
+    with warnings.catch_warnings(action="error"):
+        found = find_mislabeled(network(3), (x, y), progress=False)
     assert found.flagged.sum() <= 1 and found.noise_rate < 0.02
+    none = find_mislabeled(network(3), (x, y), error_rate=0.0, reg=0.01, progress=False)
+    assert none.flagged.any() or none.summary().startswith("None of 120 labels flagged. ")
+
+
+def test_a_model_that_knows_nothing_says_so():
+    x, _ = blobs(60, 3)
+    chance = torch.randint(0, 3, (60,), generator=torch.Generator().manual_seed(0))
+    with pytest.warns(RuntimeWarning, match="cannot tell which are wrong") as seen:
+        find_mislabeled(network(3), (x, chance), reg=1.0, progress=False)
+    assert seen[0].filename == __file__
 
 
 def test_bad_arguments_have_names():
