@@ -22,7 +22,7 @@ ROOMS = [
     ["planning"],
     ["checks"],
     ["processes"],
-    ["probing", "streaming"],
+    ["probing", "streaming", "kernels"],
     ["parts"],
     ["runs"],
     ["scoring", "training"],

@@ -155,7 +155,7 @@ def validate_linearization(
     else:
         chosen = pick_samples(samples, data.n)
     common = dict(outputs=outputs, params=params)
-    own = {} if dtype is None else {"dtype": dtype}
+    own = dict(time=time, lr=1.0 if lr is None else lr, **({} if dtype is None else {"dtype": dtype}))
     begin = clock.perf_counter()
     problem = linear_problem(
         model, data, probes, reg=reg, convention=convention, batch_size=batch_size, progress=progress, **common, **own

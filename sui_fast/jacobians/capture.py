@@ -96,7 +96,7 @@ class Evaluator:
         self._remedy = "Check the shape and dtype of the inputs, or pass outputs=f(model, batch)."
         if dtype is not None and any(p.dtype != dtype for p in floating):
             own = next(p.dtype for p in floating if p.dtype != dtype)
-            self._remedy = f"Check the inputs. It ran in {dtype}: if it casts inside, by x.float(), say, pass dtype={own}."
+            self._remedy = f"Check the inputs. It ran in {dtype}: if it casts inside, by x.float(), pass dtype={own}."
             model = copy.deepcopy(model).to(dtype)
         self.model, self._outputs = model, outputs
         self.parameters = choose_parameters(model, params)

@@ -1,6 +1,7 @@
 """Groups, overlap, sources, curves, validation and influence functions against brute force."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -237,7 +238,8 @@ def test_a_model_that_casts_inside_is_validated_in_its_own_type():
     common = dict(samples=3, time=50, influence=None, progress=False)
     with pytest.raises(ModelError, match=r"pass dtype=torch\.float32"):
         validate_linearization(Casting(6, 1), (x, y), x, **common)
-    found = validate_linearization(Casting(6, 1), (x, y), x, dtype=torch.float32, **common)
+    with warnings.catch_warnings(action="error", category=RuntimeWarning):
+        found = validate_linearization(Casting(6, 1), (x, y), x, dtype=torch.float32, **common)
     assert close(found.real_weights, found.linear_weights, rtol=1e-2)
 
 
