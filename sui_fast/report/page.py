@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._errors import ArgumentError, complaint
 from . import sections as parts
-from .payload import dumps, payload, rows_shown
+from .payload import dumps, payload, rows_shown, text_of
 
 if TYPE_CHECKING:
     from ..scores import Scores
@@ -50,6 +50,9 @@ def write_report(
         f"What each of {len(scores)} training samples alone tells the model: its weights (SI) and its predictions "
         f"(F-SI).{note}"
     )
+    named = len(set(map(text_of, scores.ids.tolist()))) == len(scores)
+    if not named:
+        lead += " Some ids occur more than once: nothing can be reviewed here, as decisions would not say which is meant."
     found = [("Suspected label errors", "suspects", _SUSPECTS)] if scores.labels is not None else []
     ranking = next(c["name"] for c in data["columns"] if c["key"] == data["start"]["sort"])
     found.append(("Most and least informative", "gallery", _GALLERY.format(first=parts.safe(ranking))))
@@ -57,7 +60,7 @@ def write_report(
         found.append(("Classes", "classes", parts.classes(scores, names)))
     found += _applications(sections)
     found.append(("Run card", "card", parts.run_card(scores)))
-    return write_page(path, title, lead, parts.tiles(scores), found, {**data, "kind": "report"})
+    return write_page(path, title, lead, parts.tiles(scores), found, {**data, "review": named})
 
 
 def _applications(results: Sequence[Any]) -> list[tuple[str, str, str]]:
@@ -80,7 +83,8 @@ def write_page(
     style = (_HERE / "report.css").read_text(encoding="utf-8")
     body = "".join((_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     script = "(() => {\n'use strict';\n" + body + "})();\n"
-    json = dumps({**data, "key": hashlib.sha256(repr((title, data["ids"], data["labels"])).encode()).hexdigest()[:16]})
+    key = repr((title, data["ids"], data["labels"], data["classes"]))
+    json = dumps({**data, "key": hashlib.sha256(key.encode()).hexdigest()[:16]})
     policy = (
         f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "base-uri 'none'; form-action 'none'"

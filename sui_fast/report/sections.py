@@ -81,8 +81,15 @@ def figures(cells: Sequence[tuple[str, Any, str]]) -> str:
 
 
 def three_digits(value: float) -> str:
-    """Three digits, zeros at the end among them, so that columns of numbers read alike."""
-    return f"{value:#.3g}".rstrip(".")
+    """Three digits, zeros at the end among them, so that columns of numbers read alike; no exponent up to 1e5."""
+    return f"{value:.0f}" if 999 < abs(value) < 1e5 else f"{value:#.3g}".rstrip(".")
+
+
+def median_and_bar(place, v: np.ndarray, exponent: int) -> str:
+    """Two cells of a table, of the values that are finite."""
+    v = v[np.isfinite(v)]
+    median = three_digits(np.median(v) / 10.0**exponent) if len(v) else "\u2013"
+    return f"<td>{median}</td><td class=bars>{bar(place, v)}</td>"
 
 
 def unit_of(scores: Scores, name: str, exponent: int) -> str:
@@ -105,20 +112,16 @@ def classes(scores: Scores, names: dict[str, str]) -> str:
         frames[name] = (exponent, positions(v, log))
         heads.append(f"<th scope=col>median {safe(unit_of(scores, name, exponent))}</th>")
         heads.append("<th scope=col class=bars>10% to 90%</th>")
-    total = {name: np.nansum(scores[name]) for name in measures[:1]}
+    ranked = np.where(np.isfinite(scores[measures[0]]), scores[measures[0]], 0.0)
     lines = []
     for value in shown:
         rows = labels == value
         cells = []
         for name in measures:
             exponent, place = frames[name]
-            v = scores[name][rows]
-            v = v[np.isfinite(v)]
-            median = three_digits(np.median(v) / 10.0**exponent) if len(v) else "\u2013"
-            cells.append(f"<td>{safe(median)}</td><td class=bars>{bar(place, v)}</td>")
-        name = measures[0]
-        share = np.nansum(scores[name][rows]) / total[name] if total[name] else 0.0
-        cells.append(f"<td>{share:.1%}</td>" if name != "loo_margin" else "<td>\u2013</td>")
+            cells.append(median_and_bar(place, scores[name][rows], exponent))
+        share = ranked[rows].sum() / (ranked.sum() or 1.0)
+        cells.append(f"<td>{share:.1%}</td>" if measures[0] != "loo_margin" else "<td>\u2013</td>")
         title = names.get(text_of(value), text_of(value))
         lines.append(f"<tr><th scope=row>{safe(title)}</th><td>{rows.sum()}</td>{''.join(cells)}</tr>")
     note = f"<p>The {_MOST_CLASSES} largest of {len(values)} classes.</p>" if len(shown) < len(values) else ""

@@ -17,7 +17,7 @@ from sui_fast import ArgumentError, DataError, Scores, read_review
 from sui_fast.measures import input_neighbours, kernel_neighbours
 from sui_fast.previews import as_images
 from sui_fast.report.payload import dumps, payload, rows_shown
-from sui_fast.report.sections import number
+from sui_fast.report.sections import number, three_digits
 from sui_fast.report.thumbnails import png, sprites
 
 VOID = ("meta", "img", "br", "input", "line", "circle")
@@ -304,6 +304,21 @@ def test_png_is_the_picture():
 def test_payload_scales_units_and_keeps_missing_values():
     data = payload(Scores(np.arange(3), {"si": [1e-6, np.nan, 3e-6]}, {}, {}, units={"si": "nats"}))
     assert data["columns"][0]["unit"] == "\u00b5nats" and data["columns"][0]["values"] == [1e-6, None, 3e-6]
+
+
+def test_decisions_of_other_classes_are_not_found_again(tmp_path):
+    """Classes are kept by number, so a page with other ones has a key of its own."""
+    keys = []
+    for other in (2, 3):
+        scores = make_scores(4, labels=np.array([0, 1, 0, 1]), suggested=np.array([0, other, 0, 1]))
+        page = scores.report(tmp_path / "r.html").read_text()
+        keys.append(re.search(r'"key":"([0-9a-f]{16})"', page)[1])
+    assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize(("value", "text"), [(1170.4, "1170"), (999.2, "999"), (0.5, "0.500"), (123456.0, "1.23e+05")])
+def test_three_digits_without_exponents(value, text):
+    assert three_digits(value) == text
 
 
 CSV = "id,decision,label,new_label\r\n"
