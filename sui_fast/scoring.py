@@ -234,6 +234,7 @@ def score(
         dynamics=dynamics,
         sigma=sigma,
         method=chosen,
+        rank=None if chosen == "dense" else rank,
         sketch=sketch if chosen == "sketch" else None,
         compat=compat,
         projection=projection,
@@ -244,6 +245,7 @@ def score(
         seed=seed,
         convention=convention,
         output_mode=output_mode if few else "all",
+        output_rank=output_rank if few else None,
         grouped=groups is not None,
     )
     if "si_sgd" in wanted:

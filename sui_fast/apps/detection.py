@@ -12,7 +12,7 @@ from .._errors import ArgumentError, complaint, number, whole
 from .._waiting import waited_for
 from ..measures import information
 from .kernel import LinearProblem, linear_problem
-from .results import NAMES, Result, auroc, average_precision, check_truth, ranks
+from .results import NAMES, Result, auroc, average_precision, check_truth, count_axis, ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,8 @@ class Ranking(Result):
         else:
             ax.hist([value[~self.truth], value[self.truth]], edges, stacked=True, label=("others", "searched for"))
             ax.legend()
-        ax.set(xlabel=f"log10 of {self.by}", ylabel="samples", yscale="symlog")
+        ax.set(xlabel=f"log10 of {self.by}")
+        count_axis(ax)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from .._errors import ArgumentError, complaint
 from .._waiting import waited_for
 from ..scores import Scores
 from ..scoring import score
-from .results import NAMES, Result, auroc, average_precision, check_truth
+from .results import NAMES, Result, auroc, average_precision, check_truth, count_axis
 
 _SHARPNESS = np.geomspace(0.5, 60.0, 41)  # grid of the calibration
 _TYPICAL, _SPREAD = 6.0, 0.3  # of the sharpness and its logarithm: a margin of one half is 95% sure
@@ -97,7 +97,8 @@ class Mislabeled(Result):
         names = ("not flagged", "flagged") if self.truth is None else ("right", "wrong")
         ax.hist([self.margin[~marked], self.margin[marked]], edges, stacked=True, label=names)
         ax.axvline(self.threshold, color="black", linestyle="--", linewidth=1, label="threshold")
-        ax.set(xlabel="leave-one-out margin of the given label", ylabel="samples", yscale="symlog")
+        ax.set(xlabel="leave-one-out margin of the given label")
+        count_axis(ax)
         ax.legend()
 
 

@@ -67,6 +67,15 @@ class Result:
         return ax.figure
 
 
+def count_axis(ax) -> None:
+    """Numbers of samples upwards, few and many both seen: logarithmic from 1 on, ticks as people write them."""
+    most = ax.get_ylim()[1]
+    ticks = [0, *(m * 10**e for e in range(int(np.log10(max(most, 1))) + 1) for m in (1, 2, 5) if m * 10**e <= most)]
+    ax.set(ylabel="samples", yscale="symlog", ylim=(0, most * 1.1))
+    ax.set_yticks(ticks, [f"{t:d}" for t in ticks], minor=False)
+    ax.set_yticks([], minor=True)
+
+
 def plain(text: Any) -> str:
     """Text of the user's for matplotlib, which reads dollars as mathematics and cannot draw half a surrogate pair."""
     return str(text).encode("utf-8", "replace").decode().replace("$", r"\$")

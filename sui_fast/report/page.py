@@ -52,7 +52,7 @@ def write_report(
     )
     named = len(set(map(text_of, scores.ids.tolist()))) == len(scores)
     if not named:
-        lead += " Some ids occur more than once: nothing can be reviewed here, as decisions would not say which is meant."
+        lead += " Some ids occur more than once: there is no review, as a decision would not say which one is meant."
     found = [("Suspected label errors", "suspects", _SUSPECTS)] if scores.labels is not None else []
     ranking = next(c["name"] for c in data["columns"] if c["key"] == data["start"]["sort"])
     found.append(("Most and least informative", "gallery", _GALLERY.format(first=parts.safe(ranking))))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._errors import ArgumentError, complaint
+from ..losses import LOSSES
 from .payload import NAMES, PREFIXES, exponent_of, suspects_of, text_of
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _ORDER = (
     "error_estimate", "samples", "outputs", "parameters", "initial_mse", "loo_mse", "peak_bytes",
 )  # fmt: skip
 _APART = ("seconds", "versions", "warnings", "command", "reg_curve")
-_NO_ARGUMENTS = ("grouped", "dtype", "params")
+_NO_ARGUMENTS = ("grouped", "dtype", "dtypes", "params", "loss", "projection")
 
 
 def safe(x: Any) -> str:
@@ -208,14 +209,21 @@ def command_of(scores: Scores) -> str | None:
         return text_of(command)
     if "measures" not in settings:
         return None
+    if settings.get("projection"):
+        settings = settings | dict(zip(("method", "rank"), settings["projection"], strict=True))
     given = [f"{name}={value!r}" for name, value in settings.items() if value is not None and name not in _NO_ARGUMENTS]
-    if settings.get("params") not in (None, "trainable"):
-        given.append("params=...")
+    loss = settings.get("loss")
+    if loss is not None:  # a function of the user's own goes by its name
+        given.append(f"loss={loss!r}" if loss in LOSSES else f"loss={text_of(loss)}")
+    params = text_of(settings.get("params"))
+    if params not in ("None", "trainable"):
+        given.append("params='all'" if params == "all" else f"params={params if params[0] == '[' else '...'}")
     if str(settings.get("dtype", "")) in ("float32", "float64"):
         given.append(f"dtype=torch.{settings['dtype']}")
     if settings.get("grouped"):
         given.append("groups=groups")
-    return "sui_fast.score(model, train, val, " + ", ".join(given) + ")"
+    data = "model, train, val" if "fsi" in settings["measures"] else "model, train"
+    return f"sui_fast.score({data}, {', '.join(given)})"
 
 
 def _pairs(title: str, pairs: dict[str, Any]) -> str:
