@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time as clock
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ from tqdm.auto import tqdm
 from ._errors import ArgumentError, complaint, one_of, whole
 from ._waiting import beat
 from .jacobians import jacobian
-from .kernels import even_rows, is_certain, projected_cross, projected_kernel, warn_of_rounding
 from .loo import (
     CONVENTIONS,
     Removal,
@@ -30,7 +30,7 @@ from .loo import (
     make_filter,
     remove_from_spectrum,
 )
-from .losses import Goal
+from .losses import ROOTS, Goal
 from .measures import feature_neighbours, information, kernel_neighbours, sgd_information
 from .parts import Merged, Part, check_map, open_parts
 from .planning import METHODS, return_memory
@@ -41,6 +41,8 @@ from .spectra import (
     dense_spectrum,
     feature_spectrum,
     fingerprint_of,
+    project,
+    projection_matrix,
 )
 from .streaming import (
     LowRank,
@@ -93,16 +95,16 @@ class Run:
         """The exact kernel."""
         with stages("jacobian"):
             own = {**common, "outputs": self.outputs}
-            jac = jacobian(self.model, self.samples, progress=self.progress, **own)
+            jac = jacobian(self.model, self.samples, progress=self.progress, **own).wide()
             blocks = make_blocks(jac.n, jac.k, self.groups)
             r0 = self.goal.residual(slice(None), jac.outputs)
         cross, reg, extra = None, self.reg, {}
         if self.probes is not None:
             with stages("validation jacobian"):
                 seen = {**common, "outputs": self.probe_outputs}
-                probe = jacobian(self.model, self.probes, progress=self.progress, **seen)
+                probe = jacobian(self.model, self.probes, progress=self.progress, **seen).wide()
         with stages("kernel"):
-            theta, features, precision = projected_kernel(jac, self.projection, self.seed, self.progress)
+            theta, features = projected_kernel(jac, self.projection, self.seed, self.progress)
         if self.probes is not None:
             with stages("validation kernel"):
                 cross = even_rows(projected_cross(probe, jac, features, self.progress), probe.n, jac.k)
@@ -111,7 +113,7 @@ class Run:
         with stages("leave one out"):
             shared = dict(cross=cross, blocks=blocks, convention=self.convention, as_numpy=False)
             if isinstance(reg, str):
-                spectrum, idle = dense_spectrum(theta, precision), (theta == 0).all(1)
+                spectrum, idle = dense_spectrum(theta), (theta == 0).all(1)
                 options = dict(self.training, error=self.goal.error, convention=self.convention)
                 regs, errors = loo_error_curve(spectrum, r0, blocks, idle, **options)
                 reg, extra["reg_curve"] = float(regs[errors.argmin()]), _curve(regs, errors)
@@ -120,9 +122,8 @@ class Run:
             else:
                 removal = leave_one_out(
                     theta, r0, reg=reg, cross_ntk=cross, groups=self.groups, convention=self.convention,
-                    method="spectral" if "si_sgd" in self.wanted else "auto", precision=precision, **self.training,
+                    method="spectral" if "si_sgd" in self.wanted else "auto", **self.training,
                 )  # fmt: skip
-        warn_of_rounding(theta, precision, make_filter(jac.n, reg=reg, **self.training))
         with stages("measures"):
             everything = slice(None)
             left_out = torch.as_tensor(removal.loo_residual)
@@ -131,12 +132,12 @@ class Run:
             self._look_around(theta, jac.k, self.goal, removal)
         if self.candidates is not None:
             with stages("candidates"):
-                new = jacobian(self.model, self.candidates, progress=self.progress, **own)
+                new = jacobian(self.model, self.candidates, progress=self.progress, **own).wide()
                 reach = None if self.probes is None else even_rows(probe.gram(new), probe.n, jac.k)
                 phi = make_filter(jac.n, reg=reg, **self.training)
                 added = add_to_kernel(
                     theta, r0, new.gram(jac), new.own_blocks(), self.new_goal.residual(everything, new.outputs), phi,
-                    cross=cross, reach=reach, convention=self.convention, precision=precision,
+                    cross=cross, reach=reach, convention=self.convention,
                 )  # fmt: skip
                 self.new_values, _ = self._measure(added, self.new_goal, everything, jac.n * reg)
         if "loo_margin" in self.wanted:
@@ -167,7 +168,7 @@ class Run:
             todo = "Pass reg > 0 or a finite time, without candidates and 'si_sgd'; or use loss='mse'."
             raise ArgumentError(complaint("loss", "predictions short of certainty for this call", got, todo))
         with stages("kernel"):
-            jac = jacobian(self.model, self.inputs, progress=self.progress, **common)
+            jac = jacobian(self.model, self.inputs, progress=self.progress, **common).wide()
             cross = None if probe is None else probe.gram(jac, progress=self.progress).to(torch.float64)
             theta = jac.gram(progress=self.progress).to(torch.float64)
         blocks = make_blocks(jac.n, jac.k, self.groups)
@@ -366,8 +367,45 @@ def authors_definitions(compat: str | None, convention: str, method: str, rank: 
     return "iclr2021", "dense", None, (method, rank)
 
 
+def projected_kernel(jac, projection, seed: int, progress: bool):
+    """Theta [N, N] and, with a projection, (its matrix, the projected rows)."""
+    if projection is None:
+        return jac.gram(progress=progress).to(torch.float64), None
+    matrix = projection_matrix(jac, *projection, seed=seed)
+    rows = project(jac, matrix).to(torch.float64)
+    return rows @ rows.T, (matrix, rows)
+
+
+def projected_cross(probe, jac, features, progress: bool):
+    """Theta(validation, train) that goes with ``projected_kernel``."""
+    if features is None:
+        return probe.gram(jac, progress=progress).to(torch.float64)
+    return project(probe, features[0]).to(torch.float64) @ features[1].T
+
+
 def _curve(regs: np.ndarray, errors: np.ndarray) -> dict[str, list[float]]:
     return {"reg": regs.tolist(), "loo_error": errors.tolist()}
+
+
+def is_certain(size: Tensor, r0: Tensor, goal: Goal) -> bool:
+    """Whether rows of the whitened kernel (diagonal: size) are so small, or residuals so large, that digits go."""
+    size = size.reshape(r0.shape).abs()
+    lost = (size < 1e-8 * size.max()) & (r0 != 0) & (size > 0)
+    if goal.kind in ("cross_entropy", "binary_cross_entropy"):
+        lost |= r0.abs() > 1e4
+    return goal.kind in ROOTS and bool(lost.any())
+
+
+def even_rows(cross: Tensor, m: int, rows: int) -> Tensor:
+    """The cross kernel as the solver takes it, ``rows`` to a validation sample, with the same mean of squares.
+
+    Training on logits has a row less per sample than there are logits; the solver knows one number for both.
+    """
+    if len(cross) == m * rows:
+        return cross
+    fill = -len(cross) % rows
+    even = torch.cat([cross, cross.new_zeros(fill, cross.shape[1])])
+    return even * math.sqrt(len(even) / (m * rows))
 
 
 def _version() -> str:

@@ -22,7 +22,7 @@ ROOMS = [
     ["planning"],
     ["checks"],
     ["processes"],
-    ["probing", "streaming", "kernels"],
+    ["probing", "streaming"],
     ["parts"],
     ["runs"],
     ["scoring", "training"],

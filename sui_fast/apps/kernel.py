@@ -13,7 +13,6 @@ from torch import Tensor
 from .._errors import ArgumentError, complaint, one_of, whole
 from ..aims import aim
 from ..jacobians import Jacobian, Samples, as_samples, jacobian
-from ..kernels import even_rows, is_certain, projected_cross, projected_kernel, warn_of_rounding
 from ..loo import (
     CONVENTIONS,
     Remaining,
@@ -27,7 +26,7 @@ from ..loo import (
     remove_from_spectrum,
 )
 from ..losses import Goal, check_loss
-from ..runs import authors_definitions
+from ..runs import authors_definitions, even_rows, is_certain, projected_cross, projected_kernel
 from ..spectra import Spectrum, dense_spectrum
 from ..targets import loss_targets
 
@@ -43,7 +42,6 @@ class LinearProblem:
         goal: the loss; where it is not the squared one theta and r0 are those of its square (``losses.py``), with k
             rows per sample in place of k' outputs. labels: classes [n] or None; val_labels: of the validation data.
         reg: of the mean loss, a number. training: time, lr, dynamics. jac, probe: the Jacobians.
-        precision: of theta, as ``dense_spectrum`` takes it.
     """
 
     samples: Samples
@@ -55,7 +53,6 @@ class LinearProblem:
     val_labels: Tensor | None
     training: dict[str, Any]
     convention: str
-    precision: float
     reg: float = 0.0
 
     @property
@@ -86,7 +83,7 @@ class LinearProblem:
 
     @cached_property
     def spectrum(self) -> Spectrum:
-        return dense_spectrum(self.theta, self.precision)
+        return dense_spectrum(self.theta)
 
     @cached_property
     def idle(self) -> Tensor:
@@ -103,7 +100,7 @@ class LinearProblem:
                 **self.training,
             )  # fmt: skip
             reg = float(regs[errors.argmin()])
-        warn_of_rounding(self.theta, self.precision, make_filter(self.n, reg=reg, **self.training))
+        make_filter(self.n, reg=reg, **self.training)
         self.reg = float(reg)
 
     def choose_reg_for(self, m: int) -> None:
@@ -113,7 +110,7 @@ class LinearProblem:
     def learn(self, inside: np.ndarray, others: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """As ``part_error_curve`` asks of samples by number."""
         rows, rest = self.rows(inside), self.rows(others)
-        spectrum = dense_spectrum(self.theta[rows][:, rows], self.precision)
+        spectrum = dense_spectrum(self.theta[rows][:, rows])
         return spectrum.s, spectrum.u.T @ self.r0.reshape(-1)[rows], self.theta[rest][:, rows] @ spectrum.u
 
     def removal(self, groups=None, cross: Tensor | None = None, **changed) -> Removal:
@@ -122,7 +119,7 @@ class LinearProblem:
         if "spectrum" not in self.__dict__ and training["time"] is None:
             return leave_one_out(
                 self.theta, self.r0, reg=self.reg, cross_ntk=cross, groups=groups, convention=self.convention,
-                precision=self.precision, **training,
+                **training,
             )  # fmt: skip
         phi = make_filter(self.n, reg=self.reg, **training)
         return remove_from_spectrum(
@@ -142,7 +139,7 @@ class LinearProblem:
 
     def remaining(self) -> Remaining:
         """The shrinking training set."""
-        common = dict(reg=self.reg, convention=self.convention, cross=self.cross, precision=self.precision)
+        common = dict(reg=self.reg, convention=self.convention, cross=self.cross)
         return Remaining(self.theta, self.r0, **common, **self.training)
 
     def predictions(self, kept: np.ndarray | None = None, convention: str | None = None) -> Tensor:
@@ -157,7 +154,7 @@ class LinearProblem:
             shifted.diagonal().add_(phi.shift)
             alpha = torch.cholesky_solve(r0[:, None], torch.linalg.cholesky(shifted))[:, 0]
         else:
-            spectrum = self.spectrum if kept is None else dense_spectrum(theta, self.precision)
+            spectrum = self.spectrum if kept is None else dense_spectrum(theta)
             gain = spectrum.u.T @ r0
             scale = torch.from_numpy(phi(spectrum.s.cpu().numpy())).to(gain)
             alpha = spectrum.u @ torch.where(torch.isfinite(scale), scale * gain, 0.0)
@@ -258,16 +255,15 @@ def linear_problem(model: torch.nn.Module, train, val=None, *, reg: float | str 
     """
     start = take_aim(model, train, val, reg=reg, most=MOST_ROWS, **arguments)
     common, progress = start.common, start.progress
-    jac = jacobian(start.model, start.inputs, progress=progress, **{**common, "outputs": start.trained})
-    theta, features, precision = projected_kernel(jac, start.projection, start.seed, progress)
+    jac = jacobian(start.model, start.inputs, progress=progress, **{**common, "outputs": start.trained}).wide()
+    theta, features = projected_kernel(jac, start.projection, start.seed, progress)
     probe = reach = None
     if start.probes is not None:
-        probe = jacobian(start.model, start.probes, progress=progress, **common)
+        probe = jacobian(start.model, start.probes, progress=progress, **common).wide()
         reach = projected_cross(probe, jac, features, progress)
     problem = LinearProblem(
-        start.samples, jac, probe, theta, reach, start.goal, start.val_labels, start.training,
-        start.convention, precision,
-    )  # fmt: skip
+        start.samples, jac, probe, theta, reach, start.goal, start.val_labels, start.training, start.convention
+    )
     refuse_certainty(theta.diagonal(), problem.r0, start.goal)
     problem.choose_reg(reg)
     return problem

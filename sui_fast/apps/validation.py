@@ -155,7 +155,7 @@ def validate_linearization(
     else:
         chosen = pick_samples(samples, data.n)
     common = dict(outputs=outputs, params=params)
-    own = dict(time=time, lr=1.0 if lr is None else lr, **({} if dtype is None else {"dtype": dtype}))
+    own = {} if dtype is None else {"dtype": dtype}
     begin = clock.perf_counter()
     problem = linear_problem(
         model, data, probes, reg=reg, convention=convention, batch_size=batch_size, progress=progress, **common, **own
@@ -181,6 +181,9 @@ def validate_linearization(
                 _own_training(train_fn, model, evaluator, np.setdiff1d(np.arange(data.n), out))
                 for out in [np.zeros(0, int), *chosen[:, None]]
             ])  # fmt: skip
+            if torch.equal(trained[0], loss.start):
+                got, todo = "weights as they were", "Train the copy that is given, in place, or return it."
+                raise ArgumentError(complaint("train_fn", "a training that changes the weights", got, todo))
         predictions = torch.stack([loss.predict(flat, batches) for flat in trained]).double()
     change = (trained[1:].double() - trained[0].double()).square().sum(1)
     moved = (predictions[1:] - predictions[0]).square().sum(2).mean(1)
@@ -223,6 +226,10 @@ def _own_training(train_fn: Callable, model, evaluator: Evaluator, kept: np.ndar
     returned = train_fn(own, kept)
     own = returned if isinstance(returned, torch.nn.Module) else own
     named = dict(own.named_parameters())
+    lost = [name for name, p in evaluator.parameters.items() if name not in named or named[name].shape != p.shape]
+    if lost:
+        todo = "Train the copy that is given, in place, or return it."
+        raise ArgumentError(complaint("train_fn", "a model with the same parameters", f"one without {lost[0]!r}", todo))
     flat = torch.cat([named[name].detach().reshape(-1) for name in evaluator.parameters]).to(evaluator.dtype)
     if not math.isfinite(float(flat.sum())):
         got, todo = "weights that are not finite", "Check your training."

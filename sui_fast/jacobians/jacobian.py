@@ -111,6 +111,10 @@ class Jacobian:
         rows = {name: value[index] for name, value in self._rows.items()}
         return Jacobian(self.outputs[index], self._shapes, uses, rows, self.general, self.engines)
 
+    def wide(self) -> Jacobian:
+        """The same numbers as float64: nothing is copied, products of them do not round as float32."""
+        return Jacobian(self.outputs.double(), self._shapes, self._uses, self._rows, self.general, self.engines)
+
     @_unrounded
     def own_blocks(self, step: int = 64) -> Tensor:
         """Theta of every sample with itself, [n, k, k]: the diagonal blocks of ``gram()``, without the rest."""

@@ -140,16 +140,14 @@ def add_to_kernel(
     cross: Tensor | None = None,
     reach: Tensor | None = None,
     convention: str = "sum",
-    precision: float = 2.0**-52,
 ) -> Addition:
     """``add_samples`` from kernels.
 
     Args:
         theta: [N, N] of the n samples. r0: [n, k]. across: Theta(new, X) [c k, N]. own: Theta_ii of the new [c, k, k].
         residual: of the new [c, k]. cross: Theta(validation, X) [m k, N]; reach: Theta(validation, new) [m k, c k].
-        precision: of theta, as ``dense_spectrum`` takes it.
     """
-    spectrum, (n, k) = dense_spectrum(theta, precision), r0.shape
+    spectrum, (n, k) = dense_spectrum(theta), r0.shape
     root = spectrum.s.sqrt()
     turn = spectrum.u * torch.where(root > 0, 1 / torch.where(root > 0, root, 1.0), 0.0)
     rows = (across.to(theta) @ turn).reshape(-1, k, len(root))

@@ -42,7 +42,6 @@ class Remaining:
         dynamics: str = "gd",
         convention: str = "sum",
         cross: Tensor | None = None,
-        precision: float = 2.0**-52,
     ):
         """Arguments as in ``leave_one_out``; tensors in float64: theta [N, N], r0 [n, k], cross [m k, N].
 
@@ -51,7 +50,6 @@ class Remaining:
         """
         self._n, self._k = r0.shape
         self._theta, self._r0, self._cross, self._convention = theta, r0, cross, convention
-        self._precision = precision
         self._training = dict(reg=reg, time=time, lr=lr, dynamics=dynamics)
         self._base = self._n
         self._whole = make_filter(self._n, **self._training)
@@ -118,8 +116,8 @@ class Remaining:
                     return removal
         self.factorisations += 1
         return remove_from_spectrum(
-            dense_spectrum(theta, self._precision), phi, r0, cross=cross, blocks=blocks, convention=self._convention,
-            as_numpy=False, idle=idle,
+            dense_spectrum(theta), phi, r0, cross=cross, blocks=blocks, convention=self._convention, as_numpy=False,
+            idle=idle,
         )  # fmt: skip
 
     def sqnorm(self, seen: bool) -> Tensor:

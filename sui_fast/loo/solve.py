@@ -37,7 +37,6 @@ def leave_one_out(
     groups=None,
     convention: str = "sum",
     method: str = "auto",
-    precision: float | None = None,
 ) -> Removal:
     """Exact effect of leaving out each sample on a linearised network, for all samples at once.
 
@@ -61,8 +60,6 @@ def leave_one_out(
         convention: what else changes when a sample leaves: "sum" (nothing), "mean" (lr / (n - 1) and (n - 1) reg, as
             in retraining on the mean loss) or "iclr2021" (lr / (n - 1), the authors' code).
         method: "auto", "spectral" (eigendecomposition) or "dual" (Cholesky, converged only).
-        precision: eigenvalues below N precision times the largest are rounding; default: that of the type of ntk. For
-            a kernel that was computed in a narrower one.
     Returns:
         Removal, with NumPy arrays where the inputs are NumPy, else torch tensors.
     Raises:
@@ -75,7 +72,6 @@ def leave_one_out(
     phi = make_filter(n, reg=reg, time=time, lr=lr, dynamics=dynamics)
     one_of("convention", convention, CONVENTIONS)
     one_of("method", method, METHODS)
-    precision = precision if precision is None else number("precision", precision, positive=True)
     if method == "dual" and not phi.converged:
         raise ArgumentError(
             complaint(
@@ -100,8 +96,7 @@ def leave_one_out(
         found = cholesky_inverse(theta, phi.shift)
         if found is not None:
             removal = DualRemoval(found[0], phi.shift, found[1], blocks, r0, cross, as_numpy, idle)
-            most = _RIDGELESS_CONDITION if precision is None else min(_RIDGELESS_CONDITION, 1 / (n * k * precision))
-            sound = removal.rounding <= CHOLESKY_ROUNDING if phi.shift > 0 else found[1] <= most
+            sound = removal.rounding <= CHOLESKY_ROUNDING if phi.shift > 0 else found[1] <= _RIDGELESS_CONDITION
             if sound or method == "dual":
                 return removal
         if method == "dual":
@@ -114,7 +109,7 @@ def leave_one_out(
                 )
             )
     return remove_from_spectrum(
-        dense_spectrum(theta, precision or precision_of(ntk)),
+        dense_spectrum(theta, precision_of(ntk)),
         phi,
         r0,
         cross=cross,

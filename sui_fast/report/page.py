@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from .._errors import ArgumentError, complaint
+from .._errors import ArgumentError, complaint, path_of
 from . import sections as parts
 from .payload import dumps, payload, rows_shown, text_of
 
@@ -33,11 +33,13 @@ def write_report(
     """Write the report of a run as one offline HTML file.
 
     Args:
-        scores: at least one measure. path: the file. title: heading. sections: results of applications.
+        scores: at least one measure. path: the file. title: heading. sections: results of applications, or one.
         texts: text of each sample. class_names: a name per class.
     Returns:
         the path.
     """
+    path, sections = path_of("path", path), [sections] if hasattr(sections, "summary") else sections
+    texts = None if texts is None else list(texts)
     if texts is not None and len(texts) != len(scores):
         raise ArgumentError(complaint("texts", f"one per sample ({len(scores)})", len(texts), "Align them."))
     rows = rows_shown(scores)

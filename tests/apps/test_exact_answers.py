@@ -1,7 +1,6 @@
 """Groups, overlap, sources, curves, validation and influence functions against brute force."""
 
 import copy
-import warnings
 
 import numpy as np
 import pytest
@@ -178,6 +177,9 @@ def test_own_training_function_and_one_by_one():
     assert mine.speedup is None and ours.speedup > 0
     with pytest.raises(StabilityError, match="lr"):
         validate_linearization(model, (x, y), x, samples=2, time=500, lr=1e3, progress=False)
+    for wrong in (lambda own, kept: None, lambda own, kept: nn.Linear(6, 1)):
+        with pytest.raises(ArgumentError, match="train_fn: expected a"):
+            validate_linearization(model, (x, y), x, train_fn=wrong, **common)
 
 
 @pytest.mark.parametrize("method", ["exact", "cg", "lissa"])
@@ -238,8 +240,7 @@ def test_a_model_that_casts_inside_is_validated_in_its_own_type():
     common = dict(samples=3, time=50, influence=None, progress=False)
     with pytest.raises(ModelError, match=r"pass dtype=torch\.float32"):
         validate_linearization(Casting(6, 1), (x, y), x, **common)
-    with warnings.catch_warnings(action="error", category=RuntimeWarning):
-        found = validate_linearization(Casting(6, 1), (x, y), x, dtype=torch.float32, **common)
+    found = validate_linearization(Casting(6, 1), (x, y), x, dtype=torch.float32, **common)
     assert close(found.real_weights, found.linear_weights, rtol=1e-2)
 
 

@@ -8,17 +8,16 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import HOSTILE, make_scores
 
 import sui_fast
-from sui_fast import ArgumentError, DataError, Scores, read_review, score
+from sui_fast import ArgumentError, DataError, Scores, read_review
 from sui_fast.measures import input_neighbours, kernel_neighbours
 from sui_fast.previews import as_images
 from sui_fast.report.payload import dumps, payload, rows_shown
-from sui_fast.report.sections import command_of, number, three_digits
+from sui_fast.report.sections import number, three_digits
 from sui_fast.report.thumbnails import png, sprites
 
 VOID = ("meta", "img", "br", "input", "line", "circle")
@@ -305,29 +304,6 @@ def test_png_is_the_picture():
 def test_payload_scales_units_and_keeps_missing_values():
     data = payload(Scores(np.arange(3), {"si": [1e-6, np.nan, 3e-6]}, {}, {}, units={"si": "nats"}))
     assert data["columns"][0]["unit"] == "\u00b5nats" and data["columns"][0]["values"] == [1e-6, None, 3e-6]
-
-
-@pytest.mark.parametrize(
-    "asked",
-    [
-        dict(reg="auto", measures=("si", "loo_margin")),
-        dict(reg=0.1, method="sketch", rank=12, sketch="sjlt"),
-        dict(reg=0.1, compat="iclr2021", method="very-sparse", rank=10),
-        dict(reg=0.1, output_mode="random", output_rank=2, loss="cross_entropy", params=["2.weight"]),
-        dict(time=50, lr=0.1, dtype=torch.float32, sigma=2.0, convention="mean", groups=np.arange(20) % 4),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:sui_fast.*rank")
-def test_the_call_to_repeat_gives_the_scores_again(asked, tmp_path):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5))
-    x, y = torch.randn(20, 6), torch.arange(20) % 5
-    names = dict(sui_fast=sui_fast, torch=torch, model=model, train=(x, y), val=x[:4], groups=asked.get("groups"))
-    first = score(model, (x, y), x[:4], progress=False, **asked)
-    again = eval(command_of(Scores.load(first.save(tmp_path / "s.parquet"))), names)
-    assert list(again.values) == list(first.values)
-    for name, values in first.values.items():
-        np.testing.assert_allclose(again[name], values, rtol=1e-9)
 
 
 def test_decisions_of_other_classes_are_not_found_again(tmp_path):
