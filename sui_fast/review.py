@@ -57,7 +57,7 @@ class Review:
         if len(ids) != len(labels):
             raise ArgumentError(complaint("labels", f"one per id ({len(ids)})", len(labels), "Align them."))
         kept = self.stays(ids)
-        if not (labels.dtype.kind in "iu" and self.new_labels.dtype.kind in "iu"):
+        if not (labels.dtype.kind in "iuf" and self.new_labels.dtype.kind in "iu"):
             labels = labels.astype(str).astype(object)
         for row, what, new in zip(self._rows(ids), self.decisions, self.new_labels.tolist(), strict=True):
             if what == "relabel":

@@ -48,8 +48,9 @@ def write_report(
     data = payload(shown, texts=some, class_names=class_names)
     names = dict(zip(data["classes"], data["names"], strict=True))
     note = "" if len(rows) == len(scores) else f" The page shows {len(rows)} of them: the extremes and a random rest."
+    what = "groups of training samples" if scores.settings.get("grouped") else "training samples"
     lead = (
-        f"What each of {len(scores)} training samples alone tells the model: its weights (SI) and its predictions "
+        f"What each of {len(scores)} {what} alone tells the model: its weights (SI) and its predictions "
         f"(F-SI).{note}"
     )
     named = len(set(map(text_of, scores.ids.tolist()))) == len(scores)

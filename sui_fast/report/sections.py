@@ -54,7 +54,7 @@ def number(x: Any) -> str:
 def tiles(scores: Scores) -> str:
     """Key figures at the top."""
     details, settings = scores.diagnostics, scores.settings
-    found: list[tuple[str, Any, str]] = [("samples", len(scores), "")]
+    found: list[tuple[str, Any, str]] = [("groups" if settings.get("grouped") else "samples", len(scores), "")]
     if scores.labels is not None:
         found.append(("classes", len(np.unique(scores.labels)), ""))
     if scores.labels is not None and ("loo_margin" in scores.values or scores.suggested is not None):

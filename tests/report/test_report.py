@@ -146,6 +146,8 @@ def test_run_card_tells_warnings_and_how_to_repeat(tmp_path):
     page = draw(scores, tmp_path)
     assert "rank=512 would serve" in page and "be careful" in page and "2.9" in page
     assert "sui_fast.score(model, train, reg=0.1, measures=[&#x27;si&#x27;], method=&#x27;sketch&#x27;, " in page
+    scores.settings["grouped"] = True
+    assert "<dt>groups</dt>" in draw(scores, tmp_path) and "5 groups of training samples" in draw(scores, tmp_path)
     scores.diagnostics["command"] = "sui-fast score a:b"
     assert "<pre tabindex=0>sui-fast score a:b</pre>" in draw(scores, tmp_path)
 
@@ -331,6 +333,7 @@ def test_reviews_are_read_and_applied(tmp_path):
     assert review.ids.tolist() == [3, 5, 7] and "1 relabel" in repr(review)
     kept, labels = review.apply([7, 5, 3, 1], [1, 0, 0, 0])
     assert kept.tolist() == [False, True, True, True] and labels.tolist() == [1, 2, 0, 0]
+    assert review.apply([7, 5, 3], [1.0, 0.0, 0.0])[1].tolist() == [1.0, 2.0, 0.0]
     path.write_text(CSV + '007,relabel,"a,b","c\nd"\r\n')
     review = read_review(path)
     kept, labels = review.apply(["007", "8"], ["a,b", "e"])
