@@ -66,6 +66,7 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str):
+        self._bar.total = max(self._bar.total, self._bar.n + 1)  # some runs have a stage more
         self._bar.set_description(f"score: {name}", refresh=False)
         return_memory()
         start = clock.perf_counter()

@@ -151,7 +151,7 @@ def score(
         model = model.module
     model = _placed(model, device)
 
-    stages = Stages(6 + ("fsi" in wanted) * 2, progress)
+    stages = Stages(7 + ("fsi" in wanted) * 2, progress)
     run = Run(model, wanted, reg, dict(time=time, lr=lr, dynamics=dynamics), convention, groups, sigma, seed, progress)
     run.projection, run.apart, run.sketch = projection, apart, sketch
     run.sgd = dict(lr=sgd_lr, batch_size=sgd_batch_size, jitter=sgd_jitter)

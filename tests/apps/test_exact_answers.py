@@ -216,6 +216,28 @@ def test_influence_of_a_network_by_two_methods(problem):
         influence_functions(model, train, samples=[40])
 
 
+def test_own_training_is_judged_by_the_models_it_makes():
+    """Running means that a training moves count in what its model predicts."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
+    (x, y), made = blobs(16, 2), []
+
+    def train(own, kept):
+        own.train()
+        for _ in range(5):
+            (own(x[kept])[:, 0] - y[kept]).square().mean().backward()
+            with torch.no_grad():
+                for p in own.parameters():
+                    p -= 0.1 * p.grad
+                    p.grad = None
+        made.append(own.eval())
+
+    found = validate_linearization(model, (x, y), x[:5], samples=[1, 7], time=5, lr=0.1, train_fn=train, progress=False)
+    first, *others = (own(x[:5]).detach() for own in made)
+    assert close(found.real_predictions, [float((f - first).square().mean()) for f in others])
+    assert model[1].num_batches_tracked == 0
+
+
 def test_attention_is_differentiated_twice_and_trained_many_at_once():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
