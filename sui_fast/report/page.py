@@ -50,8 +50,7 @@ def write_report(
     note = "" if len(rows) == len(scores) else f" The page shows {len(rows)} of them: the extremes and a random rest."
     what = "groups of training samples" if scores.settings.get("grouped") else "training samples"
     lead = (
-        f"What each of {len(scores)} {what} alone tells the model: its weights (SI) and its predictions "
-        f"(F-SI).{note}"
+        f"What each of {len(scores)} {what} alone tells the model: its weights (SI) and its predictions (F-SI).{note}"
     )
     named = len(set(map(text_of, scores.ids.tolist()))) == len(scores)
     if not named:

@@ -123,7 +123,7 @@ function drawDetail() {
     data.labels ? el('div', {}, el('span', {class: 'soft'}, 'label '), tag(data.labels[i])) : null,
     wrong ? el('div', {}, el('span', {class: 'soft'}, 'the others say '), tag(data.suggested[i])) : null,
     mark(i)));
-  const text = data.texts ? el('p', {class: 'whole', tabindex: 0}, data.texts[i]) : data.inputs ? el('p', {class: 'whole numbers', tabindex: 0}, data.inputs[i].map(v => figure(v)).join('  ')) : null;
+  const text = data.texts ? el('p', {class: 'whole', tabindex: 0}, data.texts[i]) : data.inputs ? el('p', {class: 'whole numbers', tabindex: 0}, data.inputs[i].map(v => figure(v)).join('  '), data.features > data.inputs[i].length ? `  \u2026 (${data.features})` : null) : null;
   const by = data.neighbours && data.neighbours.by === 'kernel' ? 'by the kernel' : 'by their inputs';
   box.replaceChildren(...[about, text, reviewing ? buttons(i) : null,
     el('table', {class: 'numbers'}, el('thead', {}, el('tr', {}, el('th', {scope: 'col'}, 'measure'), el('th', {scope: 'col'}, 'value'), el('th', {scope: 'col'}, 'percentile'))), el('tbody', {}, ...numbers)),

@@ -107,6 +107,7 @@ def test_the_call_to_repeat_gives_the_scores_again(asked, tmp_path):
         np.testing.assert_allclose(again[name], values, rtol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:sui_fast.*cannot tell")
 def test_one_section_and_any_sequence_of_texts(tmp_path):
     scores = make_scores(5)
     found = sui_fast.find_mislabeled(scores)

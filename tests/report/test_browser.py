@@ -314,6 +314,9 @@ def test_texts_rows_and_no_classes(visit, tmp_path):
     assert count(page) == "9 of 60 samples" and "apple tree" in page.locator("#detail .whole").inner_text()
     page = visit(make_scores(inputs="rows", labels=None, suggested=None).report(tmp_path / "r.html"))
     assert len(page.locator("#detail .whole").inner_text().split()) == 5
+    wide = make_scores(inputs="rows", labels=None, suggested=None)
+    wide.inputs = np.ones((60, 99))
+    assert visit(wide.report(tmp_path / "w.html")).locator("#detail .whole").inner_text().endswith("1.00  \u2026 (99)")
     assert not page.is_visible("#class") and not page.is_visible("#only-suspects")
     page.keyboard.press("r")
     assert decided(page).startswith("Nothing")  # a new label must be typed first
