@@ -74,6 +74,8 @@ class Mislabeled(Result):
         if flagged:
             right = f"about {self.error_rate:.0%} of these are expected to be right"
             text += f" (margin at most {self.threshold:.3g}); {right}"
+        elif self.noise_rate * n >= 1:
+            text += ": none surely enough for the error rate asked for; the order ranks them all the same"
         text += f". Estimated share of wrong labels: {self.noise_rate:.1%}."
         if self.auroc is not None:
             text += (
