@@ -11,6 +11,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from .._errors import ArgumentError, complaint, path_of
+from ..previews import extra_columns
 from . import sections as parts
 from .payload import dumps, payload, rows_shown, text_of
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ..scores import Scores
 
 _HERE = Path(__file__).parent
+_LOOKED_AT = 64  # samples
 _SCRIPTS = ("state.js", "plots.js", "table.js", "review.js", "main.js")
 
 
@@ -62,7 +64,9 @@ def write_report(
         found.append(("Classes", "classes", parts.classes(scores, names)))
     found += _applications(sections)
     found.append(("Run card", "card", parts.run_card(scores)))
-    return write_page(path, title, lead, parts.tiles(scores), found, {**data, "review": named})
+    extras = extra_columns({"input": scores.inputs, "text": scores.texts})
+    kept = [column[:_LOOKED_AT].to_pylist() for _, column in extras]
+    return write_page(path, title, lead, parts.tiles(scores), found, {**data, "review": named}, kept)
 
 
 def _applications(results: Sequence[Any]) -> list[tuple[str, str, str]]:
@@ -72,20 +76,27 @@ def _applications(results: Sequence[Any]) -> list[tuple[str, str, str]]:
 
 
 def write_page(
-    path: str | os.PathLike, title: str, lead: str, tiles: str, sections: Sequence[tuple[str, str, str]], data: dict
+    path: str | os.PathLike,
+    title: str,
+    lead: str,
+    tiles: str,
+    sections: Sequence[tuple[str, str, str]],
+    data: dict,
+    kept: Any = None,
 ) -> Path:
     """Write one page.
 
     Args:
         path: the file. title, lead: text. tiles: HTML. sections: (title, id, HTML) after the explorer.
-        data: for the script, as ``payload`` makes it.
+        data: for the script, as ``payload`` makes it. kept: what a file of the scores keeps of some samples, by which
+            decisions about other data with the same ids and labels are told apart.
     Returns:
         the path.
     """
     style = (_HERE / "report.css").read_text(encoding="utf-8")
     body = "".join((_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     script = "(() => {\n'use strict';\n" + body + "})();\n"
-    key = repr((title, data["ids"], data["labels"], data["classes"]))
+    key = repr((title, data["ids"], data["labels"], data["classes"], kept))
     json = dumps({**data, "key": hashlib.sha256(key.encode()).hexdigest()[:16]})
     policy = (
         f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "

@@ -308,14 +308,24 @@ def test_payload_scales_units_and_keeps_missing_values():
     assert data["columns"][0]["unit"] == "\u00b5nats" and data["columns"][0]["values"] == [1e-6, None, 3e-6]
 
 
-def test_decisions_of_other_classes_are_not_found_again(tmp_path):
-    """Classes are kept by number, so a page with other ones has a key of its own."""
-    keys = []
-    for other in (2, 3):
-        scores = make_scores(4, labels=np.array([0, 1, 0, 1]), suggested=np.array([0, other, 0, 1]))
-        page = scores.report(tmp_path / "r.html").read_text()
-        keys.append(re.search(r'"key":"([0-9a-f]{16})"', page)[1])
-    assert keys[0] != keys[1]
+@pytest.mark.filterwarnings("error")
+def test_decisions_are_those_about_these_data(tmp_path):
+    """A key for the same data scored again or read from a file; another for other classes, as these go by number."""
+
+    def key(scores, **more):
+        page = scores.report(tmp_path / "r.html", **more).read_text()
+        return re.search(r'"key":"([0-9a-f]{16})"', page)[1]
+
+    first, second = (make_scores(4, labels=np.array([0, 1, 0, 1]), suggested=np.array([0, c, 0, 1])) for c in (2, 3))
+    assert key(first) != key(second)
+    for kind in ("images", "rows", "texts"):
+        plain = dict(inputs=kind, labels=None, suggested=None)
+        scores, other = make_scores(8, **plain), make_scores(8, seed=1, **plain)
+        other.texts = other.texts and [text + "s" for text in other.texts]
+        again = make_scores(8, **plain)
+        again.values["si"] = again.values["si"] * 2
+        loaded = Scores.load(scores.save(tmp_path / "s.parquet"))
+        assert key(scores) == key(again) == key(loaded) == key(loaded, texts=["a"] * 8) != key(other)
 
 
 @pytest.mark.parametrize(("value", "text"), [(1170.4, "1170"), (999.2, "999"), (0.5, "0.500"), (123456.0, "1.23e+05")])
