@@ -69,6 +69,7 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str):
+        self._bar.total = max(self._bar.total, self._bar.n + 1)  # some runs have a stage more
         self._bar.set_description(f"score: {name}", refresh=False)
         return_memory()
         start = clock.perf_counter()
@@ -98,14 +99,14 @@ class Run:
         """The exact kernel."""
         with stages("jacobian"):
             own = {**common, "outputs": self.outputs}
-            jac = jacobian(self.model, self.samples, progress=self.progress, **own)
+            jac = jacobian(self.model, self.samples, progress=self.progress, **own).wide()
             blocks = make_blocks(jac.n, jac.k, self.groups)
             r0 = self.goal.residual(slice(None), jac.outputs)
         cross, reg, extra = None, self.reg, {}
         if self.probes is not None:
             with stages("validation jacobian"):
                 seen = {**common, "outputs": self.probe_outputs}
-                probe = jacobian(self.model, self.probes, progress=self.progress, **seen)
+                probe = jacobian(self.model, self.probes, progress=self.progress, **seen).wide()
         with stages("kernel"):
             theta, features = projected_kernel(jac, self.projection, self.seed, self.progress)
         if self.probes is not None:
@@ -135,7 +136,7 @@ class Run:
             self._look_around(theta, jac.k, self.goal, removal)
         if self.candidates is not None:
             with stages("candidates"):
-                new = jacobian(self.model, self.candidates, progress=self.progress, **own)
+                new = jacobian(self.model, self.candidates, progress=self.progress, **own).wide()
                 reach = None if self.probes is None else even_rows(probe.gram(new), probe.n, jac.k)
                 phi = make_filter(jac.n, reg=reg, **self.training)
                 added = add_to_kernel(
@@ -171,7 +172,7 @@ class Run:
             todo = "Pass reg > 0 or a finite time, without candidates and 'si_sgd'; or use loss='mse'."
             raise ArgumentError(complaint("loss", "predictions short of certainty for this call", got, todo))
         with stages("kernel"):
-            jac = jacobian(self.model, self.inputs, progress=self.progress, **common)
+            jac = jacobian(self.model, self.inputs, progress=self.progress, **common).wide()
             cross = None if probe is None else probe.gram(jac, progress=self.progress).to(torch.float64)
             theta = jac.gram(progress=self.progress).to(torch.float64)
         blocks = make_blocks(jac.n, jac.k, self.groups)

@@ -151,7 +151,7 @@ def score(
         model = model.module
     model = _placed(model, device)
 
-    stages = Stages(6 + ("fsi" in wanted) * 2, progress)
+    stages = Stages(7 + ("fsi" in wanted) * 2, progress)
     run = Run(model, wanted, reg, dict(time=time, lr=lr, dynamics=dynamics), convention, groups, sigma, seed, progress)
     run.projection, run.apart, run.sketch = projection, apart, sketch
     run.sgd = dict(lr=sgd_lr, batch_size=sgd_batch_size, jitter=sgd_jitter)
@@ -232,6 +232,7 @@ def score(
         dynamics=dynamics,
         sigma=sigma,
         method=chosen,
+        rank=None if chosen == "dense" else rank,
         sketch=sketch if chosen == "sketch" else None,
         compat=compat,
         projection=projection,
@@ -242,6 +243,7 @@ def score(
         seed=seed,
         convention=convention,
         output_mode=output_mode if few else "all",
+        output_rank=output_rank if few else None,
         grouped=groups is not None,
     )
     if "si_sgd" in wanted:
