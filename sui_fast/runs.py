@@ -7,7 +7,6 @@ import re
 import time as clock
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -51,7 +50,6 @@ from .streaming import (
     collect,
     features_of,
     fit_map,
-    kernel_across,
     moments_of,
     open_store,
     run_fingerprint,
@@ -301,13 +299,11 @@ class Run:
             if self.candidates is not None:
                 with stages("candidates"):
                     new = Source(self.model, self.candidates, source.options, *processes.slice(self.candidates.n))
-                    every = None if seen is None else replace(probes, begin=0, end=self.probes.n, kept={})
+                    old = replace(probes, begin=0, end=self.probes.n, kept={}) if seen and method != "sketch" else None
                     columns, begin = [], new.begin
                     for sample in features_of(new, fmap, self.new_goal, begin, self.progress):
-                        part, across = slice(begin, begin + len(sample["features"])), None
-                        if "missed" in sample and seen is not None:  # what features of ``train`` leave out
-                            some = replace(new, begin=part.start, end=part.stop, kept={})
-                            across = partial(kernel_across, every, some, fmap)
+                        part = slice(begin, begin + len(sample["features"]))
+                        across = old and (old, replace(new, begin=begin, end=part.stop, kept={}), fmap)
                         added = solver.addition(sample, phi, seen, across)
                         columns.append(self._measure(added, self.new_goal, part, n * reg)[0])
                         begin = part.stop

@@ -216,14 +216,13 @@ class LowRank:
         return found
 
     def addition(
-        self, sample: dict[str, Tensor], phi, seen: Moments | None, across: Callable[[], Iterable] | None = None
+        self, sample: dict[str, Tensor], phi, seen: Moments | None, across: tuple[Source, Source, FeatureMap] | None
     ) -> Addition:
         """What new samples with these features and residuals would add.
 
         Args:
             seen: moments of the validation samples, where there are some.
-            across: what features do not tell of them, portion by portion: (features [b, k, r], the first of the new
-                samples, their kernel with some of these [b k, c k]).
+            across: all of these, the new samples and the map, where features do not tell all.
         """
         z, residual = (sample[name].to(self.device, torch.float64) for name in ("features", "residual"))
         spectrum = self.spectrum
@@ -246,7 +245,7 @@ class LowRank:
             moved = ((change @ seen.gram) * change).sum(1).clamp_min(0)
         else:
             moved = torch.zeros_like(change[:, 0])
-            for features, first, kernel in across():
+            for features, first, kernel in _kernel_across(*across):
                 part = slice(first, first + kernel.shape[1] // self.k)
                 own = torch.einsum("vck,ck->vc", kernel.unflatten(1, (-1, self.k)), found.beyond[part])
                 moved[part] += (features.flatten(0, 1) @ change[part].T + own).square().sum(0)
@@ -275,7 +274,7 @@ class LowRank:
         return np.array(regs), total(errors).numpy() / n
 
 
-def kernel_across(old: Source, new: Source, fmap: FeatureMap) -> Iterator[tuple[Tensor, int, Tensor]]:
+def _kernel_across(old: Source, new: Source, fmap: FeatureMap) -> Iterator[tuple[Tensor, int, Tensor]]:
     """Of portions of ``old`` their features [b, k, r], and their kernel [b k, c k] with portions of ``new``, float64.
 
     With it the number, in ``new``, of the first sample of the portion.
