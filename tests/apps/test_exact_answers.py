@@ -142,6 +142,9 @@ def test_curves_are_scores_at_every_time(problem, dynamics):
         assert close(found.si[number], once["si"], rtol=1e-8)
         assert close(found.fsi[number], once["fsi"], rtol=1e-8)
     assert len(information_curves(model, train, points=30, progress=False).times) >= 28
+    best = score(model, train, reg="auto", measures=("si",), progress=False).settings["reg"]
+    curves = [information_curves(model, train, val, points=4, reg=reg, progress=False) for reg in ("auto", best)]
+    assert close(curves[0].si, curves[1].si) and close(curves[0].fsi, curves[1].fsi)
     with pytest.raises(ArgumentError, match="times"):
         information_curves(model, train, times=[-1.0])
 
