@@ -256,7 +256,7 @@ def _write(a: argparse.Namespace, scores: Scores) -> int:
 
 def _report(a: argparse.Namespace) -> int:
     scores = Scores.load(a.scores)
-    texts = None if a.texts is None else Path(a.texts).read_text(encoding="utf-8").splitlines()
+    texts = None if a.texts is None else _lines(a.texts)
     print(f"wrote {scores.report(a.out, title=a.title, texts=texts, class_names=a.class_names)}")
     return 0
 
@@ -291,9 +291,14 @@ def _validate(a: argparse.Namespace) -> int:
     return 0
 
 
+def _lines(path: str) -> list[str]:
+    """Lines of a file; other characters that part lines in text, as U+2028, belong to them."""
+    return Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+
+
 def _labels(path: str) -> np.ndarray:
     """A label a line, as numbers where all of them are."""
-    labels = np.array(Path(path).read_text(encoding="utf-8").splitlines())
+    labels = np.array(_lines(path))
     try:
         return labels.astype(np.int64)
     except ValueError:

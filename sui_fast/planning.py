@@ -127,10 +127,10 @@ def make_plan(
         fit = pool * (capture + each_map) + 2.0 * k**2 * pool * landmarks**2 * product
         work += 2.0 * (rows + m * k) * landmarks * k * rank
     else:
-        few = min(wide, max(4, (1 << 24) // d))
-        tangents = first.outputs.new_ones(few, d)
-        forward = _seconds_of(lambda: first.jvp(tangents)) / (first.n * few)
-        back = _seconds_of(lambda: first.vjp(first.outputs.new_ones(first.n * k, few))) / (first.n * few)
+        few, many = min(wide, max(4, (1 << 22) // d)), _many(first)
+        tangents, cotangents = first.outputs.new_ones(few, d), first.outputs.new_ones(many.n * k, few)
+        forward = _seconds_of(lambda: many.jvp(tangents)) / (many.n * few)
+        back = _seconds_of(lambda: many.vjp(cotangents)) / (many.n * few)
         each_map = forward * wide
         again = 1 if n * each < HELD else 2
         fit = n * (again * capture + wide * (forward + 2 * back)) + 6.0 * d * wide**2 * product
@@ -194,7 +194,7 @@ def _low_rank_bytes(
         spread = max((x.a.shape[2] * x.g.shape[3] for x in layers if k > x.a.shape[1]), default=0)
         fit = kept + wide * d * (8.2 + item) + turned + 2 * wide * spread * item + part * (each + d * item)
         compute = capture + turned + part * (d * item + 16 * k * wide)
-    seen = 0 if m == 0 else 4 if m * k < wide else 8  # squares of the moment of the validation samples
+    seen = 0 if m == 0 else 3 if m * k < wide else 8  # squares of the moment of the validation samples
     after = (2.0 + 0.4 * seen) * square
     probes = probe_count(first, n)
     stages = (
@@ -230,10 +230,15 @@ def _seconds_of(work: Callable[[], object]) -> float:
 def _pair_seconds(first: Jacobian) -> float:
     """Of the kernel of two samples among many, of which it costs less than among few."""
     few = _seconds_of(lambda: first.gram(first))
-    if few > 0.1 or 4 * first.nbytes > HELD:
+    if few > 0.1:
         return few / first.n**2
-    many = first.select(list(range(first.n)) * 4)
+    many = _many(first)
     return _seconds_of(lambda: many.gram(many)) / many.n**2
+
+
+def _many(first: Jacobian) -> Jacobian:
+    """The samples four times over, where they fit memory: products of many cost less a sample."""
+    return first if 4 * first.nbytes > HELD else first.select(list(range(first.n)) * 4)
 
 
 def return_memory() -> None:

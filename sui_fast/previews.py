@@ -117,7 +117,7 @@ def read_extras(table: pa.Table) -> dict[str, Any]:
     for field in filter(is_extra, table.schema):
         about, column = json.loads(field.metadata[_KEY]), table[field.name]
         if "shape" in about:
-            flat = np.frombuffer(b"".join(column.to_pylist()), dtype=np.dtype(about["type"]))
+            flat = np.frombuffer(bytearray().join(column.to_pylist()), dtype=np.dtype(about["type"]))
             found["inputs"] = flat.reshape(len(column), *about["shape"])
         elif "columns" in about:
             flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from ._errors import ArgumentError, DataError, complaint, path_of
 from .jacobians.data import Samples, as_samples
 
+_INERT = re.compile(r"^'(?='*\s*[=+\-@][\s\S]*[(|!\[])")  # the mark on text that a spreadsheet would run as a formula
 COLUMNS = ("id", "decision", "label", "new_label")
 DECISIONS = ("keep", "relabel", "drop")
 
@@ -55,7 +57,7 @@ class Review:
         if len(ids) != len(labels):
             raise ArgumentError(complaint("labels", f"one per id ({len(ids)})", len(labels), "Align them."))
         kept = self.stays(ids)
-        if not (labels.dtype.kind in "iu" and self.new_labels.dtype.kind in "iu"):
+        if not (labels.dtype.kind in "iuf" and self.new_labels.dtype.kind in "iu"):
             labels = labels.astype(str).astype(object)
         for row, what, new in zip(self._rows(ids), self.decisions, self.new_labels.tolist(), strict=True):
             if what == "relabel":
@@ -133,7 +135,7 @@ def read_review(path: str | os.PathLike) -> Review:
     """
     try:
         with open(path_of("path", path), newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.reader(file))
+            lines = [[_INERT.sub("", cell) for cell in line] for line in csv.reader(file)]
     except FileNotFoundError:
         raise
     except (OSError, UnicodeDecodeError, csv.Error) as error:

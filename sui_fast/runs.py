@@ -6,6 +6,7 @@ import math
 import re
 import time as clock
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
@@ -66,6 +67,7 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str):
+        self._bar.total = max(self._bar.total, self._bar.n + 1)  # some runs have a stage more
         self._bar.set_description(f"score: {name}", refresh=False)
         return_memory()
         start = clock.perf_counter()
@@ -95,14 +97,14 @@ class Run:
         """The exact kernel."""
         with stages("jacobian"):
             own = {**common, "outputs": self.outputs}
-            jac = jacobian(self.model, self.samples, progress=self.progress, **own)
+            jac = jacobian(self.model, self.samples, progress=self.progress, **own).wide()
             blocks = make_blocks(jac.n, jac.k, self.groups)
             r0 = self.goal.residual(slice(None), jac.outputs)
         cross, reg, extra = None, self.reg, {}
         if self.probes is not None:
             with stages("validation jacobian"):
                 seen = {**common, "outputs": self.probe_outputs}
-                probe = jacobian(self.model, self.probes, progress=self.progress, **seen)
+                probe = jacobian(self.model, self.probes, progress=self.progress, **seen).wide()
         with stages("kernel"):
             theta, features = projected_kernel(jac, self.projection, self.seed, self.progress)
         if self.probes is not None:
@@ -132,7 +134,7 @@ class Run:
             self._look_around(theta, jac.k, self.goal, removal)
         if self.candidates is not None:
             with stages("candidates"):
-                new = jacobian(self.model, self.candidates, progress=self.progress, **own)
+                new = jacobian(self.model, self.candidates, progress=self.progress, **own).wide()
                 reach = None if self.probes is None else even_rows(probe.gram(new), probe.n, jac.k)
                 phi = make_filter(jac.n, reg=reg, **self.training)
                 added = add_to_kernel(
@@ -168,7 +170,7 @@ class Run:
             todo = "Pass reg > 0 or a finite time, without candidates and 'si_sgd'; or use loss='mse'."
             raise ArgumentError(complaint("loss", "predictions short of certainty for this call", got, todo))
         with stages("kernel"):
-            jac = jacobian(self.model, self.inputs, progress=self.progress, **common)
+            jac = jacobian(self.model, self.inputs, progress=self.progress, **common).wide()
             cross = None if probe is None else probe.gram(jac, progress=self.progress).to(torch.float64)
             theta = jac.gram(progress=self.progress).to(torch.float64)
         blocks = make_blocks(jac.n, jac.k, self.groups)
@@ -297,15 +299,15 @@ class Run:
             if self.candidates is not None:
                 with stages("candidates"):
                     new = Source(self.model, self.candidates, source.options, *processes.slice(self.candidates.n))
+                    old = replace(probes, begin=0, end=self.probes.n, kept={}) if seen and method != "sketch" else None
                     columns, begin = [], new.begin
                     for sample in features_of(new, fmap, self.new_goal, begin, self.progress):
                         part = slice(begin, begin + len(sample["features"]))
-                        added = solver.addition(sample, phi, seen)
+                        across = old and (old, replace(new, begin=begin, end=part.stop, kept={}), fmap)
+                        added = solver.addition(sample, phi, seen, across)
                         columns.append(self._measure(added, self.new_goal, part, n * reg)[0])
                         begin = part.stop
                     self.new_values = processes.gather(self._join(columns))
-                if seen is not None:
-                    solver.warn_of_outside(method)
             with stages("error estimate"):
                 some = drawn(source, fmap, self.seed)
                 error = kernel_error(n, some)

@@ -233,7 +233,7 @@ class Scores:
 
         Args:
             path: the file. title: heading.
-            sections: results of applications, each with a title, summary(), columns() and plot().
+            sections: results of applications, or one, each with a title, summary(), columns() and plot().
             texts: text of each sample, [n]; default: ``texts``. class_names: a name per class, in the order of labels.
         Returns:
             the path.

@@ -116,8 +116,8 @@ def score(
         progress: show a bar on runs longer than two seconds.
         candidates: samples with targets that are not trained on: what each would add. Their scores are
             ``Scores.candidates``, with the measures of ``train`` (not "si_sgd"); the left-out residual and margin are
-            those of the model as it is. "fsi" wants "dense" or "sketch": the features of the others span gradients of
-            ``train`` alone (a warning tells how much of the candidates' lies outside).
+            those of the model as it is. For "fsi" methods "nystrom" and "subspace" take their kernel with ``val``: the
+            features span gradients of ``train`` alone.
         compat: "iclr2021": the definitions of the authors' code: convention "iclr2021", and method also "random-subset"
             or "very-sparse", their projections of each parameter, with rank as their count.
         output_mode: what stands for the k outputs where they are many (docs/math.md, section 13): "all"; "random":
@@ -151,7 +151,7 @@ def score(
         model = model.module
     model = _placed(model, device)
 
-    stages = Stages(6 + ("fsi" in wanted) * 2, progress)
+    stages = Stages(7 + ("fsi" in wanted) * 2, progress)
     run = Run(model, wanted, reg, dict(time=time, lr=lr, dynamics=dynamics), convention, groups, sigma, seed, progress)
     run.projection, run.apart, run.sketch = projection, apart, sketch
     run.sgd = dict(lr=sgd_lr, batch_size=sgd_batch_size, jitter=sgd_jitter)
@@ -232,6 +232,7 @@ def score(
         dynamics=dynamics,
         sigma=sigma,
         method=chosen,
+        rank=None if chosen == "dense" else rank,
         sketch=sketch if chosen == "sketch" else None,
         compat=compat,
         projection=projection,
@@ -242,6 +243,7 @@ def score(
         seed=seed,
         convention=convention,
         output_mode=output_mode if few else "all",
+        output_rank=output_rank if few else None,
         grouped=groups is not None,
     )
     if "si_sgd" in wanted:

@@ -189,8 +189,6 @@ class LowRank:
     ):
         self.store, self.spectrum, self.k, self.moment = store, spectrum, k, moment
         self.convention, self.groups, self.device = convention, groups, device
-        # squared gradients of new samples beyond the features, and in them
-        self.outside = torch.zeros(2, dtype=torch.float64)
 
     def shards(self) -> Iterator[dict[str, Tensor]]:
         """Portions of one shard after the other, or all as one where groups may span them."""
@@ -217,8 +215,15 @@ class LowRank:
             found.add_missed(shard["missed"].to(self.device))
         return found
 
-    def addition(self, sample: dict[str, Tensor], phi, seen: Moments | None) -> Addition:
-        """What new samples with these features and residuals would add; seen: moments of the validation samples."""
+    def addition(
+        self, sample: dict[str, Tensor], phi, seen: Moments | None, across: tuple[Source, Source, FeatureMap] | None
+    ) -> Addition:
+        """What new samples with these features and residuals would add.
+
+        Args:
+            seen: moments of the validation samples, where there are some.
+            across: all of these, the new samples and the map, where features do not tell all.
+        """
         z, residual = (sample[name].to(self.device, torch.float64) for name in ("features", "residual"))
         spectrum = self.spectrum
         root = spectrum.s.sqrt()
@@ -226,9 +231,7 @@ class LowRank:
         hidden = z - (z @ v) @ v.T  # in directions in which no sample has features
         unseen = hidden @ hidden.transpose(1, 2)
         if "missed" in sample:
-            missed = sample["missed"].to(self.device)
-            self.outside += torch.stack([missed.diagonal(dim1=1, dim2=2).sum(), z.square().sum()]).cpu()
-            share, basis = torch.linalg.eigh(unseen + missed)
+            share, basis = torch.linalg.eigh(unseen + sample["missed"].to(self.device))
             unseen = (basis * share.clamp_min(0)[:, None]) @ basis.transpose(1, 2)
         found = add_samples(
             z @ v, unseen, residual, spectrum.s, root * spectrum.gain, phi,
@@ -236,20 +239,17 @@ class LowRank:
         )  # fmt: skip
         if seen is None:
             return found
-        change = found.inside @ v.T + torch.einsum("ckr,ck->cr", hidden, found.beyond)
-        moved = ((change @ seen.gram) * change).sum(1).clamp_min(0) / seen.samples
-        return replace(found, prediction_sqnorm=moved)
-
-    def warn_of_outside(self, kind: str) -> None:
-        """Where features span training gradients alone, what new samples have beside them moves no prediction."""
-        missed, held = self.outside.tolist()
-        if missed > 0.01 * (missed + held):
-            warnings.warn(
-                f"sui_fast: {100 * missed / (missed + held):.0f}% of the candidates' squared gradients lie outside of "
-                f"the features of method {kind!r}: their 'fsi' is without it. Use method='dense' or 'sketch'.",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+        known = hidden if across is None else hidden - z  # a kernel tells of all of a gradient
+        change = found.inside @ v.T + torch.einsum("ckr,ck->cr", known, found.beyond)
+        if across is None:
+            moved = ((change @ seen.gram) * change).sum(1).clamp_min(0)
+        else:
+            moved = torch.zeros_like(change[:, 0])
+            for features, first, kernel in _kernel_across(*across):
+                part = slice(first, first + kernel.shape[1] // self.k)
+                own = torch.einsum("vck,ck->vc", kernel.unflatten(1, (-1, self.k)), found.beyond[part])
+                moved[part] += (features.flatten(0, 1) @ change[part].T + own).square().sum(0)
+        return replace(found, prediction_sqnorm=moved / seen.samples)
 
     def loo_error_curve(self, total: Callable, error: Callable, first: int, points: int = 31, **training) -> tuple:
         """As in loo.regularisation, summed over shards, of which the first sample is ``first``, and processes."""
@@ -272,6 +272,17 @@ class LowRank:
                 errors[number] += float(error(part, self.removal(shard, phi).loo_residual).sum())
             first = part.stop
         return np.array(regs), total(errors).cpu().numpy() / n
+
+
+def _kernel_across(old: Source, new: Source, fmap: FeatureMap) -> Iterator[tuple[Tensor, int, Tensor]]:
+    """Of portions of ``old`` their features [b, k, r], and their kernel [b k, c k] with portions of ``new``, float64.
+
+    With it the number, in ``new``, of the first sample of the portion.
+    """
+    for _, part in old.parts(portion(old.samples.n)):
+        features = fmap.features(part).to(torch.float64)
+        for first, other in new.parts(portion(new.samples.n), HELD):
+            yield features, first - new.begin, part.gram(other).to(torch.float64)
 
 
 def warn_of_rank(kind: str, rank: int, edf: float, most: int, missed: float = 0.0) -> int | None:

@@ -56,11 +56,11 @@ def test_score_and_report(task, capsys):
 def test_report_with_texts_and_names_and_compare(task, capsys):
     for reg, out in (("0.1", "a.parquet"), ("1", "b.parquet")):
         assert main(["score", "my_task:build", "--reg", reg, "--out", out]) == 0
-    (task / "texts.txt").write_text("\n".join(f"line {i}" for i in range(8)))
+    (task / "texts.txt").write_text("\n".join(f"line\u2028{i}" for i in range(8)) + "\n", encoding="utf-8")
     more = ["--texts", "texts.txt", "--class-names", "cat", "dog", "--title", "Cats & dogs"]
     assert main(["report", "a.parquet", *more]) == 0
     page = (task / "report.html").read_text()
-    assert "<title>Cats &amp; dogs</title>" in page and "line 7" in page and ">dog<" in page
+    assert "<title>Cats &amp; dogs</title>" in page and r"line\u20287" in page and ">dog<" in page
     assert main(["report", "a.parquet", "--class-names", "cat"]) == 2 and "class_names" in capsys.readouterr().err
     assert main(["compare", "a.parquet", "b.parquet", "-o", "c.html", "--measure", "si"]) == 0
     out = capsys.readouterr().out

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
-from sui_fast import Scores, SuiError, ntk, score
+from sui_fast import ModelError, Scores, SuiError, ntk, score
 
 N, K = 13, 3
 GENERATOR = torch.Generator().manual_seed(0)
@@ -247,6 +247,27 @@ def test_works_without_gradient_mode(mode, plain):
     model = network()
     with mode():
         same(run(model=model), plain)
+
+
+class Casting(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+@pytest.mark.parametrize("reg", [0.0, 0.1, "auto"])
+@pytest.mark.parametrize("time", [None, 300])
+def test_factors_in_float32_make_a_kernel_in_float64(reg, time):
+    torch.manual_seed(0)
+    x, y, probes = torch.randn(40, 6), torch.arange(40) % 2, torch.randn(5, 6)  # 7 parameters: rank 7 of 40
+    casting, plain = Casting(6, 1), torch.nn.Linear(6, 1)
+    plain.load_state_dict(casting.state_dict())
+    common = dict(reg=reg, time=time, lr=None if time is None else 0.1, progress=False)
+    with pytest.raises(ModelError, match=r"pass dtype=torch\.float32"):
+        score(casting, (x, y), probes, **common)
+    narrow = score(casting, (x, y), probes, dtype=torch.float32, **common)
+    wide = score(plain, (x, y), probes, **common)
+    for name in ("si", "fsi"):
+        np.testing.assert_allclose(narrow[name], wide[name], rtol=1e-4)
 
 
 def test_frozen_parameters_do_not_count(plain):

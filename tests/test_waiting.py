@@ -1,10 +1,12 @@
 """Work of one long step shows that it goes on."""
 
 import time
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 import sui_fast
 
@@ -37,3 +39,23 @@ def test_a_long_step_is_seen(name, progress, capsys, monkeypatch):
     APPLICATIONS[name](model, train, val, reg=0.1, progress=progress)
     seen = capsys.readouterr().err
     assert (name in seen) == progress
+
+
+@pytest.mark.parametrize("asked", [dict(method="dense"), dict(method="sketch", rank=16), dict(candidates=True)])
+@pytest.mark.parametrize("fsi", [True, False])
+def test_the_bar_of_a_run_ends_full(asked, fsi, monkeypatch):
+    bars = []
+
+    class Bar(tqdm):
+        def close(self):
+            if self.desc and self.desc.startswith("score") and self not in bars:
+                bars.append(self)
+            super().close()
+
+    monkeypatch.setattr(sui_fast.runs, "tqdm", Bar)
+    train = torch.randn(12, 3), torch.arange(12) % 2
+    asked = asked | ({"candidates": train} if "candidates" in asked else {})
+    with warnings.catch_warnings(action="ignore"):
+        measures = ("si", "fsi") if fsi else ("si",)
+        found = sui_fast.score(nn.Linear(3, 2), train, train[0] if fsi else None, reg=0.1, measures=measures, **asked)
+    assert len(bars) == 1 and bars[0].n == bars[0].total == len(found.diagnostics["seconds"])

@@ -59,14 +59,14 @@ void define_rows(py::module_& module, const char* type) {
     return sui::Side<T>{at<void>(Address(x[0])), x[1] ? sui::Kind::bfloat16 : sui::Kind::real, x[2], x[3], x[4], x[5],
                         x[6], x[7] != 0, at<const int>(Address(x[8])), at<const T>(Address(x[9]))};
   };
-  define("fourier", [side](const std::vector<std::pair<Numbers, Numbers>>& sides, Index samples, Index k, Index s,
-                           Index rank, Address out, int threads) {
+  define("fourier", [side](const std::vector<std::tuple<Numbers, Numbers, int>>& sides, Index samples, Index k,
+                           Index s, Index rank, Index length, Address out, int threads) {
     std::vector<sui::Layer<T>> layers;
-    for (const auto& [a, g] : sides) layers.push_back({side(a), side(g)});
-    sui::fourier(layers.data(), Index(layers.size()), samples, k, s, rank, at<T>(out), threads);
+    for (const auto& [a, g, ring] : sides) layers.push_back({side(a), side(g), ring});
+    sui::fourier(layers.data(), Index(layers.size()), samples, k, s, rank, length, at<T>(out), threads);
   }, release);
-  define("fourier_finish", [](Address sums, Index rows, Index rank, Address out, int threads) {
-    sui::finish(at<const T>(sums), rows, rank, at<T>(out), threads);
+  define("fourier_finish", [](Address sums, Index rows, Index rank, Index length, Address out, int threads) {
+    sui::finish(at<const T>(sums), rows, rank, length, at<T>(out), threads);
   }, release);
   define("scatter_rows", [](Address x, Index rows, Index o, Index i, Address place_o, Address sign_o, Address place_i,
                             Address sign_i, Index rank, Address out, int threads) {

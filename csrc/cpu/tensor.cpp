@@ -29,13 +29,14 @@ class Rooms {
 };
 
 template <class T>
-void fourier(const Layer<T>* layers, Index count, Index samples, Index k, Index s, Index rank, T* out, int threads) {
+void fourier(const Layer<T>* layers, Index count, Index samples, Index k, Index s, Index rank, Index length, T* out,
+             int threads) {
   const auto& kernels = tensor_kernels<T>();
   const double work = 20.0 * double(count) * double(samples) * double(k) * double(s) * double(rank);
   const Index parts = parts_for(samples, work, threads);
   const Rooms<T> rooms(parts, kernels.fourier_room(rank));
   in_parts(samples, parts, [&](Index part, Index begin, Index end) {
-    kernels.fourier(layers, count, begin, end, k, s, rank, rooms[part], out);
+    kernels.fourier(layers, count, begin, end, k, s, rank, length, rooms[part], out);
   });
 }
 
@@ -50,12 +51,12 @@ void flat(const Layer<T>* layers, Index count, Index samples, Index rank, Index 
 }
 
 template <class T>
-void finish(const T* sums, Index rows, Index rank, T* out, int threads) {
+void finish(const T* sums, Index rows, Index rank, Index length, T* out, int threads) {
   const auto& kernels = tensor_kernels<T>();
   const Index parts = parts_for(rows, 20.0 * double(rows) * double(rank), threads);
   const Rooms<T> rooms(parts, rank * kernels.lanes);
   in_parts(rows, parts, [&](Index part, Index begin, Index end) {
-    kernels.finish(sums + begin * rank, end - begin, rank, rooms[part], out + begin * rank);
+    kernels.finish(sums + begin * rank, end - begin, rank, length, rooms[part], out + begin * rank);
   });
 }
 
@@ -83,9 +84,9 @@ void scatter_index(const T* g, Index samples, Index k, Index s, Index o, const I
 }
 
 #define SUI_FOR(T)                                                                                                   \
-  template void fourier(const Layer<T>*, Index, Index, Index, Index, Index, T*, int);                                \
+  template void fourier(const Layer<T>*, Index, Index, Index, Index, Index, Index, T*, int);                         \
   template void flat(const Layer<T>*, Index, Index, Index, Index, T*, int);                                          \
-  template void finish(const T*, Index, Index, T*, int);                                                             \
+  template void finish(const T*, Index, Index, Index, T*, int);                                                      \
   template void scatter_rows(const T*, Index, Index, Index, const int*, const T*, const int*, const T*, Index, T*,    \
                              int);                                                                                   \
   template void scatter_index(const T*, Index, Index, Index, Index, const Index*, const int*, const T*, const int*,  \

@@ -21,18 +21,21 @@ struct Side {
 template <class T>
 struct Layer {
   Side<T> a, g;
+  int ring = 0;  // the side that has places on one ring only: 1 a, 2 g, 0 neither (and length is rank)
 };
 
 // fourier: out[n, c, :] += the sum over layers and positions of fft(CS_a(a_ns)) fft(CS_g(g_ncs)), rank real numbers.
+// Where one side has places on a ring of `length` only, the other one is on as many such rings as the rank holds: number b
+// of ring q is place b (rank / length) + q of the sketch.
 // finish: out[row, :] += the sketch of which these are the sums. keep: table[to[n], :] = factor rows[n, :]; false, and
 // nothing kept, where one is not finite.
 template <class T>
 struct TensorKernels {
   Index lanes;
   Index (*fourier_room)(Index rank);
-  void (*fourier)(const Layer<T>* layers, Index count, Index first, Index last, Index k, Index s, Index rank, T* room,
-                  T* out);
-  void (*finish)(const T* sums, Index rows, Index rank, T* room, T* out);  // room: rank lanes
+  void (*fourier)(const Layer<T>* layers, Index count, Index first, Index last, Index k, Index s, Index rank,
+                  Index length, T* room, T* out);
+  void (*finish)(const T* sums, Index rows, Index rank, Index length, T* room, T* out);  // room: rank lanes
   // out[n, :] += the sketches of layers of one position and one output; length: of the transforms; room: fourier_room
   void (*flat)(const Layer<T>* layers, Index count, Index first, Index last, Index rank, Index length, T* room, T* out);
   bool (*keep)(const T* rows, Index count, Index rank, T factor, const Index* to, T* table);
@@ -46,13 +49,14 @@ template <class T>
 const TensorKernels<T>& tensor_kernels();
 
 template <class T>
-void fourier(const Layer<T>* layers, Index count, Index samples, Index k, Index s, Index rank, T* out, int threads);
+void fourier(const Layer<T>* layers, Index count, Index samples, Index k, Index s, Index rank, Index length, T* out,
+             int threads);
 
 template <class T>
 void flat(const Layer<T>* layers, Index count, Index samples, Index rank, Index length, T* out, int threads);
 
 template <class T>
-void finish(const T* sums, Index rows, Index rank, T* out, int threads);
+void finish(const T* sums, Index rows, Index rank, Index length, T* out, int threads);
 
 // out[row, (place_o[o] + place_i[i]) mod rank] += sign_o[o] sign_i[i] x[row, o, i].
 template <class T>

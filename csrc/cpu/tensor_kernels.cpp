@@ -102,20 +102,27 @@ void gather(const T* rows, int live, Index count, T* to) {
     for (int l = 0; l < lanes; ++l) to[f * lanes + l] = l < live ? rows[l * count + f] : T(0);
 }
 
-// row[lane] [count] += from [count, lanes], in the live lanes.
+// row[lane] [count] += from [count, lanes], in the live lanes; from is ring after ring, row a place of each, the next of each.
 template <class T>
-void scatter(const T* from, int live, Index count, T* const* row) {
+void scatter(const T* from, int live, Index count, Index length, T* const* row) {
   constexpr int lanes = Simd<T>::lanes;
-  Index f = 0;
+  Index f = 0, ring = 0, place = 0;
+  const auto next = [&] {
+    const T* const found = from + (ring + place) * lanes;
+    if ((ring += length) == count) ring = 0, ++place;
+    return found;
+  };
   for (; f + lanes <= count; f += lanes) {
     Vector<T> v[lanes];
 #pragma GCC unroll 16
-    for (int l = 0; l < lanes; ++l) v[l] = at(from + (f + l) * lanes);
+    for (int l = 0; l < lanes; ++l) v[l] = at(next());
     transpose<T>(v);
     for (int l = 0; l < live; ++l) at(row[l] + f) += v[l];
   }
-  for (; f < count; ++f)
-    for (int l = 0; l < live; ++l) row[l][f] += from[f * lanes + l];
+  for (; f < count; ++f) {
+    const T* const found = next();
+    for (int l = 0; l < live; ++l) row[l][f] += found[l];
+  }
 }
 
 // row [count] += the sum over lanes of from [count, lanes].
@@ -206,11 +213,11 @@ Index fourier_room(Index rank) {
 }
 
 template <class T>
-void fourier_rows(const Layer<T>* layers, Index count, Index first, Index last, Index k, Index s, Index rank, T* room,
-                  T* out) {
+void fourier_rows(const Layer<T>* layers, Index count, Index first, Index last, Index k, Index s, Index rank,
+                  Index length, T* room, T* out) {
   constexpr int lanes = Simd<T>::lanes;
-  const Plan<T>& plan = plan_for<T>(rank);
-  const Index size = rank * lanes;
+  const Plan<T>& plan = plan_for<T>(length);
+  const Index size = rank * lanes, ring = length * lanes;
   T *x = room, *y = x + pitch<T>(rank), *sums = y + pitch<T>(rank);
   // where a sample fills the lanes, its groups end with it and its sums stay until then
   const bool together = s >= lanes;
@@ -222,18 +229,22 @@ void fourier_rows(const Layer<T>* layers, Index count, Index first, Index last, 
     for (Index c = 0; c < k; ++c) {
       zero(sums, size);
       for (Index layer = 0; layer < count; ++layer) {
-        const auto& [a, g] = layers[layer];
+        const auto& [a, g, one] = layers[layer];
+        const Index end_x = one == 1 ? ring : size, end_y = one == 2 ? ring : size;
         for (Index group = begin; group < stop; group += lanes) {
           const int live = static_cast<int>(stop - group < lanes ? stop - group : lanes);
-          if (c == 0 || !keep) {
-            zero(x, size);
+          const bool fresh = c == 0 || !keep;
+          if (fresh) {
+            zero(x, end_x);
             hash(a, group, live, s, 0, x);
-            plan.forward(x);
           }
-          zero(y, size);
+          zero(y, end_y);
           hash(g, group, live, s, c, y);
-          plan.forward(y);
-          plan.add_product(x, y, sums);
+          for (Index q = 0; q < size; q += ring) {
+            if (q < end_x && fresh) plan.forward(x + q);
+            if (q < end_y) plan.forward(y + q);
+            plan.add_product(x + (q < end_x ? q : 0), y + (q < end_y ? q : 0), sums + q);
+          }
         }
       }
       T* row[lanes];
@@ -242,23 +253,23 @@ void fourier_rows(const Layer<T>* layers, Index count, Index first, Index last, 
       if (together)
         scatter_sum(sums, rank, row[0]);
       else
-        scatter(sums, live, rank, row);
+        scatter(sums, live, rank, rank, row);
     }
     begin = stop;
   }
 }
 
 template <class T>
-void finish_rows(const T* sums, Index rows, Index rank, T* room, T* out) {
+void finish_rows(const T* sums, Index rows, Index rank, Index length, T* room, T* out) {
   constexpr int lanes = Simd<T>::lanes;
-  const Plan<T>& plan = plan_for<T>(rank);
+  const Plan<T>& plan = plan_for<T>(length);
   for (Index begin = 0; begin < rows; begin += lanes) {
     const int live = static_cast<int>(rows - begin < lanes ? rows - begin : lanes);
     gather(sums + begin * rank, live, rank, room);
-    plan.backward(room);
+    for (Index ring = 0; ring < rank; ring += length) plan.backward(room + ring * lanes);
     T* row[lanes];
     for (int l = 0; l < live; ++l) row[l] = out + (begin + l) * rank;
-    scatter(room, live, rank, row);
+    scatter(room, live, rank, length, row);
   }
 }
 
@@ -293,7 +304,7 @@ void flat_rows(const Layer<T>* layers, Index count, Index first, Index last, Ind
     zero(sums, length * lanes);
     bool transformed = false;
     for (Index layer = 0; layer < count; ++layer) {
-      const auto& [a, g] = layers[layer];
+      const auto& [a, g, one] = layers[layer];
       if (is_short(a, rank) || is_short(g, rank)) continue;
       zero(x, length * lanes);
       hash(a, begin, live, 1, 0, x);
@@ -309,7 +320,7 @@ void flat_rows(const Layer<T>* layers, Index count, Index first, Index last, Ind
       for (Index b = rank; b < length && b < 2 * rank; ++b) at(sums + (b - rank) * lanes) += at(sums + b * lanes);
     }
     for (Index layer = 0; layer < count; ++layer) {
-      const auto& [a, g] = layers[layer];
+      const auto& [a, g, one] = layers[layer];
       if (!is_short(a, rank) && !is_short(g, rank)) continue;
       zero(x, rank * lanes);
       hash(a, begin, live, 1, 0, x);
@@ -322,7 +333,7 @@ void flat_rows(const Layer<T>* layers, Index count, Index first, Index last, Ind
     }
     T* row[lanes];
     for (int l = 0; l < live; ++l) row[l] = out + (begin + l) * rank;
-    scatter(sums, live, rank, row);
+    scatter(sums, live, rank, rank, row);
   }
 }
 

@@ -63,7 +63,7 @@ def information_curves(
     points: int = 30,
     lr: float | None = None,
     dynamics: str = "gd",
-    reg: float = 0.0,
+    reg: float | str = 0.0,
     sigma: float = 1.0,
     **arguments,
 ) -> Curves:
@@ -71,7 +71,7 @@ def information_curves(
 
     Args:
         model, train, val, lr, dynamics, reg, sigma, arguments: as in ``score``; lr None: the inverse of the largest
-            curvature of the mean loss.
+            curvature of the mean loss; reg "auto": the best at convergence.
         times: increasing times; default: ``points`` log-spaced ones from 1 to 1e5, with the default lr until
             directions with 1e-4 of the largest eigenvalue have long converged.
     Returns:
@@ -82,7 +82,8 @@ def information_curves(
     sigma, points = number("sigma", sigma, positive=True), whole("points", points, 1)
     if times is not None:
         times = _times(times)
-    problem = linear_problem(model, train, val, reg=reg, lr=1.0, time=1, dynamics=dynamics, **arguments)
+    make_filter(1, time=1, lr=1.0 if lr is None else lr, dynamics=dynamics)  # names what is wrong before the work
+    problem = linear_problem(model, train, val, reg=reg, **arguments)
     if lr is None:
         lr = problem.n / max(problem.spectrum.top + problem.n * problem.reg, 1e-300)
     if times is None:

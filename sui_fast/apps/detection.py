@@ -12,7 +12,7 @@ from .._errors import ArgumentError, complaint, number, whole
 from .._waiting import waited_for
 from ..measures import information
 from .kernel import LinearProblem, linear_problem
-from .results import Result, auroc, average_precision, check_truth, ranks
+from .results import NAMES, Result, auroc, average_precision, check_truth, count_axis, ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,8 @@ class Ranking(Result):
         else:
             ax.hist([value[~self.truth], value[self.truth]], edges, stacked=True, label=("others", "searched for"))
             ax.legend()
-        ax.set(xlabel=f"log10 of {self.by}", ylabel="samples", yscale="symlog")
+        ax.set(xlabel=f"log10 of {self.by}")
+        count_axis(ax)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +80,9 @@ class Undersampled(Ranking):
     def summary(self) -> str:
         number, label, size, mean = self.clusters[0]
         times = mean / max(float(self.value.mean()), 1e-300)
+        where = "" if self.labels is None else f" of class {label}"
         return (
-            f"Most undersampled: cluster {number} of class {label}, {size} samples, on average {times:.1f} "
+            f"Most undersampled: cluster {number}{where}, {size} samples, on average {times:.1f} "
             f"times the value of all. {super().summary()}"
         )
 
@@ -158,7 +160,7 @@ def find_undersampled(
             rows.append((int(c + count), int(label), len(inside), float(value[inside].mean())))
         count += int(own.max()) + 1
     rows.sort(key=lambda row: -row[3])
-    name = f"{by.upper()} over {neighbours} neighbours" if neighbours else by.upper()
+    name = f"{NAMES[by]} over {neighbours} neighbours" if neighbours else NAMES[by]
     return Undersampled(**_ranking(problem, value, measures, name, truth), cluster=cluster, clusters=rows)
 
 

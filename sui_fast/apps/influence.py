@@ -161,7 +161,7 @@ def influence_functions(
     )
 
 
-def pick_samples(samples, n: int) -> np.ndarray:
+def pick_samples(samples, n: int, argument: str = "samples") -> np.ndarray:
     """Sample numbers, checked; None: all."""
     if samples is None:
         return np.arange(n)
@@ -169,7 +169,7 @@ def pick_samples(samples, n: int) -> np.ndarray:
     whole = numbers.ndim == 1 and numbers.dtype.kind in "iu" and len(numbers) > 0
     if not whole or numbers.min() < 0 or numbers.max() >= n:
         got = repr(samples) if numbers.size < 10 else f"an array of {numbers.dtype}, shape {list(numbers.shape)}"
-        raise ArgumentError(complaint("samples", f"numbers of samples in 0..{n - 1}", got, "Pass integers."))
+        raise ArgumentError(complaint(argument, f"numbers of samples in 0..{n - 1}", got, "Pass integers."))
     return numbers.astype(np.int64)
 
 

@@ -255,11 +255,11 @@ def linear_problem(model: torch.nn.Module, train, val=None, *, reg: float | str 
     """
     start = take_aim(model, train, val, reg=reg, most=MOST_ROWS, **arguments)
     common, progress = start.common, start.progress
-    jac = jacobian(start.model, start.inputs, progress=progress, **{**common, "outputs": start.trained})
+    jac = jacobian(start.model, start.inputs, progress=progress, **{**common, "outputs": start.trained}).wide()
     theta, features = projected_kernel(jac, start.projection, start.seed, progress)
     probe = reach = None
     if start.probes is not None:
-        probe = jacobian(start.model, start.probes, progress=progress, **common)
+        probe = jacobian(start.model, start.probes, progress=progress, **common).wide()
         reach = projected_cross(probe, jac, features, progress)
     problem = LinearProblem(
         start.samples, jac, probe, theta, reach, start.goal, start.val_labels, start.training, start.convention

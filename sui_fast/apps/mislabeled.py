@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from .._errors import ArgumentError, complaint
 from .._waiting import waited_for
 from ..scores import Scores
 from ..scoring import score
-from .results import Result, auroc, average_precision, check_truth
+from .results import NAMES, Result, auroc, average_precision, check_truth, count_axis
 
 _SHARPNESS = np.geomspace(0.5, 60.0, 41)  # grid of the calibration
 _TYPICAL, _SPREAD = 6.0, 0.3  # of the sharpness and its logarithm: a margin of one half is 95% sure
@@ -69,14 +70,17 @@ class Mislabeled(Result):
 
     def summary(self) -> str:
         n, flagged = len(self.ids), int(self.flagged.sum())
-        text = (
-            f"{flagged} of {n} labels flagged (margin at most {self.threshold:.3g}); about {self.error_rate:.0%} of "
-            f"these are expected to be right. Estimated share of wrong labels: {self.noise_rate:.1%}."
-        )
+        text = f"{flagged or 'None'} of {n} labels flagged"
+        if flagged:
+            right = f"about {self.error_rate:.0%} of these are expected to be right"
+            text += f" (margin at most {self.threshold:.3g}); {right}"
+        elif self.noise_rate * n >= 1:
+            text += ": none surely enough for the error rate asked for; the order ranks them all the same"
+        text += f". Estimated share of wrong labels: {self.noise_rate:.1%}."
         if self.auroc is not None:
             text += (
                 f" Against the truth: AUROC {self.auroc:.4f}, AUPR {self.aupr:.4f}"
-                f" ({self.by.upper()} alone: AUROC {self.auroc_second:.4f})."
+                f" ({NAMES[self.by]} alone: AUROC {self.auroc_second:.4f})."
             )
         return text
 
@@ -95,7 +99,8 @@ class Mislabeled(Result):
         names = ("not flagged", "flagged") if self.truth is None else ("right", "wrong")
         ax.hist([self.margin[~marked], self.margin[marked]], edges, stacked=True, label=names)
         ax.axvline(self.threshold, color="black", linestyle="--", linewidth=1, label="threshold")
-        ax.set(xlabel="leave-one-out margin of the given label", ylabel="samples", yscale="symlog")
+        ax.set(xlabel="leave-one-out margin of the given label")
+        count_axis(ax)
         ax.legend()
 
 
@@ -123,7 +128,8 @@ def find_mislabeled(
     likelihood is honest, and nothing is trained anew.
 
     Args:
-        model, train, val: as in ``score``, with classes as targets; or a ``Scores`` with "loo_margin" as the only one.
+        model, train, val: as in ``score``, with classes as targets; or a ``Scores`` with "loo_margin" as the only one
+            (read from a file: estimates by the given class against the best other, without the confusion of classes).
         truth: which labels are wrong, bool [n], for AUROC and AUPR.
         error_rate: flag as many as keep the estimated share of right labels among the flagged below this.
         reg: as in ``score``; "auto" as too much regularisation hides what single labels do.
@@ -160,6 +166,7 @@ def find_mislabeled(
         outputs, own = np.concatenate([1 - left_out, left_out], 1), labels
     else:
         outputs, own = left_out, labels
+    _warn_of_chance(margin, labels)
     probability, noise = label_error_probability(outputs, own)
     order = np.lexsort((-second, margin))
     expected = np.cumsum(1 - probability[order]) / np.arange(1, len(order) + 1)
@@ -186,6 +193,18 @@ def find_mislabeled(
         aupr=None if marks is None else average_precision(-margin, marks),
         auroc_second=None if marks is None else auroc(second, marks),
     )
+
+
+def _warn_of_chance(margin: np.ndarray, labels: np.ndarray) -> None:
+    """Of a model that knows no more about labels than which one is the most common."""
+    agree, most = float((margin > 0).mean()), float(np.unique(labels, return_counts=True)[1].max() / len(labels))
+    if agree <= most:
+        warnings.warn(
+            f"sui_fast: trained without a sample the model predicts its label for {agree:.0%} of them, and {most:.0%} "
+            "have the most common one: it cannot tell which are wrong; pass a better model, or more samples",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def label_error_probability(outputs: np.ndarray, labels: np.ndarray, steps: int = 60) -> tuple[np.ndarray, float]:

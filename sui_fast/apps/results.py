@@ -11,6 +11,8 @@ import pyarrow as pa
 
 from .._errors import ArgumentError, complaint
 
+NAMES = {"si": "SI", "fsi": "F-SI", "loo_margin": "margin"}  # of measures, in sentences
+
 
 @dataclass(frozen=True, eq=False)
 class Result:
@@ -63,6 +65,15 @@ class Result:
         if path is not None:
             ax.figure.savefig(path, dpi=150)
         return ax.figure
+
+
+def count_axis(ax) -> None:
+    """Numbers of samples upwards, few and many both seen: logarithmic from 1 on, ticks as people write them."""
+    most = ax.get_ylim()[1]
+    ticks = [0, *(m * 10**e for e in range(int(np.log10(max(most, 1))) + 1) for m in (1, 2, 5) if m * 10**e <= most)]
+    ax.set(ylabel="samples", yscale="symlog", ylim=(0, most * 1.1))
+    ax.set_yticks(ticks, [f"{t:d}" for t in ticks], minor=False)
+    ax.set_yticks([], minor=True)
 
 
 def plain(text: Any) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import time as clock
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from .._errors import StabilityError, complaint
@@ -51,7 +54,8 @@ class LossOfWeights:
         return parts
 
     def outputs(self, flat: Tensor, batch: Any) -> Tensor:
-        return self._call(self.named(flat), batch)
+        with _plain_attention():
+            return self._call(self.named(flat), batch)
 
     def data_term(self, flat: Tensor, weights: Tensor, batch: Any, y: Tensor) -> Tensor:
         return 0.5 * ((self.outputs(flat, batch) - y).square().sum(1) * weights).sum()
@@ -65,6 +69,18 @@ class LossOfWeights:
 
     def predict(self, flat: Tensor, batches: list[Any]) -> Tensor:
         return torch.cat([self.outputs(flat, batch).detach() for batch in batches])
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention by single operations: the fused ones have no forward derivatives and no rule for vmap."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def descend(loss: LossOfWeights, sample_weights: Tensor, *, steps: int, lr: float, progress: bool = True) -> Tensor:

@@ -10,10 +10,11 @@ import torch
 
 from .._errors import ArgumentError, complaint, number, whole
 from .._waiting import waited_for
+from ..loo import make_blocks
 from .detection import sample_kernel
 from .influence import pick_samples
 from .kernel import LinearProblem, linear_problem
-from .results import Result
+from .results import NAMES, Result
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ class Overlap(Result):
         most = int(np.argmin(self.overlap))
         kind = "most stand in for each other" if self.overlap[most] < 0 else "overlap least"
         return (
-            f"{len(self.pairs)} pairs by {self.by.upper()}. Those that {kind}: {self.pairs[most][0]} and "
+            f"{len(self.pairs)} pairs by {NAMES[self.by]}. Those that {kind}: {self.pairs[most][0]} and "
             f"{self.pairs[most][1]}, {self.joint[most]:.3g} nats together, {self.first[most]:.3g} and "
             f"{self.second[most]:.3g} alone."
         )
@@ -147,15 +148,12 @@ def overlap(
         if numbers.ndim != 2 or numbers.shape[1] != 2 or not len(numbers):
             got = "None" if pairs is None else f"shape {list(numbers.shape)}"
             raise ArgumentError(complaint("pairs", "pairs of sample numbers [p, 2]", got, "Pass [(0, 1), ...]."))
-        pick_samples(numbers.ravel(), problem.n)
+        pick_samples(numbers.ravel(), problem.n, "pairs")
         named = [tuple(pair) for pair in numbers.tolist()]
         members = {i: np.array([i]) for i in np.unique(numbers).tolist()}
     else:
-        labels = np.asarray(groups.detach().cpu() if isinstance(groups, torch.Tensor) else groups)
-        if labels.shape != (problem.n,):
-            got = f"shape {list(labels.shape)}"
-            raise ArgumentError(complaint("groups", f"one label per sample, [{problem.n}]", got, "Align them."))
-        members = {label: np.flatnonzero(labels == label) for label in np.unique(labels).tolist()}
+        blocks = make_blocks(problem.n, problem.k, groups)
+        members = dict(zip(blocks.labels.tolist(), blocks.samples, strict=True))
         keys = list(members)
         named = [(a, b) for i, a in enumerate(keys) for b in keys[i + 1 :]]
         if pairs is not None:
@@ -203,6 +201,8 @@ def redundancy(
     sigma = number("sigma", sigma, positive=True)
     partners, candidates = whole("partners", partners, 1), whole("candidates", candidates, 1)
     problem = linear_problem(model, train, val, reg=reg, **arguments)
+    if problem.n < 2:
+        raise ArgumentError(complaint("train", "at least two samples", "one", "Pass more of them."))
     by = which(by, problem)
     removal = problem.removal()
     sqnorm = removal.prediction_sqnorm if by == "fsi" else removal.weight_sqnorm

@@ -18,7 +18,7 @@ from ..review import Review, read_review
 from ..scores import Scores
 from ..targets import loss_targets
 from .features import FeatureProblem, shrinking_problem
-from .results import Result
+from .results import NAMES, Result
 
 METHODS = ("iterative", "one-shot")
 _RESCALE = 0.75  # the regularisation follows the shrinking set whenever this share is left
@@ -64,7 +64,7 @@ class Summary(Result):
         return np.sort(self.order[len(self.order) - m :])
 
     def summary(self) -> str:
-        n, name = len(self.order), self.by.upper()
+        n, name = len(self.order), NAMES[self.by]
         text = f"{len(self.kept)} of {n} samples kept, {self.method}, least {name} dropped first."
         if self.rank is not None:
             text += f" Information from a sketch of rank {self.rank}."
@@ -96,7 +96,7 @@ class Summary(Result):
             ax.set(xlabel="share of the samples kept", ylabel="validation accuracy, linearised model")
         else:
             ax.plot(np.maximum(self.information[self.order[len(self.reviewed_out) :]], 1e-300))
-            ax.set(xlabel="samples in the order of dropping", ylabel=f"{self.by.upper()} then, nats", yscale="log")
+            ax.set(xlabel="samples in the order of dropping", ylabel=f"{NAMES[self.by]} then, nats", yscale="log")
 
 
 def summarize(
@@ -245,8 +245,8 @@ def _used(review: Review | None, ids: np.ndarray) -> np.ndarray:
 
 
 def _size(m, n: int) -> int:
-    if isinstance(m, float) and 0 < m < 1:
-        return max(1, round(m * n))
+    if isinstance(m, float | np.floating) and 0 < m < 1:
+        return max(1, round(float(m) * n))
     if isinstance(m, bool) or not isinstance(m, int | np.integer) or not 1 <= m <= n:
         got, todo = repr(m), "Pass the number of samples to keep, or a share below 1."
         raise ArgumentError(complaint("m", f"a whole number from 1 to {n}, or a share between 0 and 1", got, todo))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .._errors import ArgumentError, complaint, number, whole
 from ..jacobians import Evaluator, as_samples, to_device
+from ..jacobians.engine import predict
 from ..targets import regression_targets
 from .influence import influence_functions, pick_samples
 from .kernel import linear_problem
@@ -127,11 +128,12 @@ def validate_linearization(
         model: at the weights training starts from; left as found. train, val, outputs, params: as in ``score``.
         samples: how many training samples to leave out (drawn with ``seed``), or their numbers.
         time: steps; lr: step size, default half of what is stable for the linearised model. reg: lambda'.
-        train_fn: your own training: f(model, kept) trains the given copy of the model in place on the samples with the
-            numbers ``kept``, deterministically; time, lr and reg must describe it.
+        train_fn: your own training: f(model, kept) trains the given copy of the model, which is in eval mode, in place
+            on the samples with the numbers ``kept``, deterministically; time, lr and reg must describe it.
         influence: method of ``influence_functions``, or None to leave them out.
         convention: "mean", what retraining on the mean loss does.
-        batch_size: samples per forward pass. dtype: of the retraining; default: the model's.
+        batch_size: samples per forward pass. dtype: of the retraining and of the kernel; default: the
+            model's and float64.
     Returns:
         Validation.
     Raises:
@@ -154,9 +156,10 @@ def validate_linearization(
     else:
         chosen = pick_samples(samples, data.n)
     common = dict(outputs=outputs, params=params)
+    typed = {} if dtype is None else {"dtype": dtype}
     begin = clock.perf_counter()
     problem = linear_problem(
-        model, data, probes, reg=reg, convention=convention, batch_size=batch_size, progress=progress, **common
+        model, data, probes, reg=reg, convention=convention, batch_size=batch_size, progress=progress, **common, **typed
     )
     if lr is None and time is not None:
         top = float(torch.linalg.matrix_norm(problem.theta, 2)) / data.n + reg
@@ -174,12 +177,20 @@ def validate_linearization(
         if train_fn is None:
             weights = without_each(data.n, chosen)
             trained = descend(loss, weights, steps=int(time), lr=lr, progress=progress)
+            predictions = torch.stack([loss.predict(flat, batches) for flat in trained]).double()
+            final = copy.deepcopy(evaluator.model)
         else:
-            trained = torch.stack([
-                _own_training(train_fn, model, evaluator, np.setdiff1d(np.arange(data.n), out))
-                for out in [np.zeros(0, int), *chosen[:, None]]
-            ])  # fmt: skip
-        predictions = torch.stack([loss.predict(flat, batches) for flat in trained]).double()
+            seen = dict(outputs=outputs, params="all", batch_size=batch_size, dtype=dtype)
+            found = []
+            for out in [np.zeros(0, int), *chosen[:, None]]:
+                own = _own_training(train_fn, model, np.setdiff1d(np.arange(data.n), out))
+                flat = _flat(own, evaluator)
+                if not found and torch.equal(flat, loss.start):
+                    got, todo = "weights as they were", "Train the copy that is given, in place, or return it."
+                    raise ArgumentError(complaint("train_fn", "a training that changes the weights", got, todo))
+                final = own if not found else final  # with what else changed in it, as running means do
+                found.append((flat, predict(own, probes, **seen).double()))
+            trained, predictions = (torch.stack(x) for x in zip(*found, strict=True))
     change = (trained[1:].double() - trained[0].double()).square().sum(1)
     moved = (predictions[1:] - predictions[0]).square().sum(2).mean(1)
     real = change.cpu().numpy(), moved.cpu().numpy()
@@ -189,11 +200,10 @@ def validate_linearization(
     speedup = None
     if influence is not None:
         begin = clock.perf_counter()
-        final = copy.deepcopy(evaluator.model)
-        own = Evaluator(final, None, params, None).parameters
+        named = dict(final.named_parameters())
         with torch.no_grad():
             for name, value in loss.named(trained[0]).items():
-                own[name].copy_(value)
+                named[name].copy_(value)
         found = influence_functions(
             final, data, probes, samples=chosen, reg=reg, method=influence, start=loss.start, batch_size=batch_size,
             seed=seed, progress=progress, **common,
@@ -215,12 +225,20 @@ def validate_linearization(
     )  # fmt: skip
 
 
-def _own_training(train_fn: Callable, model, evaluator: Evaluator, kept: np.ndarray) -> Tensor:
-    """Chosen parameters after the user's training of a copy, [d]."""
+def _own_training(train_fn: Callable, model: torch.nn.Module, kept: np.ndarray) -> torch.nn.Module:
+    """A copy after the user's training."""
     own = copy.deepcopy(model)
     returned = train_fn(own, kept)
-    own = returned if isinstance(returned, torch.nn.Module) else own
+    return returned if isinstance(returned, torch.nn.Module) else own
+
+
+def _flat(own: torch.nn.Module, evaluator: Evaluator) -> Tensor:
+    """Chosen parameters of a model the user trained, [d]."""
     named = dict(own.named_parameters())
+    lost = [name for name, p in evaluator.parameters.items() if name not in named or named[name].shape != p.shape]
+    if lost:
+        todo = "Train the copy that is given, in place, or return it."
+        raise ArgumentError(complaint("train_fn", "a model with the same parameters", f"one without {lost[0]!r}", todo))
     flat = torch.cat([named[name].detach().reshape(-1) for name in evaluator.parameters]).to(evaluator.dtype)
     if not math.isfinite(float(flat.sum())):
         got, todo = "weights that are not finite", "Check your training."

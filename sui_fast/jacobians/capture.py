@@ -93,7 +93,10 @@ class Evaluator:
                 complaint("dtype", "a real floating torch.dtype", repr(dtype), "Pass torch.float64, say.")
             )
         floating = [p for p in model.parameters() if p.is_floating_point()]
+        self._remedy = "Check the shape and dtype of the inputs, or pass outputs=f(model, batch)."
         if dtype is not None and any(p.dtype != dtype for p in floating):
+            own = next(p.dtype for p in floating if p.dtype != dtype)
+            self._remedy = f"Check the inputs. It ran in {dtype}: if it casts inside, by x.float(), pass dtype={own}."
             model = copy.deepcopy(model).to(dtype)
         self.model, self._outputs = model, outputs
         self.parameters = choose_parameters(model, params)
@@ -128,7 +131,7 @@ class Evaluator:
                     "model",
                     "a forward pass on the given inputs",
                     f"{type(error).__name__}: {error}",
-                    "Check the shape and dtype of the inputs, or pass outputs=f(model, batch).",
+                    self._remedy,
                 )
             ) from error
         size = batch_length(batch)

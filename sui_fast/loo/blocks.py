@@ -92,7 +92,11 @@ def make_blocks(n: int, k: int, groups: object = None) -> Blocks:
                 "Use integers or strings.",
             )
         )
-    labels, inverse = np.unique(values, return_inverse=True)
+    try:
+        labels, inverse = np.unique(values, return_inverse=True)
+    except TypeError as error:
+        todo = "Use integers or strings."
+        raise ArgumentError(complaint("groups", "labels of one kind", str(error), todo)) from None
     order = np.argsort(inverse, kind="stable")
     ends = np.cumsum(np.bincount(inverse, minlength=len(labels)))[:-1]
     return Blocks(labels, np.split(order, ends), n, k)

@@ -111,7 +111,7 @@ class Comparison:
             sections.append((f"Run card of {letter}", f"card-{letter.lower()}", parts.run_card(run)))
         lead = f"A is {self.names[0]}, B is {self.names[1]}. {len(self)} samples are in both"
         lead += ", of which the page shows " + (f"{len(rows)}." if len(rows) < len(self) else "all.")
-        return write_page(path, self.title, lead, self._tiles(), sections, {**data, "kind": "compare"})
+        return write_page(path, self.title, lead, self._tiles(), sections, {**data, "review": False})
 
     def _tiles(self) -> str:
         cells = [
@@ -155,11 +155,7 @@ class Comparison:
         for value in np.unique(self.a.labels)[:200]:
             rows = self.a.labels == value
             title = parts.safe(names.get(text_of(value), text_of(value)))
-            cells = "".join(
-                f"<td>{parts.three_digits(np.median(x[rows]) / 10.0**exponent)}</td>"
-                f"<td class=bars>{parts.bar(place, x[rows])}</td>"
-                for x in v.values()
-            )
+            cells = "".join(parts.median_and_bar(place, x[rows], exponent) for x in v.values())
             within = _correlation(_ranks(v["A"][rows]), _ranks(v["B"][rows]))
             lines.append(
                 f"<tr><th scope=row>{title}</th><td>{rows.sum()}</td>{cells}<td>{within:.3f}</td>"

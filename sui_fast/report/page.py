@@ -10,14 +10,16 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from .._errors import ArgumentError, complaint
+from .._errors import ArgumentError, complaint, path_of
+from ..previews import extra_columns
 from . import sections as parts
-from .payload import dumps, payload, rows_shown
+from .payload import dumps, payload, rows_shown, text_of
 
 if TYPE_CHECKING:
     from ..scores import Scores
 
 _HERE = Path(__file__).parent
+_LOOKED_AT = 64  # samples
 _SCRIPTS = ("state.js", "plots.js", "table.js", "review.js", "main.js")
 
 
@@ -33,11 +35,13 @@ def write_report(
     """Write the report of a run as one offline HTML file.
 
     Args:
-        scores: at least one measure. path: the file. title: heading. sections: results of applications.
+        scores: at least one measure. path: the file. title: heading. sections: results of applications, or one.
         texts: text of each sample. class_names: a name per class.
     Returns:
         the path.
     """
+    path, sections = path_of("path", path), [sections] if hasattr(sections, "summary") else sections
+    texts = None if texts is None else list(texts)
     if texts is not None and len(texts) != len(scores):
         raise ArgumentError(complaint("texts", f"one per sample ({len(scores)})", len(texts), "Align them."))
     rows = rows_shown(scores)
@@ -46,10 +50,13 @@ def write_report(
     data = payload(shown, texts=some, class_names=class_names)
     names = dict(zip(data["classes"], data["names"], strict=True))
     note = "" if len(rows) == len(scores) else f" The page shows {len(rows)} of them: the extremes and a random rest."
+    what = "groups of training samples" if scores.settings.get("grouped") else "training samples"
     lead = (
-        f"What each of {len(scores)} training samples alone tells the model: its weights (SI) and its predictions "
-        f"(F-SI).{note}"
+        f"What each of {len(scores)} {what} alone tells the model: its weights (SI) and its predictions (F-SI).{note}"
     )
+    named = len(set(map(text_of, scores.ids.tolist()))) == len(scores)
+    if not named:
+        lead += " Some ids occur more than once: there is no review, as a decision would not say which one is meant."
     found = [("Suspected label errors", "suspects", _SUSPECTS)] if scores.labels is not None else []
     ranking = next(c["name"] for c in data["columns"] if c["key"] == data["start"]["sort"])
     found.append(("Most and least informative", "gallery", _GALLERY.format(first=parts.safe(ranking))))
@@ -57,7 +64,9 @@ def write_report(
         found.append(("Classes", "classes", parts.classes(scores, names)))
     found += _applications(sections)
     found.append(("Run card", "card", parts.run_card(scores)))
-    return write_page(path, title, lead, parts.tiles(scores), found, {**data, "kind": "report"})
+    extras = extra_columns({"input": scores.inputs, "text": scores.texts})
+    kept = [column[:_LOOKED_AT].to_pylist() for _, column in extras]
+    return write_page(path, title, lead, parts.tiles(scores), found, {**data, "review": named}, kept)
 
 
 def _applications(results: Sequence[Any]) -> list[tuple[str, str, str]]:
@@ -67,20 +76,28 @@ def _applications(results: Sequence[Any]) -> list[tuple[str, str, str]]:
 
 
 def write_page(
-    path: str | os.PathLike, title: str, lead: str, tiles: str, sections: Sequence[tuple[str, str, str]], data: dict
+    path: str | os.PathLike,
+    title: str,
+    lead: str,
+    tiles: str,
+    sections: Sequence[tuple[str, str, str]],
+    data: dict,
+    kept: Any = None,
 ) -> Path:
     """Write one page.
 
     Args:
         path: the file. title, lead: text. tiles: HTML. sections: (title, id, HTML) after the explorer.
-        data: for the script, as ``payload`` makes it.
+        data: for the script, as ``payload`` makes it. kept: what a file of the scores keeps of some samples, by which
+            decisions about other data with the same ids and labels are told apart.
     Returns:
         the path.
     """
     style = (_HERE / "report.css").read_text(encoding="utf-8")
     body = "".join((_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     script = "(() => {\n'use strict';\n" + body + "})();\n"
-    json = dumps({**data, "key": hashlib.sha256(repr((title, data["ids"], data["labels"])).encode()).hexdigest()[:16]})
+    key = repr((title, data["ids"], data["labels"], data["classes"], kept))
+    json = dumps({**data, "key": hashlib.sha256(key.encode()).hexdigest()[:16]})
     policy = (
         f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "base-uri 'none'; form-action 'none'"

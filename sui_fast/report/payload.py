@@ -146,6 +146,7 @@ def payload(
         "start": start or _start(scores),
     }
     data["inputs"] = _plain_rows(scores.inputs)
+    data["features"] = 0 if data["inputs"] is None else int(np.prod(scores.inputs.shape[1:]))
     left = MOST_BYTES - len(dumps(data).encode())
     data["texts"], data["cut"] = _short_texts(texts, max(min(_MOST_TEXT, left), 0))
     left -= len(dumps(data["texts"]).encode())

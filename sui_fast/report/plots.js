@@ -54,6 +54,7 @@ function prepare(canvas, height) {
 }
 
 function drawAxes(f, xAxis, xc, yTicks, yLabel) {
+  f.left = Math.max(46, 26 + Math.max(0, ...yTicks.map(([, text]) => f.g.measureText(text).width)));
   const {g, width, height, left, right, top, bottom} = f, base = height - bottom;
   g.strokeStyle = styleOf('--line');
   g.fillStyle = styleOf('--soft');
@@ -87,11 +88,12 @@ function drawHistogram(brush) {
     all[bin]++;
     if (shown.has(i)) some[bin]++;
   }
-  const most = Math.max(1, ...all), {g, width, height, left, right, top, bottom} = f, base = height - bottom, span = width - left - right;
+  const most = Math.max(1, ...all);
   const step = most <= 4 ? 1 : [1, 2, 5, 10].map(m => m * 10 ** Math.floor(Math.log10(most / 4))).find(s => s >= most / 4);
   const yTicks = [];
   for (let v = 0; v <= most; v += step) yTicks.push([v / most, String(v)]);
   drawAxes(f, axis, c, yTicks, 'samples');
+  const {g, width, height, left, right, top, bottom} = f, base = height - bottom, span = width - left - right;
   for (const [counts, colour] of [[all, styleOf('--faint')], [some, styleOf('--accent')]]) {
     g.fillStyle = colour;
     counts.forEach((count, b) => {
@@ -122,8 +124,8 @@ let scatter = null, points = null;
 function drawScatter() {
   const xc = columns.get(state.x), yc = columns.get(state.y), f = prepare($('scatter'), 266), both = data.start.diagonal && state.x === data.start.x && state.y === data.start.y;
   const xAxis = axisOf(xc, ...finiteRange(xc, both ? [xc, yc] : undefined)), yAxis = axisOf(yc, ...finiteRange(yc, both ? [xc, yc] : undefined));
-  const {g, width, height, left, right, top, bottom} = f, base = height - bottom;
   drawAxes(f, xAxis, xc, ticks(yAxis, yc).map(([v, text]) => [yAxis.share(v), text]), unitName(yc));
+  const {g, width, height, left, right, top, bottom} = f, base = height - bottom;
   const px = new Float32Array(n).fill(NaN), py = new Float32Array(n), groups = new Map();
   for (let i = 0; i < n; i++) {
     if (xc.values[i] === null || yc.values[i] === null) continue;

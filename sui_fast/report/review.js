@@ -1,7 +1,7 @@
 // Decisions, undo, the panel of the current sample, suspected labels, export.
 const KEEP = `sui_fast:${data.key}`;
 const newLabelName = d => data.labels ? className(d.label) : d.label;
-const reviewing = data.kind === 'report';
+const reviewing = data.review;
 
 function firstGuess(i) {
   const d = state.decisions.get(i);
@@ -30,6 +30,7 @@ function decideCurrent(what) {
   let label;
   if (what === 'relabel') {
     const field = $('new-label');
+    if (!field) { $('said').textContent = 'There is no other label.'; return; }
     label = data.labels ? +field.value : field.value.trim();
     if (data.labels ? !(label >= 0) || label === data.labels[i] : !label) {
       field.focus();
@@ -74,7 +75,8 @@ function recall() {
 }
 
 function csv() {
-  const quote = x => /[",\r\n]/.test(x) || x !== x.trim() ? `"${x.replaceAll('"', '""')}"` : x;
+  const inert = x => /^'*\s*[=+\-@][^]*[(|![]/.test(x) ? `'${x}` : x;  // what a spreadsheet would run; read_review takes it off
+  const quoted = x => /[",\r\n]/.test(x) || x !== x.trim() ? `"${x.replaceAll('"', '""')}"` : x, quote = x => quoted(inert(x));
   const value = c => data.labels ? data.classes[c] : c;
   const lines = [...state.decisions].sort(([a], [b]) => a - b).map(([i, d]) => {
     const old = data.labels ? value(data.labels[i]) : '';
@@ -121,7 +123,7 @@ function drawDetail() {
     data.labels ? el('div', {}, el('span', {class: 'soft'}, 'label '), tag(data.labels[i])) : null,
     wrong ? el('div', {}, el('span', {class: 'soft'}, 'the others say '), tag(data.suggested[i])) : null,
     mark(i)));
-  const text = data.texts ? el('p', {class: 'whole', tabindex: 0}, data.texts[i]) : data.inputs ? el('p', {class: 'whole numbers', tabindex: 0}, data.inputs[i].map(v => figure(v)).join('  ')) : null;
+  const text = data.texts ? el('p', {class: 'whole', tabindex: 0}, data.texts[i]) : data.inputs ? el('p', {class: 'whole numbers', tabindex: 0}, data.inputs[i].map(v => figure(v)).join('  '), data.features > data.inputs[i].length ? `  \u2026 (${data.features})` : null) : null;
   const by = data.neighbours && data.neighbours.by === 'kernel' ? 'by the kernel' : 'by their inputs';
   box.replaceChildren(...[about, text, reviewing ? buttons(i) : null,
     el('table', {class: 'numbers'}, el('thead', {}, el('tr', {}, el('th', {scope: 'col'}, 'measure'), el('th', {scope: 'col'}, 'value'), el('th', {scope: 'col'}, 'percentile'))), el('tbody', {}, ...numbers)),
@@ -138,7 +140,7 @@ function buttons(i) {
   field.addEventListener('keydown', event => { if (event.key === 'Enter') { event.preventDefault(); decideCurrent('relabel'); $('table').focus({preventScroll: true}); } });
   const now = state.decisions.get(i)?.what;
   const button = (what, key, ...more) => el('button', {type: 'button', class: what, 'data-decide': what, 'aria-pressed': String(now === what), click: () => decideCurrent(what)}, el('span', {}, what), ...more, el('kbd', {}, key));
-  return el('div', {class: 'decide', role: 'group', 'aria-label': 'Decision'}, button('keep', 'K'), button('drop', 'D'), el('span', {class: 'relabelling'}, button('relabel', 'R'), el('span', {class: 'soft'}, 'as'), field));
+  return el('div', {class: 'decide', role: 'group', 'aria-label': 'Decision'}, button('keep', 'K'), button('drop', 'D'), data.labels && data.classes.length < 2 ? null : el('span', {class: 'relabelling'}, button('relabel', 'R'), el('span', {class: 'soft'}, 'as'), field));
 }
 
 // Cards of suspected labels, a page at a time.
@@ -146,7 +148,7 @@ let cards = 12;
 function drawSuspects() {
   if (!$('suspect-list')) return;
   $('suspect-count').textContent = data.suspects.length ? `${data.suspects.length} of ${n} samples` : 'None found, or no measure that could tell: score with measures="loo_margin".';
-  $('review-suspects').hidden = !data.suspects.length;
+  $('review-suspects').hidden = !data.suspects.length || !reviewing;
   $('more-suspects').hidden = cards >= data.suspects.length;
   $('suspect-list').replaceChildren(...data.suspects.slice(0, cards).map(i => {
     const margin = columns.get('loo_margin'), against = neighbours(i, 'other'), now = state.decisions.get(i)?.what;
@@ -157,7 +159,7 @@ function drawSuspects() {
         margin ? el('div', {class: 'soft'}, `margin ${show(margin, i)}`) : null)),
       data.thumbs ? null : el('p', {class: 'clip three'}, plain(i, 240)),
       against.length ? el('ul', {class: data.thumbs ? 'near' : 'near lines'}, ...against.map(({row, similarity}) => el('li', {title: `${data.ids[row]}, similarity ${similarity / 100}`}, picture(row, 36), tag(data.labels[row]), data.thumbs ? null : el('span', {class: 'clip'}, plain(row, 70))))) : null,
-      el('div', {class: 'decide small'}, button('keep'), button('relabel'), button('drop')));
+      reviewing ? el('div', {class: 'decide small'}, button('keep'), button('relabel'), button('drop')) : null);
   }));
 }
 function suspect(i, what) {

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._errors import ArgumentError, complaint
+from ..losses import LOSSES
 from .payload import NAMES, PREFIXES, exponent_of, suspects_of, text_of
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _ORDER = (
     "error_estimate", "samples", "outputs", "parameters", "initial_mse", "loo_mse", "peak_bytes",
 )  # fmt: skip
 _APART = ("seconds", "versions", "warnings", "command", "reg_curve")
-_NO_ARGUMENTS = ("grouped", "dtype", "params")
+_NO_ARGUMENTS = ("grouped", "dtype", "dtypes", "params", "loss", "projection")
 
 
 def safe(x: Any) -> str:
@@ -53,7 +54,7 @@ def number(x: Any) -> str:
 def tiles(scores: Scores) -> str:
     """Key figures at the top."""
     details, settings = scores.diagnostics, scores.settings
-    found: list[tuple[str, Any, str]] = [("samples", len(scores), "")]
+    found: list[tuple[str, Any, str]] = [("groups" if settings.get("grouped") else "samples", len(scores), "")]
     if scores.labels is not None:
         found.append(("classes", len(np.unique(scores.labels)), ""))
     if scores.labels is not None and ("loo_margin" in scores.values or scores.suggested is not None):
@@ -81,8 +82,15 @@ def figures(cells: Sequence[tuple[str, Any, str]]) -> str:
 
 
 def three_digits(value: float) -> str:
-    """Three digits, zeros at the end among them, so that columns of numbers read alike."""
-    return f"{value:#.3g}".rstrip(".")
+    """Three digits, zeros at the end among them, so that columns of numbers read alike; no exponent up to 1e5."""
+    return f"{value:.0f}" if 999 < abs(value) < 1e5 else f"{value:#.3g}".rstrip(".")
+
+
+def median_and_bar(place, v: np.ndarray, exponent: int) -> str:
+    """Two cells of a table, of the values that are finite."""
+    v = v[np.isfinite(v)]
+    median = three_digits(np.median(v) / 10.0**exponent) if len(v) else "\u2013"
+    return f"<td>{median}</td><td class=bars>{bar(place, v)}</td>"
 
 
 def unit_of(scores: Scores, name: str, exponent: int) -> str:
@@ -105,20 +113,16 @@ def classes(scores: Scores, names: dict[str, str]) -> str:
         frames[name] = (exponent, positions(v, log))
         heads.append(f"<th scope=col>median {safe(unit_of(scores, name, exponent))}</th>")
         heads.append("<th scope=col class=bars>10% to 90%</th>")
-    total = {name: np.nansum(scores[name]) for name in measures[:1]}
+    ranked = np.where(np.isfinite(scores[measures[0]]), scores[measures[0]], 0.0)
     lines = []
     for value in shown:
         rows = labels == value
         cells = []
         for name in measures:
             exponent, place = frames[name]
-            v = scores[name][rows]
-            v = v[np.isfinite(v)]
-            median = three_digits(np.median(v) / 10.0**exponent) if len(v) else "\u2013"
-            cells.append(f"<td>{safe(median)}</td><td class=bars>{bar(place, v)}</td>")
-        name = measures[0]
-        share = np.nansum(scores[name][rows]) / total[name] if total[name] else 0.0
-        cells.append(f"<td>{share:.1%}</td>" if name != "loo_margin" else "<td>\u2013</td>")
+            cells.append(median_and_bar(place, scores[name][rows], exponent))
+        share = ranked[rows].sum() / (ranked.sum() or 1.0)
+        cells.append(f"<td>{share:.1%}</td>" if measures[0] != "loo_margin" else "<td>\u2013</td>")
         title = names.get(text_of(value), text_of(value))
         lines.append(f"<tr><th scope=row>{safe(title)}</th><td>{rows.sum()}</td>{''.join(cells)}</tr>")
     note = f"<p>The {_MOST_CLASSES} largest of {len(values)} classes.</p>" if len(shown) < len(values) else ""
@@ -205,14 +209,21 @@ def command_of(scores: Scores) -> str | None:
         return text_of(command)
     if "measures" not in settings:
         return None
+    if settings.get("projection"):
+        settings = settings | dict(zip(("method", "rank"), settings["projection"], strict=True))
     given = [f"{name}={value!r}" for name, value in settings.items() if value is not None and name not in _NO_ARGUMENTS]
-    if settings.get("params") not in (None, "trainable"):
-        given.append("params=...")
+    loss = settings.get("loss")
+    if loss is not None:  # a function of the user's own goes by its name
+        given.append(f"loss={loss!r}" if loss in LOSSES else f"loss={text_of(loss)}")
+    params = text_of(settings.get("params"))
+    if params not in ("None", "trainable"):
+        given.append("params='all'" if params == "all" else f"params={params if params[0] == '[' else '...'}")
     if str(settings.get("dtype", "")) in ("float32", "float64"):
         given.append(f"dtype=torch.{settings['dtype']}")
     if settings.get("grouped"):
         given.append("groups=groups")
-    return "sui_fast.score(model, train, val, " + ", ".join(given) + ")"
+    data = "model, train, val" if "fsi" in settings["measures"] else "model, train"
+    return f"sui_fast.score({data}, {', '.join(given)})"
 
 
 def _pairs(title: str, pairs: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 const ROW = data.thumbs ? 44 : 34;
 const heads = [];
 function tableColumns() {
-  heads.push({key: 'decision', name: 'review', cell: i => mark(i), narrow: true, hide: data.kind !== 'report'});
+  heads.push({key: 'decision', name: 'review', cell: i => mark(i), narrow: true, hide: !data.review});
   if (data.thumbs) heads.push({name: 'picture', cell: i => picture(i, ROW - 6)});
   heads.push({key: 'id', name: 'id', cell: i => data.ids[i], class: 'id'});
   if (data.labels) heads.push({key: 'label', name: 'label', cell: i => tag(data.labels[i])});

@@ -9,9 +9,9 @@ The first is unbiased, the other two lie below Theta.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from math import isqrt
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def sketch_rank(rank: int, kind: str) -> int:
     smaller side makes the variance.
     """
     if kind == "two_sided":
-        side = isqrt(rank)
+        side = math.isqrt(rank)
         return side * -(-rank // side)
     if kind != "tensor":
         return rank
@@ -206,10 +206,10 @@ def subspace_map(
 
 
 def _even(rows: Tensor, dtype: torch.dtype) -> None:
-    """rows [r, d] <- L^-1 rows, L L^T = rows rows^T + shift I: the same span, nearly orthonormal, never longer than one.
+    """rows [r, d] <- L^-1 rows, L L^T = rows rows^T + shift I: the same span, nearly orthonormal, none longer than one.
 
-    Directions weaker than the rounding of rows keep their place, with less weight. The Gram matrix adds up in float64: in
-    float32 it would hide directions of a few thousandths of the largest.
+    Directions weaker than the rounding of rows keep their place, with less weight. The Gram matrix adds up in float64:
+    in float32 it would hide directions of a few thousandths of the largest.
 
     Args:
         dtype: of the last product; weak directions are orthogonal to others only in float64.
@@ -219,14 +219,13 @@ def _even(rows: Tensor, dtype: torch.dtype) -> None:
     for begin in range(0, rows.shape[1], step):
         add_upper(gram, rows[:, begin : begin + step].to(torch.float64).T)
     size = float(gram.diagonal().sum())
-    if not size > 0:
+    if not 0 < size < math.inf:
         got = "gradients that are all zero" if size == 0 else "gradients that are not finite"
         raise ArgumentError(complaint("model", "parameters that act on the outputs", got, "Check params=."))
     gram = mirrored(gram)
     gram.diagonal().add_(len(rows) * 1e-15 * size)
-    inverse = torch.linalg.solve_triangular(
-        torch.linalg.cholesky(gram), torch.eye(len(rows)).to(gram), upper=False
-    ).to(dtype)
+    root = torch.linalg.cholesky(gram)
+    inverse = torch.linalg.solve_triangular(root, torch.eye(len(rows)).to(gram), upper=False).to(dtype)
     for begin in range(0, rows.shape[1], step):
         part = rows[:, begin : begin + step].to(dtype)
         for first in reversed(range(0, len(rows), BLOCK)):  # in place: a block needs those above it

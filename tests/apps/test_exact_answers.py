@@ -10,6 +10,7 @@ from torch import nn
 
 from sui_fast import (
     ArgumentError,
+    ModelError,
     StabilityError,
     compare_sources,
     detect_adversarial,
@@ -141,6 +142,9 @@ def test_curves_are_scores_at_every_time(problem, dynamics):
         assert close(found.si[number], once["si"], rtol=1e-8)
         assert close(found.fsi[number], once["fsi"], rtol=1e-8)
     assert len(information_curves(model, train, points=30, progress=False).times) >= 28
+    best = score(model, train, reg="auto", measures=("si",), progress=False).settings["reg"]
+    curves = [information_curves(model, train, val, points=4, reg=reg, progress=False) for reg in ("auto", best)]
+    assert close(curves[0].si, curves[1].si) and close(curves[0].fsi, curves[1].fsi)
     with pytest.raises(ArgumentError, match="times"):
         information_curves(model, train, times=[-1.0])
 
@@ -176,6 +180,9 @@ def test_own_training_function_and_one_by_one():
     assert mine.speedup is None and ours.speedup > 0
     with pytest.raises(StabilityError, match="lr"):
         validate_linearization(model, (x, y), x, samples=2, time=500, lr=1e3, progress=False)
+    for wrong in (lambda own, kept: None, lambda own, kept: nn.Linear(6, 1)):
+        with pytest.raises(ArgumentError, match="train_fn: expected a"):
+            validate_linearization(model, (x, y), x, train_fn=wrong, **common)
 
 
 @pytest.mark.parametrize("method", ["exact", "cg", "lissa"])
@@ -210,6 +217,56 @@ def test_influence_of_a_network_by_two_methods(problem):
     assert close(a.prediction_sqnorm, b.prediction_sqnorm, rtol=1e-5)
     with pytest.raises(ArgumentError, match="samples"):
         influence_functions(model, train, samples=[40])
+
+
+def test_own_training_is_judged_by_the_models_it_makes():
+    """Running means that a training moves count in what its model predicts."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
+    (x, y), made = blobs(16, 2), []
+
+    def train(own, kept):
+        own.train()
+        for _ in range(5):
+            (own(x[kept])[:, 0] - y[kept]).square().mean().backward()
+            with torch.no_grad():
+                for p in own.parameters():
+                    p -= 0.1 * p.grad
+                    p.grad = None
+        made.append(own.eval())
+
+    found = validate_linearization(model, (x, y), x[:5], samples=[1, 7], time=5, lr=0.1, train_fn=train, progress=False)
+    first, *others = (own(x[:5]).detach() for own in made)
+    assert close(found.real_predictions, [float((f - first).square().mean()) for f in others])
+    assert model[1].num_batches_tracked == 0
+
+
+def test_attention_is_differentiated_twice_and_trained_many_at_once():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+    model = nn.Sequential(nn.Unflatten(1, (3, 2)), nn.Linear(2, 8), layer, nn.Flatten(), nn.Linear(24, 1)).double()
+    x, y = blobs(16, 2)
+    common = dict(samples=[0, 5], reg=0.5, damping=20.0, progress=False)
+    exact, cg = (influence_functions(model, (x, y), x[:4], method=method, **common) for method in ("exact", "cg"))
+    assert close(exact.weight_sqnorm, cg.weight_sqnorm, rtol=1e-5)
+    assert close(exact.prediction_sqnorm, cg.prediction_sqnorm, rtol=1e-5)
+    found = validate_linearization(model, (x, y), x, samples=2, time=1, lr=1e-3, influence=None, progress=False)
+    assert close(found.real_weights, found.linear_weights, rtol=1e-6)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_model_that_casts_inside_is_validated_in_its_own_type():
+    class Casting(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.float())
+
+    torch.manual_seed(0)
+    x, y = blobs(20, 2)
+    common = dict(samples=3, time=50, influence=None, progress=False)
+    with pytest.raises(ModelError, match=r"pass dtype=torch\.float32"):
+        validate_linearization(Casting(6, 1), (x, y), x, **common)
+    found = validate_linearization(Casting(6, 1), (x, y), x, dtype=torch.float32, **common)
+    assert close(found.real_weights, found.linear_weights, rtol=1e-2)
 
 
 def test_rarity_is_information_where_the_nearest_are_far_averaged_twice():
@@ -289,3 +346,23 @@ def test_pairs_that_are_none_are_named(pairs, groups):
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ArgumentError, match="pairs: expected pairs of"):
         overlap(torch.nn.Linear(3, 1), (x, x[:, :1]), x, pairs, groups=groups, reg=0.1, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "match"),
+    [
+        (dict(groups=[0.0, np.nan, 1.0, np.nan]), "groups: expected finite labels"),
+        (dict(groups=[None, "a", "a", "b"]), "groups: expected labels of one kind"),
+        (dict(pairs=[(0, 4)]), "pairs: expected numbers of samples"),
+    ],
+)
+def test_groups_and_pairs_that_would_mean_no_sample_are_named(asked, match):
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ArgumentError, match=match):
+        overlap(torch.nn.Linear(3, 1), (x, x[:, :1]), x, reg=0.1, progress=False, **asked)
+
+
+def test_one_sample_has_no_stand_in(problem):
+    model, (x, y), _ = problem
+    with pytest.raises(ArgumentError, match="at least two samples"):
+        redundancy(model, (x[:1], y[:1]), samples=1, reg=0.1, progress=False)

@@ -1,3 +1,6 @@
+import warnings
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -45,8 +48,20 @@ def test_scores_from_a_file_rank_the_same(tmp_path):
 
 def test_clean_labels_are_left_alone():
     x, y = blobs(120, 3, spread=0.2)
-    found = find_mislabeled(network(3), (x, y), progress=False)
+    with warnings.catch_warnings(action="error"):
+        found = find_mislabeled(network(3), (x, y), progress=False)
     assert found.flagged.sum() <= 1 and found.noise_rate < 0.02
+    none = replace(found, flagged=np.zeros(120, bool), noise_rate=0.001)
+    assert none.summary() == "None of 120 labels flagged. Estimated share of wrong labels: 0.1%."
+    assert "the order ranks them" in replace(none, noise_rate=0.1).summary()
+
+
+def test_a_model_that_knows_nothing_says_so():
+    x, _ = blobs(60, 3)
+    chance = torch.randint(0, 3, (60,), generator=torch.Generator().manual_seed(0))
+    with pytest.warns(RuntimeWarning, match="cannot tell which are wrong") as seen:
+        find_mislabeled(network(3), (x, chance), reg=1.0, progress=False)
+    assert seen[0].filename == __file__
 
 
 def test_bad_arguments_have_names():

@@ -20,7 +20,7 @@ from sui_fast import ops
 from sui_fast.ops import _nvrtc
 from sui_fast.ops.removal import _cuda as removal_kernels
 from sui_fast.ops.sketching import _cuda as sketch_kernels
-from sui_fast.ops.sketching import _random
+from sui_fast.ops.sketching import _random, _tensor
 from sui_fast.ops.sketching.sums import TensorSums
 
 ROOT = Path(__file__).parents[2] / "csrc"
@@ -202,8 +202,7 @@ def check_sums(dtype, rank, device, kernels=None):
         a = draw(4, i, s).to(device, dtype)[1:].transpose(1, 2)
         g = draw(3, s, 2, 2 * o).to(device, dtype)[..., ::2].transpose(1, 2)
         sums.outer(a, g, stream, ones)
-        wide = torch.cat([a, a.new_ones(3, s, 1)], 2) if ones else a
-        want += ops.sketch.op.body(wide.double(), g.double(), rank, 5, stream)
+        want += _tensor(a.double(), g.double(), rank, 5, stream, ones=ones)
     token = torch.tensor([[0, 2, -1], [1, 1, 5], [3, 0, 0]], device=device)
     g = draw(3, 2, 3, 11).to(device, dtype)
     sums.index(token, g, 6, 7)

@@ -8,6 +8,7 @@ import torch
 import sui_fast
 from sui_fast.jacobians.layers import Image
 from sui_fast.ops import sketch
+from sui_fast.ops.sketching import _tensor
 from sui_fast.ops.sketching.layers import Layer
 from sui_fast.ops.sketching.sums import TensorSums
 from sui_fast.ops.sketching.window import Window
@@ -34,9 +35,8 @@ def test_layers_add_up(n, k, s, i, o, rank, dtype):
             sums.rows(1e-9 * rows, 3)
             found.append(sums.total().double())
     wide_a = a.double()
-    augmented = torch.cat([wide_a, torch.ones(n, s, 1, dtype=torch.float64)], 2)
     one_hot = torch.nn.functional.one_hot(token + 1, 7)[..., 1:].double()
-    want = sketch.op.body(wide_a, g.double(), rank, 5, 0) + sketch.op.body(augmented, g.double(), rank, 5, 1)
+    want = sketch.op.body(wide_a, g.double(), rank, 5, 0) + _tensor(wide_a, g.double(), rank, 5, 1, ones=True)
     for c in range(k):  # an embedding is a linear layer whose outputs are the tokens
         want[:, c] += sketch.op.body(g[:, c].double(), one_hot[:, None], rank, 5, 2)[:, 0]
     want += sketch.op.body(torch.ones(n, 1, 1).double(), 1e-9 * rows.double()[:, :, None], rank, 5, 3)
@@ -93,15 +93,14 @@ def convolution(n, k, c, o, size, window, dtype):
 def test_convolutions_without_their_patches(n, k, c, o, size, window, bias, dtype, monkeypatch):
     kernels = pytest.importorskip("sui_fast.ops.sketching._windows_cpu", reason="the C++ module is not built")
     x, g, a = convolution(n, k, c, o, size, window, dtype)
-    ones = torch.ones(*a.shape[:2], 1, dtype=torch.float64)
-    wide_a, wide_g = torch.cat([a.double(), ones], 2) if bias else a.double(), g.double()
+    wide_g = g.double()
     rows = (wide_g.transpose(2, 3) @ a.double()[:, None]).unflatten(3, (c, -1))
     turned = x.transpose(1, -1).contiguous().transpose(1, -1)  # another layout
     shape = [g.shape[2], *[1] * (len(size) - 1)]  # the window says where positions are
     bound = 1e-12 if dtype == torch.float64 else 2e-5 if dtype == torch.float32 else 1e-2
     for rank in (48, 300):
         folds = [(planes, width) for planes in {1, min(c, 3), c} for width in (16, 48)]
-        wants = [sketch.op.body(wide_a, wide_g, rank, 5, 3)]
+        wants = [_tensor(a.double(), wide_g, rank, 5, 3, ones=bias)]
         wants += [kernels.folded(rows, wide_g.sum(2) if bias else None, *fold, rank, 5, 3) for fold in folds]
         for given in (x, turned):
             outs = [torch.zeros(n, k, rank, dtype=torch.promote_types(dtype, torch.float32)) for _ in wants]
@@ -141,8 +140,7 @@ def test_layers_of_one_position_in_one_call(rank, dtype):
     ):
         x, g = draw(i, n).to(dtype).T if i == 40 else draw(n, i).to(dtype), draw(n, 2 * o).to(dtype)[:, :o]
         assert sums.layer(Layer(stream, bias), x, g)
-        a = torch.cat([x, torch.ones(n, 1, dtype=dtype)], 1) if bias else x
-        want = want + sketch.op.body(a.double()[:, None], g.double()[:, None, None], rank, 5, stream)
+        want = want + _tensor(x.double()[:, None], g.double()[:, None, None], rank, 5, stream, ones=bias)
     table, rows = torch.zeros(50, rank), list(range(1, 39, 2))
     bound = (1e-12 if dtype == torch.float64 else 2e-5) * float(want.abs().max())
     assert sums.keep(table, rows, 0.5)

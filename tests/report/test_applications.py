@@ -6,10 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from made import HOSTILE
+from made import HOSTILE, make_scores
 from test_report import draw, parse
 
 import sui_fast
+from sui_fast import ArgumentError, Scores
+from sui_fast.report.sections import command_of
 
 
 class Network(torch.nn.Module):
@@ -80,3 +82,36 @@ def test_dollars_and_half_surrogates_are_drawn(data, tmp_path):
     object.__setattr__(compared, "names", ("$x_{$", "\ud800"))
     compared.plot().savefig(tmp_path / "compared.png")
     assert (tmp_path / "compared.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        dict(reg="auto", measures=("si", "loo_margin")),
+        dict(reg=0.1, method="sketch", rank=12, sketch="sjlt"),
+        dict(reg=0.1, compat="iclr2021", method="very-sparse", rank=10),
+        dict(reg=0.1, output_mode="random", output_rank=2, loss="cross_entropy", params=["2.weight"]),
+        dict(time=50, lr=0.1, dtype=torch.float32, sigma=2.0, convention="mean", groups=np.arange(20) % 4),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:sui_fast.*rank")
+def test_the_call_to_repeat_gives_the_scores_again(asked, tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5))
+    x, y = torch.randn(20, 6), torch.arange(20) % 5
+    names = dict(sui_fast=sui_fast, torch=torch, model=model, train=(x, y), val=x[:4], groups=asked.get("groups"))
+    first = sui_fast.score(model, (x, y), x[:4], progress=False, **asked)
+    again = eval(command_of(Scores.load(first.save(tmp_path / "s.parquet"))), names)
+    assert list(again.values) == list(first.values)
+    for name, values in first.values.items():
+        np.testing.assert_allclose(again[name], values, rtol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:sui_fast.*cannot tell")
+def test_one_section_and_any_sequence_of_texts(tmp_path):
+    scores = make_scores(5)
+    found = sui_fast.find_mislabeled(scores)
+    page = scores.report(tmp_path / "r.html", sections=found, texts=(f"text {i}" for i in range(5))).read_text()
+    assert found.title in page and "text 4" in page
+    with pytest.raises(ArgumentError, match="path: expected"):
+        scores.report(None)

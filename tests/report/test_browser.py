@@ -314,6 +314,9 @@ def test_texts_rows_and_no_classes(visit, tmp_path):
     assert count(page) == "9 of 60 samples" and "apple tree" in page.locator("#detail .whole").inner_text()
     page = visit(make_scores(inputs="rows", labels=None, suggested=None).report(tmp_path / "r.html"))
     assert len(page.locator("#detail .whole").inner_text().split()) == 5
+    wide = make_scores(inputs="rows", labels=None, suggested=None)
+    wide.inputs = np.ones((60, 99))
+    assert visit(wide.report(tmp_path / "w.html")).locator("#detail .whole").inner_text().endswith("1.00  \u2026 (99)")
     assert not page.is_visible("#class") and not page.is_visible("#only-suspects")
     page.keyboard.press("r")
     assert decided(page).startswith("Nothing")  # a new label must be typed first
@@ -340,6 +343,52 @@ def test_few_samples(visit, tmp_path, n):
     page.focus("#scatter")
     page.keyboard.press("ArrowRight")
     assert len(ids(page)) == n
+
+
+def test_what_a_spreadsheet_would_run_is_marked_and_read_back(visit, tmp_path):
+    names = ["=cmd|' /C calc'!A0", "+HYPERLINK(1)", "'=SUM(1)", "@a", "-1", "plain ="]
+    page = visit(make_scores(6, ids=np.array(names)).report(tmp_path / "r.html"))
+    page.click("#review-bar [data-all=drop]")
+    assert export(page, tmp_path / "r.csv").ids.tolist() == names
+    cells = [line.split(",")[0] for line in (tmp_path / "r.csv").read_text().splitlines()[1:]]
+    assert cells == ["'" + name for name in names[:3]] + names[3:]
+
+
+def test_ids_that_repeat_are_not_reviewed(visit, tmp_path):
+    page = visit(make_scores(40, ids=np.arange(40) // 2).report(tmp_path / "r.html"))
+    assert "Some ids occur more than once" in page.locator(".lead").inner_text()
+    page.keyboard.press("k")
+    for hidden in ("#export", "#review-suspects", "#detail .decide", "#suspect-list .decide >> nth=0"):
+        assert not page.is_visible(hidden)
+
+
+def test_one_class_leaves_nothing_to_relabel_to(visit, tmp_path):
+    page = visit(make_scores(8, labels=np.zeros(8, int), suggested=None).report(tmp_path / "r.html"))
+    for key in "rd":
+        page.keyboard.press(key)
+    assert decided(page) == "1 decided: 0 keep, 0 relabel, 1 drop" and not page.is_visible("#new-label")
+
+
+def test_runs_without_finite_values_are_compared(visit, tmp_path):
+    a, b = make_scores(60), make_scores(60)
+    a.values["fsi"][a.labels == 1] = np.nan
+    b.values["fsi"][:2] = [np.inf, -np.inf]
+    visit(sui_fast.compare(a, b).report(tmp_path / "c.html"))  # the page complains of attributes that are no numbers
+    page = visit(b.report(tmp_path / "r.html"))
+    assert "nan" not in page.locator("#classes ~ div, section#classes").first.inner_text()
+
+
+def test_numbers_of_an_axis_leave_room_for_its_name(visit, tmp_path):
+    scores = make_scores(60)
+    scores.values["fsi"] *= 10.0 ** np.arange(60).clip(0, 5)
+    page = visit(scores.report(tmp_path / "r.html"))
+    ink = page.evaluate("""() => {
+        const canvas = document.querySelector('#scatter'), wide = 24, found = Array(wide).fill(false);
+        const pixels = canvas.getContext('2d').getImageData(0, 0, wide, canvas.height - 50).data;
+        pixels.forEach((v, i) => { if (v) found[(i >> 2) % wide] = true; });
+        return found;
+    }""")
+    assert ink.index(False, ink.index(True)) < 20  # a gap beside the name
 
 
 def test_compare_in_the_browser(visit, tmp_path):

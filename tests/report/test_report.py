@@ -17,7 +17,7 @@ from sui_fast import ArgumentError, DataError, Scores, read_review
 from sui_fast.measures import input_neighbours, kernel_neighbours
 from sui_fast.previews import as_images
 from sui_fast.report.payload import dumps, payload, rows_shown
-from sui_fast.report.sections import number
+from sui_fast.report.sections import number, three_digits
 from sui_fast.report.thumbnails import png, sprites
 
 VOID = ("meta", "img", "br", "input", "line", "circle")
@@ -145,7 +145,9 @@ def test_run_card_tells_warnings_and_how_to_repeat(tmp_path):
     scores.diagnostics.update(rank_wanted=512, features=64, versions={"torch": "2.9"}, warnings=["be careful"])
     page = draw(scores, tmp_path)
     assert "rank=512 would serve" in page and "be careful" in page and "2.9" in page
-    assert "sui_fast.score(model, train, val, reg=0.1, measures=[&#x27;si&#x27;], method=&#x27;sketch&#x27;, " in page
+    assert "sui_fast.score(model, train, reg=0.1, measures=[&#x27;si&#x27;], method=&#x27;sketch&#x27;, " in page
+    scores.settings["grouped"] = True
+    assert "<dt>groups</dt>" in draw(scores, tmp_path) and "5 groups of training samples" in draw(scores, tmp_path)
     scores.diagnostics["command"] = "sui-fast score a:b"
     assert "<pre tabindex=0>sui-fast score a:b</pre>" in draw(scores, tmp_path)
 
@@ -306,6 +308,31 @@ def test_payload_scales_units_and_keeps_missing_values():
     assert data["columns"][0]["unit"] == "\u00b5nats" and data["columns"][0]["values"] == [1e-6, None, 3e-6]
 
 
+@pytest.mark.filterwarnings("error")
+def test_decisions_are_those_about_these_data(tmp_path):
+    """A key for the same data scored again or read from a file; another for other classes, as these go by number."""
+
+    def key(scores, **more):
+        page = scores.report(tmp_path / "r.html", **more).read_text()
+        return re.search(r'"key":"([0-9a-f]{16})"', page)[1]
+
+    first, second = (make_scores(4, labels=np.array([0, 1, 0, 1]), suggested=np.array([0, c, 0, 1])) for c in (2, 3))
+    assert key(first) != key(second)
+    for kind in ("images", "rows", "texts"):
+        plain = dict(inputs=kind, labels=None, suggested=None)
+        scores, other = make_scores(8, **plain), make_scores(8, seed=1, **plain)
+        other.texts = other.texts and [text + "s" for text in other.texts]
+        again = make_scores(8, **plain)
+        again.values["si"] = again.values["si"] * 2
+        loaded = Scores.load(scores.save(tmp_path / "s.parquet"))
+        assert key(scores) == key(again) == key(loaded) == key(loaded, texts=["a"] * 8) != key(other)
+
+
+@pytest.mark.parametrize(("value", "text"), [(1170.4, "1170"), (999.2, "999"), (0.5, "0.500"), (123456.0, "1.23e+05")])
+def test_three_digits_without_exponents(value, text):
+    assert three_digits(value) == text
+
+
 CSV = "id,decision,label,new_label\r\n"
 
 
@@ -316,6 +343,7 @@ def test_reviews_are_read_and_applied(tmp_path):
     assert review.ids.tolist() == [3, 5, 7] and "1 relabel" in repr(review)
     kept, labels = review.apply([7, 5, 3, 1], [1, 0, 0, 0])
     assert kept.tolist() == [False, True, True, True] and labels.tolist() == [1, 2, 0, 0]
+    assert review.apply([7, 5, 3], [1.0, 0.0, 0.0])[1].tolist() == [1.0, 2.0, 0.0]
     path.write_text(CSV + '007,relabel,"a,b","c\nd"\r\n')
     review = read_review(path)
     kept, labels = review.apply(["007", "8"], ["a,b", "e"])

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..._errors import ArgumentError, complaint
 from .._op import op
 from .._register import wide_dtype
-from ._random import bucket_and_sign, signs
+from ._random import bucket_and_sign, signs, steps
 
 KINDS = ("tensor", "sjlt", "rademacher", "two_sided")
 ROUTES = ("auto", "fft", "scatter")
@@ -41,7 +41,8 @@ def sketch(
 
     ::
 
-        tensor      bucket (h1(i) + h2(o)) mod rank, sign s1(i) s2(o): a count sketch that factors (Pham & Pagh 2013)
+        tensor      bucket (h1(i) + h2(o)) mod rank, sign s1(i) s2(o): a count sketch that factors (Pham & Pagh 2013);
+                    the shorter side takes places in turn, the other one at random
                     fft:     irfft(sum_s rfft(CS1 a_s) rfft(CS2 g_s))       the [o, i] row never exists
                     scatter: the row is formed and added bucket by bucket   the same numbers
         sjlt        one signed bucket per entry of the row                  (Kane & Nelson 2014)
@@ -76,10 +77,13 @@ def fft_is_cheaper(s: int, i: int, o: int, k: int, rank: int) -> bool:
     return s * (i + k * o + (1 + k) * transform + 6 * k * rank) < k * (2.0 * s * i * o + 4.0 * i * o)
 
 
-def _tensor(a: Tensor, g: Tensor, rank: int, seed: int, stream: int, route: str) -> Tensor:
-    (n, k, s, o), i = g.shape, a.shape[2]
-    place_a, sign_a = bucket_and_sign(i, rank, 0, stream, seed, a.device, a.dtype)
-    place_g, sign_g = bucket_and_sign(o, rank, 1, stream, seed, a.device, a.dtype)
+def _tensor(a: Tensor, g: Tensor, rank: int, seed: int, stream: int, route: str = "auto", ones: bool = False) -> Tensor:
+    """ones: one more input of ones, the bias."""
+    (n, k, s, o), (step_a, step_g) = g.shape, steps(a.shape[2], g.shape[3], rank)
+    a = torch.cat([a, a.new_ones(n, s, 1)], 2) if ones else a
+    i = a.shape[2]
+    place_a, sign_a = bucket_and_sign(i, rank, 0, stream, seed, a.device, a.dtype, step_a)
+    place_g, sign_g = bucket_and_sign(o, rank, 1, stream, seed, a.device, a.dtype, step_g)
     if route == "scatter" or route == "auto" and not fft_is_cheaper(s, i, o, k, rank):
         place = ((place_g[:, None] + place_a) % rank).reshape(-1)
         sign = (sign_g[:, None] * sign_a).reshape(-1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._register import wide_dtype
-from ._tensor_cpu import NAMES, add_fourier, add_scatter, call, fft_is_cheaper, finish, new_sums
+from ._tensor_cpu import NAMES, add_fourier, add_scatter, call, fft_is_cheaper, finish, new_sums, ring_of
 
 _BUFFER = 1 << 18  # numbers of one intermediate: they stay in the second cache
 
@@ -45,9 +45,10 @@ def _tensor(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, route: st
     if route == "scatter" or route == "auto" and not fft_is_cheaper(n, s, i, o, k, rank):
         add_scatter(a, g, out, seed, stream, False)
     else:
-        sums = new_sums(out)
-        add_fourier([(a, g, stream, False)], rank, sums, seed)
-        finish(sums, out)
+        ring = ring_of(a, g, out)
+        sums = new_sums(out, ring)
+        add_fourier([(a, g, stream, False)], rank, sums, ring, seed)
+        finish(sums, ring, out)
 
 
 # Sketches of formed rows --------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _nvrtc
 from .._register import wide_dtype
 from ._fold import fold, transform_length
-from ._random import bucket_and_sign
+from ._random import bucket_and_sign, steps
 
 _THREADS = 256
 _ROWS = 4  # of a block of threads in the scattering kernels, at most
@@ -83,10 +83,11 @@ def _cheap_fft(a: Tensor, g: Tensor) -> bool:
     return s * (i + o + 40_000) < o * i * (4.0 + 0.05 * s)
 
 
-def _tables(i: int, o: int, out: Tensor, seed: int, stream: int) -> tuple[Tensor, ...]:
-    """Places and signs of inputs and outputs."""
-    place_a, sign_a = bucket_and_sign(i, out.shape[2], 0, stream, seed, out.device, out.dtype)
-    place_g, sign_g = bucket_and_sign(o, out.shape[2], 1, stream, seed, out.device, out.dtype)
+def _tables(i: int, o: int, out: Tensor, seed: int, stream: int, ones: bool = False) -> tuple[Tensor, ...]:
+    """Places and signs of inputs and outputs; ones: of one more input."""
+    rank, (step_a, step_g) = out.shape[2], steps(i, o, out.shape[2])
+    place_a, sign_a = bucket_and_sign(i + ones, rank, 0, stream, seed, out.device, out.dtype, step_a)
+    place_g, sign_g = bucket_and_sign(o, rank, 1, stream, seed, out.device, out.dtype, step_g)
     return place_a.int(), sign_a, place_g.int(), sign_g
 
 
@@ -141,7 +142,12 @@ def prefers_fourier(a: Tensor, g: Tensor, ones: bool, out: Tensor) -> bool:
     return _fourier_length(out) is not None and _cheap_fft(a, g)
 
 
-def new_sums(out: Tensor) -> Tensor:
+def ring_of(a: Tensor, g: Tensor, out: Tensor) -> int:
+    """All layers share sums."""
+    return 0
+
+
+def new_sums(out: Tensor, ring: int) -> Tensor:
     """Of frequencies 0 .. length / 2."""
     kind = torch.complex64 if out.dtype == torch.float32 else torch.complex128
     return torch.zeros(*out.shape[:2], _fourier_length(out) // 2 + 1, dtype=kind, device=out.device)
@@ -152,15 +158,15 @@ def _readable(a: Tensor, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     return _nvrtc.dense(a.to(kind)), _nvrtc.dense(g.to(kind))
 
 
-def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums: Tensor, seed: int) -> None:
+def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums: Tensor, ring: int, seed: int) -> None:
     """sums [n, k, length / 2 + 1] of the products of the transforms of layers (a, g, stream, ones)."""
     like = torch.empty(0, 0, rank, dtype=sums.real.dtype, device=sums.device)
     for a, g, stream, ones in layers:
         a, g = _readable(a, g, like.dtype)
-        _fft(a, g, ones, _tables(a.shape[2] + ones, g.shape[3], like, seed, stream), sums, None)
+        _fft(a, g, ones, _tables(a.shape[2], g.shape[3], like, seed, stream, ones), sums, None)
 
 
-def finish(sums: Tensor, out: Tensor) -> None:
+def finish(sums: Tensor, ring: int, out: Tensor) -> None:
     """out [n, k, rank] += what the sums of `add_fourier` belong to: a layer without positions, and the way back."""
     (n, k, width), rank = sums.shape, out.shape[2]
     found = torch.empty(n, k, 2 * (width - 1), dtype=out.dtype, device=out.device)
@@ -172,8 +178,8 @@ def finish(sums: Tensor, out: Tensor) -> None:
 def add_scatter(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, ones: bool) -> None:
     """Rows [o, i] added to out [n, k, rank] bucket by bucket."""
     a, g = _readable(a, g, out.dtype)
+    tables = _tables(a.shape[2], g.shape[3], out, seed, stream, ones)
     a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2) if ones else a
-    tables = _tables(a.shape[2], g.shape[3], out, seed, stream)
     _by_scatter(a, g, out, tables, seed & 0xFFFFFFFFFFFFFFFF, stream & 0xFFFFFFFF)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._tensor_cpu import call, fourier_length, hashed, hashed_at, readable_dtype, side_of
+from ._tensor_cpu import call, fourier_length, hashed, readable_dtype, side_of, sides
 from ._windows_cpu import fold_sizes, layout_of
 from .layers import Layer
 
@@ -39,10 +39,12 @@ def known_of(layer: Layer, x: Tensor, g: Tensor, rank: int, seed: int, dtype: to
     as_is, (x, g) = read[0] is x and read[1] is g, read
     if layer.window is None:
         i, o = x.shape[1], g.shape[1]
-        left = hashed_at(i + layer.ones, rank, 0, layer.stream, seed, dtype)
-        right = hashed_at(o, rank, 1, layer.stream, seed, dtype)
-        sides = side_of(x[:, None], i, layer.ones, left), side_of(g[:, None], o, False, right)
-        numbers, kept = [0, *sides[0], *sides[1]], (left, right)
+        left, right = (
+            (table, *(t.data_ptr() for t in table))
+            for table in sides(i, o, layer.ones, rank, layer.stream, seed, dtype)
+        )
+        numbers = [0, *side_of(x[:, None], i, layer.ones, left), *side_of(g[:, None], o, False, right)]
+        kept = left, right
     else:
         (channels, o), window = (x.shape[1], g.shape[1]), layer.window
         sizes = fold_sizes(window, channels, o, rank)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from math import isqrt
+
 import torch
 from torch import Tensor
 
@@ -32,11 +35,37 @@ def philox(index: Tensor, word: int, stream: int, seed: int) -> tuple[Tensor, Te
     return c[0], c[1], c[2], c[3]
 
 
-def bucket_and_sign(size: int, buckets: int, word: int, stream: int, seed: int, device, dtype) -> tuple[Tensor, Tensor]:
-    """A hash of 0..size-1 to buckets (int64) and a random sign (dtype) of each; one 32-bit word serves one index."""
+def bucket_and_sign(
+    size: int, buckets: int, word: int, stream: int, seed: int, device, dtype, step: int = 0
+) -> tuple[Tensor, Tensor]:
+    """A hash of 0..size-1 to buckets (int64) and a random sign (dtype) of each; one 32-bit word serves one index.
+
+    step: places are its multiples, in turn, in place of random ones.
+    """
     index = torch.arange(-(-size // 4), dtype=torch.int64, device=device)
     words = torch.stack(philox(index, word, stream, seed), 1).reshape(-1)[:size]
-    return (words * buckets) >> 32, (1 - 2 * (words & 1)).to(dtype)
+    place = torch.arange(size, device=device) * step if step else (words * buckets) >> 32
+    return place, (1 - 2 * (words & 1)).to(dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def divisors(rank: int) -> list[int]:
+    """Ascending, rank among them."""
+    return sorted({part for d in range(1, isqrt(rank) + 1) if rank % d == 0 for part in (d, rank // d)})
+
+
+@functools.lru_cache(maxsize=1024)
+def steps(i: int, o: int, rank: int) -> tuple[int, int]:
+    """Steps of the places of i inputs and of o outputs in a tensor sketch; 0: at random.
+
+    The shorter side takes every step-th place, each once: entries of the same index of the other side never meet, any
+    others still do with probability 1 / rank, for that side is at random. Its transform has rank / step places only,
+    that of the other side falls into ``step`` of them. One place more than inputs: for a bias.
+    """
+    room = next((size for size in divisors(rank) if size >= (i + 1 if i <= o else o)), None)
+    if room is None:
+        return 0, 0
+    return (rank // room, 0) if i <= o else (0, rank // room)
 
 
 def signs(rows: int, columns: int, word: int, stream: int, seed: int, device, dtype, begin: int = 0) -> Tensor:

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from ... import _cpu
 from ._fold import fold
+from ._random import divisors, steps
 
 NAMES = {torch.float32: "float32", torch.float64: "float64"}
+_LEAST = 64  # places of a ring
 _ROWS = 1 << 19  # numbers of formed rows at a time: they stay in the second cache
 
 
@@ -26,11 +28,45 @@ def call(name: str, dtype: torch.dtype):
 
 
 @functools.lru_cache(maxsize=1024)
-def hashed(size: int, buckets: int, word: int, stream: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Places and signs of 0 .. size - 1; not to be written to."""
+def hashed(
+    size: int, buckets: int, word: int, stream: int, seed: int, dtype: torch.dtype, step: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Places and signs of 0 .. size - 1, as `bucket_and_sign`; not to be written to."""
     place, sign = torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=dtype)
     call("hash", dtype)(word, stream, seed, 0, size, buckets, place.data_ptr(), sign.data_ptr())
-    return place, sign
+    return (torch.arange(size, dtype=torch.int32) * step if step else place), sign
+
+
+@functools.lru_cache(maxsize=1024)
+def sides(i: int, o: int, ones: bool, rank: int, stream: int, seed: int, dtype: torch.dtype):
+    """Places and signs of inputs and of outputs."""
+    step_a, step_g = steps(i, o, rank)
+    return hashed(i + ones, rank, 0, stream, seed, dtype, step_a), hashed(o, rank, 1, stream, seed, dtype, step_g)
+
+
+@functools.lru_cache(maxsize=1024)
+def ring(i: int, o: int, rank: int) -> tuple[int, int]:
+    """Length of the transforms of a layer, and which side needs only one: 1 inputs, 2 outputs, 0 both.
+
+    Where the shorter side has every q-th place of the rank, the other one falls into q rings that it turns alike.
+    """
+    step = max(steps(i, o, rank))
+    for length in divisors(rank)[:-1] if step else ():
+        if length >= _LEAST and length % 2 == 0 and step % (rank // length) == 0 and _smooth(length):
+            return length, 1 if i <= o else 2
+    return fourier_length(rank), 0
+
+
+@functools.lru_cache(maxsize=1024)
+def _ring_sides(i: int, o: int, ones: bool, rank: int, stream: int, seed: int, dtype: torch.dtype):
+    """``sides`` by rings, two of them interleaved after two others, and their addresses."""
+    found, (length, short) = sides(i, o, ones, rank, stream, seed, dtype), ring(i, o, rank)
+    q, tables = rank // length, []
+    for number, (place, sign) in enumerate(found, 1):
+        if short:
+            place = place // q if number == short else place % q * length + place // q
+        tables.append(((place, sign), place.data_ptr(), sign.data_ptr()))
+    return tables
 
 
 @functools.lru_cache(maxsize=1024)
@@ -39,13 +75,6 @@ def fourier_length(rank: int) -> int:
     if rank % 2 == 0 and _smooth(rank):
         return rank
     return next(length for length in itertools.count(2 * rank, 2) if _smooth(length))
-
-
-@functools.lru_cache(maxsize=1024)
-def hashed_at(*key) -> tuple[tuple[Tensor, Tensor], int, int]:
-    """Places and signs as ``hashed`` gives them, with their addresses."""
-    table = hashed(*key)
-    return table, table[0].data_ptr(), table[1].data_ptr()
 
 
 def side_of(x: Tensor, length: int, ones: bool, table: tuple[Any, int, int]) -> list[int]:
@@ -67,17 +96,19 @@ def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.stride(-2) == 1 and x.shape[-2] >= 16 and x.shape[-1] > 1 else x.contiguous()
 
 
-def add_fourier(layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums: Tensor, seed: int) -> None:
-    """sums [n, k, length] += products of the transforms of layers (a, g, stream, ones) of equal n, k, s."""
-    (n, k, s, _), length, dtype = layers[0][1].shape, sums.shape[2], sums.dtype
-    kept, sides = [], []
+def add_fourier(
+    layers: list[tuple[Tensor, Tensor, int, bool]], rank: int, sums: Tensor, length: int, seed: int
+) -> None:
+    """sums [n, k, :] += products of the transforms of layers (a, g, stream, ones) of equal n, k, s and ``ring_of``."""
+    (n, k, s, _), dtype = layers[0][1].shape, sums.dtype
+    kept, told = [], []
     for a, g, stream, ones in layers:
         i, o = a.shape[2], g.shape[3]
         a, g = _readable(a, dtype), _readable(g, dtype)
-        left, right = hashed_at(i + ones, rank, 0, stream, seed, dtype), hashed_at(o, rank, 1, stream, seed, dtype)
+        left, right = _ring_sides(i, o, ones, rank, stream, seed, dtype)
         kept.append((a, g, left, right))
-        sides.append((side_of(a, i, ones, left), side_of(g, o, False, right)))
-    call("fourier", dtype)(sides, n, k, s, length, sums.data_ptr(), torch.get_num_threads())
+        told.append((side_of(a, i, ones, left), side_of(g, o, False, right), ring(i, o, rank)[1]))
+    call("fourier", dtype)(told, n, k, s, sums.shape[2], length, sums.data_ptr(), torch.get_num_threads())
 
 
 def prefers_fourier(a: Tensor, g: Tensor, ones: bool, out: Tensor) -> bool:
@@ -85,23 +116,28 @@ def prefers_fourier(a: Tensor, g: Tensor, ones: bool, out: Tensor) -> bool:
     return fft_is_cheaper(n, s, a.shape[2] + ones, o, k, out.shape[2])
 
 
-def new_sums(out: Tensor) -> Tensor:
-    return out.new_zeros(*out.shape[:2], fourier_length(out.shape[2]))
+def ring_of(a: Tensor, g: Tensor, out: Tensor) -> int:
+    """Layers with the same one share sums."""
+    return ring(a.shape[2], g.shape[3], out.shape[2])[0]
 
 
-def finish(sums: Tensor, out: Tensor) -> None:
+def new_sums(out: Tensor, length: int) -> Tensor:
+    return out.new_zeros(*out.shape[:2], max(length, out.shape[2]))
+
+
+def finish(sums: Tensor, length: int, out: Tensor) -> None:
     """out [n, k, rank] += the sketches that the sums of `add_fourier` belong to."""
-    (n, k, length), rank = sums.shape, out.shape[2]
-    found = out if length == rank else torch.zeros_like(sums)
-    call("fourier_finish", out.dtype)(sums.data_ptr(), n * k, length, found.data_ptr(), torch.get_num_threads())
-    if length != rank:
+    (n, k, whole), rank = sums.shape, out.shape[2]
+    found = out if whole == rank else torch.zeros_like(sums)
+    call("fourier_finish", out.dtype)(sums.data_ptr(), n * k, whole, length, found.data_ptr(), torch.get_num_threads())
+    if whole != rank:
         out += fold(found, rank)
 
 
 def add_scatter(a: Tensor, g: Tensor, out: Tensor, seed: int, stream: int, ones: bool) -> None:
     """Rows [o, i] of some samples at a time, by matrix products, scattered to out [n, k, rank]."""
     (n, k, s, o), i, rank, dtype = g.shape, a.shape[2], out.shape[2], out.dtype
-    left, right = hashed(i + ones, rank, 0, stream, seed, dtype), hashed(o, rank, 1, stream, seed, dtype)
+    left, right = sides(i, o, ones, rank, stream, seed, dtype)
     if ones:
         add_bias(g.sum(2, dtype=dtype), left, right, i, out)
     step = -(-max(16 // k, min(n, _ROWS // (k * o * i))) // 16) * 16
@@ -134,8 +170,7 @@ def add_bias(rows: Tensor, left: tuple[Tensor, Tensor], right: tuple[Tensor, Ten
 def add_formed(rows: Tensor, bias: Tensor | None, out: Tensor, seed: int, stream: int) -> None:
     """Rows [n, k, o, i] and those of a bias [n, k, o], scattered to out [n, k, rank]."""
     (n, k, o, i), rank, dtype = rows.shape, out.shape[2], out.dtype
-    left = hashed(i + (bias is not None), rank, 0, stream, seed, dtype)
-    right = hashed(o, rank, 1, stream, seed, dtype)
+    left, right = sides(i, o, bias is not None, rank, stream, seed, dtype)
     if bias is not None:
         add_bias(bias.to(dtype), left, right, i, out)
     rows = rows.to(dtype).contiguous()
@@ -147,8 +182,8 @@ def add_index(token: Tensor, g: Tensor, vocabulary: int, out: Tensor, seed: int,
     """One-hot rows of tokens [n, s] (-1: none) and g [n, k, s, o], scattered to out [n, k, rank]."""
     (n, k, s, o), rank, dtype = g.shape, out.shape[2], out.dtype
     token, g = token.contiguous(), g.to(dtype).contiguous()
-    tables = (*hashed(vocabulary, rank, 1, stream, seed, dtype), *hashed(o, rank, 0, stream, seed, dtype))
-    pointers = (t.data_ptr() for t in tables)
+    of_row, of_token = sides(o, vocabulary, False, rank, stream, seed, dtype)
+    pointers = (t.data_ptr() for t in (*of_token, *of_row))
     args = (g.data_ptr(), n, k, s, o, token.data_ptr(), *pointers, rank, out.data_ptr(), torch.get_num_threads())
     call("scatter_index", dtype)(*args)
 
@@ -156,20 +191,20 @@ def add_index(token: Tensor, g: Tensor, vocabulary: int, out: Tensor, seed: int,
 # Nanoseconds per sample, fitted to some hundred random shapes (AVX-512); vectors are full or paid in full
 def fft_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
     """Of `add_fourier` and `finish`."""
-    length = fourier_length(rank)
-    transform = length * math.log2(length)
+    length, one = ring(i, o, rank)
+    whole, bits = max(length, rank), math.log2(length)
+    size_a, size_g = length if one == 1 else whole, length if one == 2 else whole
     positions, rows = -(-s // 16) * 16 if s >= 16 else -(-n * s // 16) * 16 / n, -(-n * k // 16) * 16 / n
     of_a = k if s > 16 else 1
-    return (
-        9_400 / n + positions * (0.052 * (k + of_a) * transform + 0.21 * (of_a * i + k * o)) + 0.11 * rows * transform
-    )
+    transforms = 0.03 * bits * (of_a * size_a + k * size_g) + 0.22 * k * whole
+    return 7_500 / n + positions * (transforms + 0.21 * (of_a * i + k * o)) + 0.8 * rows * whole
 
 
 def scatter_time(n: int, s: int, i: int, o: int, k: int, rank: int) -> float:
     rows = -(-n * k // 16) * 16 / n
     entry = 0.2 if rank <= 2048 else 0.25 if rank <= 5500 else 0.33
     products = s * (0.032 * k * o * i + 0.17 * (i + k * o))
-    return 26_000 / n + rows * (0.065 * o * i + 0.385 * rank) + entry * k * o * i + products
+    return 19_000 / n + rows * (0.065 * o * i + 0.385 * rank) + entry * k * o * i + products
 
 
 @functools.lru_cache(maxsize=1024)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ... import _cpu
 from ._random import bucket_and_sign
-from ._tensor_cpu import add_bias, call, hashed, readable_dtype
+from ._tensor_cpu import add_bias, call, readable_dtype, sides
 from .window import Window
 
 
@@ -62,10 +62,10 @@ def width_of(o: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _wide(o: int, rank: int, stream: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _wide(i: int, o: int, rank: int, stream: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Places and signs of outputs, with zeros up to the next width."""
     more = width_of(o) - o
-    place, sign = hashed(o, rank, 1, stream, seed, dtype)
+    place, sign = sides(i, o, False, rank, stream, seed, dtype)[1]
     return torch.nn.functional.pad(place, (0, more)), torch.nn.functional.pad(sign, (0, more))
 
 
@@ -83,10 +83,10 @@ def add_windows(x: Tensor, g: Tensor, window: Window, out: Tensor, seed: int, st
     first, last, _ = layout_of(window, x.shape[1], 0, 4, x.shape, x.stride(), halves[0], g.shape, halves[1])
     numbers = [x.data_ptr(), *first, g.data_ptr(), *last]
     (n, _, o, _), rank, i = g.shape, out.shape[2], numbers[23]
-    left = hashed(i + ones, rank, 0, stream, seed, out.dtype)
+    left, right = sides(i, o, ones, rank, stream, seed, out.dtype)
     if ones:
-        add_bias(g.sum(3, dtype=out.dtype), left, hashed(o, rank, 1, stream, seed, out.dtype), i, out)
-    tables = [table.data_ptr() for table in (*_wide(o, rank, stream, seed, out.dtype), *left)]
+        add_bias(g.sum(3, dtype=out.dtype), left, right, i, out)
+    tables = [table.data_ptr() for table in (*_wide(i, o, rank, stream, seed, out.dtype), *left)]
     call("scatter_windows", out.dtype)(numbers, n, width_of(o), *tables, rank, out.data_ptr(), torch.get_num_threads())
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .._register import wide_dtype
-from . import sketch
-from ._random import bucket_and_sign
+from . import _tensor, sketch
+from ._random import bucket_and_sign, steps
 from .layers import Layer
 from .window import Window
 
@@ -35,8 +35,8 @@ class TensorSums:
         self.rank, self.seed = rank, seed
         self.out = torch.zeros(n, k, rank, dtype=wide_dtype(like.dtype), device=like.device)
         self._key = seed & 0xFFFFFFFFFFFFFFFF
-        self._fourier: Tensor | None = None
-        self._spare: Tensor | None = None  # that of an earlier total
+        self._fourier: dict[int, Tensor] = {}  # by the ring of their layers
+        self._spare: dict[int, Tensor] = {}  # those of an earlier total
         self._waiting: list[tuple[Tensor, Tensor, int, bool]] = []  # layers of one position, which go in one call
         self._told: list[int] = []  # addresses of what ``layer`` was given
         self._kept: list[tuple] = []  # what lies there
@@ -51,8 +51,8 @@ class TensorSums:
             return
         kernels = self.kernels
         if kernels is None:
-            a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2) if ones else a
-            self.out += sketch(a.contiguous(), g.to(a.dtype).contiguous(), self.rank, self.seed, stream)
+            dtype = self.out.dtype
+            self.out += _tensor(a.to(dtype), g.to(dtype), self.rank, self.seed, stream, ones=ones)
         elif kernels.prefers_fourier(a, g, ones, self.out):
             self._waiting.append((a, g, stream, ones))
             if g.shape[1] > 1 or g.shape[2] > 1:
@@ -97,21 +97,26 @@ class TensorSums:
             self.kernels.add_formed(rows, bias, out, self._key, stream)
             return
         places = dict(device=rows.device, dtype=out.dtype)
-        place_a, sign_a = bucket_and_sign(i + (bias is not None), self.rank, 0, stream, self.seed, **places)
-        place, sign = bucket_and_sign(o, self.rank, 1, stream, self.seed, **places)
+        step_a, step = steps(i, o, self.rank)
+        place_a, sign_a = bucket_and_sign(
+            i + (bias is not None), self.rank, 0, stream, self.seed, **places, step=step_a
+        )
+        place, sign = bucket_and_sign(o, self.rank, 1, stream, self.seed, **places, step=step)
         whole = rows if bias is None else torch.cat([rows, bias[..., None]], 3)
         to = ((place[:, None] + place_a) % self.rank).reshape(-1)
         signed = whole.to(out.dtype) * (sign[:, None] * sign_a)
         out += torch.zeros_like(out).index_add(2, to, signed.flatten(2))
 
     def _transform(self) -> None:
-        if self._fourier is None:
-            self._fourier = self.kernels.new_sums(self.out) if self._spare is None else self._spare.zero_()
-        groups: dict[int, list] = {}
+        groups: dict[tuple[int, int], list] = {}
         for layer in self._waiting:
-            groups.setdefault(layer[1].shape[2], []).append(layer)
-        for layers in groups.values():
-            self.kernels.add_fourier(layers, self.rank, self._fourier, self._key)
+            a, g = layer[:2]
+            groups.setdefault((self.kernels.ring_of(a, g, self.out), g.shape[2]), []).append(layer)
+        for (ring, _), layers in groups.items():
+            if ring not in self._fourier:
+                spare = self._spare.pop(ring, None)
+                self._fourier[ring] = self.kernels.new_sums(self.out, ring) if spare is None else spare.zero_()
+            self.kernels.add_fourier(layers, self.rank, self._fourier[ring], ring, self._key)
         self._waiting = []
 
     def index(self, token: Tensor, g: Tensor, vocabulary: int, stream: int) -> None:
@@ -123,8 +128,9 @@ class TensorSums:
             return
         n, k, s, o = g.shape
         kind = dict(device=g.device, dtype=self.out.dtype)
-        token_place, token_sign = bucket_and_sign(vocabulary, self.rank, 1, stream, self.seed, **kind)
-        place, sign = bucket_and_sign(o, self.rank, 0, stream, self.seed, **kind)
+        step, token_step = steps(o, vocabulary, self.rank)
+        token_place, token_sign = bucket_and_sign(vocabulary, self.rank, 1, stream, self.seed, **kind, step=token_step)
+        place, sign = bucket_and_sign(o, self.rank, 0, stream, self.seed, **kind, step=step)
         row = token.clamp_min(0)
         signed = g.to(self.out.dtype) * sign * (token_sign[row] * (token >= 0))[:, None, :, None]
         to = (token_place[row][..., None] + place) % self.rank
@@ -147,15 +153,15 @@ class TensorSums:
         self.flush()
         if self._waiting:
             self._transform()
-        if self._fourier is not None:
-            self.kernels.finish(self._fourier, self.out)
-            self._fourier, self._spare = None, self._fourier
+        for ring, sums in self._fourier.items():
+            self.kernels.finish(sums, ring, self.out)
+        self._fourier, self._spare = {}, self._fourier or self._spare
         return self.out
 
     def keep(self, table: Tensor, rows: Sequence[int], factor: float) -> bool:
         """table[rows] = factor times the sum of one output, float32 on the CPU; False, nothing kept, if not finite."""
         if self.kernels is _tensor_cpu is not None and self.out.dtype == torch.float32:
-            if self._waiting or self._fourier is not None:
+            if self._waiting or self._fourier:
                 self.total()
             return self.flush(rows, factor, table)
         found = (self.total()[:, 0] * factor).to("cpu", torch.float32)
@@ -166,5 +172,5 @@ class TensorSums:
 
     def clear(self) -> None:
         """Begin again, in the same memory: that of ``total`` is overwritten."""
-        self._waiting, self._told, self._kept, self._fourier = [], [], [], None
+        self._waiting, self._told, self._kept, self._fourier = [], [], [], {}
         self.out.zero_()
