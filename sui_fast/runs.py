@@ -293,7 +293,7 @@ class Run:
                     worst = values["loo_margin"][doubt] if "loo_margin" in values else -values[measure][doubt]
                     rows = lambda: (shard["features"] for shard in solver.shards())  # noqa: E731
                     self.neighbours = feature_neighbours(rows, n, self.labels, doubt[worst.argsort()])
-                sums = torch.tensor([first_error, lost, missed], dtype=torch.float64, device=device)  # nccl takes no other
+                sums = torch.tensor([first_error, lost, missed], dtype=torch.float64, device=device)
                 first_error, lost, missed = processes.total(sums).tolist()
                 kept = float((spectrum.s * torch.from_numpy(phi(spectrum.s.cpu().numpy())).to(device)).sum())
             if self.candidates is not None:
