@@ -14,10 +14,12 @@ import torch
 from .jacobians import Jacobian
 from .jacobians.arriving import LARGE
 from .jacobians.layers import Outer
-from .spectra import pool_size, subspace_columns
+from .spectra import RANK_FOR, pool_size, subspace_columns
 
 DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs up to which an eigendecomposition is worth its time
 DEFAULT_RANK = 1024
+_RANKS = {"subspace": (64, 4096), "sketch": (1024, 8192)}  # least and largest that are chosen
+_MARGIN, _STEP = 1.25, 64  # of a chosen rank: the effective dimension is an estimate, and may differ in the last bit
 PROBES = 64  # samples whose exact kernel the error estimate looks at
 _PROBE_ROWS = 512  # rows of the exact kernel that the effective dimension is estimated from
 HELD = 1 << 30  # bytes of factors that may stay in memory between passes
@@ -66,9 +68,21 @@ class Plan:
 
 
 def choose_method(
-    n: int, k: int, parameters: int, *, method: str, rank: int | None, device: torch.device, groups: bool
+    n: int,
+    k: int,
+    parameters: int,
+    *,
+    method: str,
+    rank: int | None,
+    device: torch.device,
+    groups: bool,
+    dimension: Callable[[], float | None],
 ) -> tuple[str, int, str]:
-    """(method, rank, reason) for n samples with k outputs."""
+    """(method, rank, reason) for n samples with k outputs.
+
+    dimension: about the effective one at the regularisation and time of the run, asked for where it decides; None where
+    nothing tells.
+    """
     rows, memory = n * k, free_memory(device)
     most = DENSE_ROWS["cuda" if device.type == "cuda" else "cpu"]
     if method == "dense" or method == "auto" and rank is None and rows <= most and 48 * rows * rows <= memory:
@@ -77,9 +91,16 @@ def choose_method(
     wanted = min(rank or DEFAULT_RANK, rows) if method != "sketch" else rank or DEFAULT_RANK
     if method != "auto":
         return method, wanted, "asked for"
-    if 18 * subspace_columns(wanted) * parameters <= memory and n <= 200_000:
-        return "subspace", wanted, f"{rows} rows; a basis of {wanted} directions of {parameters} parameters fits memory"
-    return "sketch", wanted, f"{rows} rows of {parameters} parameters; one pass, nothing to fit"
+    edf, told = dimension() if rank is None else None, ""
+    ranks = dict.fromkeys(_RANKS, wanted)
+    if edf is not None:
+        told = f", effective dimension about {edf:.3g}"
+        for kind, (least, largest) in _RANKS.items():
+            ranks[kind] = min(max(math.ceil(_MARGIN * RANK_FOR[kind] * edf / _STEP) * _STEP, least), largest)
+    few = min(ranks["subspace"], rows)
+    if 18 * subspace_columns(few) * parameters <= memory and n <= 200_000:
+        return "subspace", few, f"{rows} rows{told}; a basis of {few} directions of {parameters} parameters fits memory"
+    return "sketch", ranks["sketch"], f"{rows} rows of {parameters} parameters{told}; one pass, nothing to fit"
 
 
 def make_plan(

@@ -6,11 +6,13 @@ import contextlib
 import copy
 import functools
 import inspect
+import math
 import platform
 import sys
 from importlib import metadata
 from typing import Any
 
+import numpy as np
 import torch
 
 from ._errors import ArgumentError, complaint
@@ -19,9 +21,11 @@ from .aims import targets as targets_of
 from .checks import check_arguments
 from .jacobians import as_samples, jacobian, read_samples
 from .jacobians.engine import predict
+from .loo import make_filter
 from .measures import UNITS
 from .parts import check_part
 from .planning import Plan, choose_method, least_seconds, make_plan, return_memory
+from .probing import Probes, probed_dimension
 from .projections import Signed
 from .runs import Run, Stages, authors_definitions
 from .scores import Scores
@@ -33,6 +37,8 @@ try:
     import resource
 except ImportError:  # not on Windows
     resource = None
+
+_FEW = 128  # samples that tell the effective dimension before a run
 
 
 def score(
@@ -95,7 +101,8 @@ def score(
         dynamics: "gd" or "flow".
         sigma: standard deviation of the noise, in units of the weights (SI) or outputs (F-SI).
         method: "dense" (exact), "nystrom", "subspace", "sketch" (low rank, docs/math.md), or "auto".
-        rank: features of a method of low rank (default 1024); a warning names a better one where it is too small.
+        rank: features of a method of low rank (default 1024, for "auto" what the regularisation and time want, by an
+            estimate of the effective dimension); a warning names a better one where it is too small.
         sketch: the random map of method "sketch": "tensor" (default), "sjlt", "rademacher" (dense signs: the most
             faithful, and the slowest by far) or "two_sided" (the cheapest, and by far the least faithful).
         store: folder for the features of a method of low rank, so that memory does not grow with the samples
@@ -182,6 +189,9 @@ def score(
             chosen, rank, reason = choose_method(
                 run.samples.n, rows, first.shape[1], method=method, rank=rank, device=first.device,
                 groups=groups is not None,
+                dimension=lambda: (
+                    None if few else _dimension(model, run.samples, reg, run.training, dict(common, dtype=dtype), seed)
+                ),
             )  # fmt: skip
             if "loo_margin" in wanted:
                 _check_labels(labels, groups)
@@ -298,6 +308,8 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     """
     bound = inspect.signature(score).bind(model, train, val, **arguments)
     bound.apply_defaults()
+    asked = bound.arguments
+    training = {name: asked[name] for name in ("time", "lr", "dynamics")}
     compat, convention, method, rank = (bound.arguments[name] for name in ("compat", "convention", "method", "rank"))
     convention, method, rank, _ = authors_definitions(compat, convention, method, rank)
     check_arguments(**{**bound.arguments, "convention": convention, "method": method, "rank": rank})
@@ -312,6 +324,7 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     method, rank, reason = choose_method(
         samples.n, first.k, first.shape[1], method=method, rank=rank,
         device=first.device, groups=arguments.get("groups") is not None,
+        dimension=lambda: _dimension(model, samples, asked["reg"], training, options, asked["seed"]),
     )  # fmt: skip
     if method == "dense":
         options["dtype"] = bound.arguments["dtype"] or torch.float64
@@ -319,7 +332,6 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     seconds = least_seconds(lambda: jacobian(model, few, **options))
     small = small_inputs(few) if shown(samples) else None
     given = 0 if small is None or samples.n * small[0].nbytes >= MOST_INPUTS else small[0].nbytes
-    asked = bound.arguments
     settled = asked["time"] is None and not isinstance(asked["reg"], str) and asked["reg"] > 0 and convention != "mean"
     spectral = not settled or "si_sgd" in asked["measures"] or asked["candidates"] is not None
     found = make_plan(
@@ -328,6 +340,21 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     del first
     return_memory()
     return found
+
+
+def _dimension(model, samples, reg, training, options, seed: int) -> float | None:
+    """About the effective dimension, from the kernel of a few samples; None where reg is open, or nothing limits it."""
+    if isinstance(reg, str) or reg == 0 and training["time"] is None:
+        return None
+    numbers = np.sort(np.random.default_rng(seed).choice(samples.n, min(samples.n, _FEW), replace=False))
+    jac = jacobian(model, samples.pick(numbers), **options)
+    exact = jac.gram().to("cpu", torch.float64)
+    probes = Probes((jac.n, jac.k, jac.shape[1]), exact, numbers, exact[:0])
+    phi = make_filter(samples.n, reg=reg, **training)
+    top = (
+        2 / phi.eta - phi.shift if phi.eta > 0 and phi.dynamics == "gd" else math.inf
+    )  # the run says if it is not stable
+    return probed_dimension(samples.n, probes, phi, max(top, 0.0), seed)
 
 
 def _check_labels(labels, groups) -> None:

@@ -17,7 +17,7 @@ from sklearn.datasets import load_breast_cancer, load_digits
 from torch import nn
 
 import sui_fast
-from sui_fast import probing
+from sui_fast import planning, probing
 from sui_fast.jacobians.data import as_samples
 from sui_fast.probing import drawn, kernel_error
 from sui_fast.processes import Source
@@ -389,6 +389,30 @@ def test_one_of_two_processes_killed_and_all_started_again(tmp_path):
     assert (part / held[0]["name"]).stat().st_mtime_ns == written  # went on, not anew
     for rank in range(2):
         np.testing.assert_allclose(np.load(f"{two}{rank}.npy"), np.load(one + "0.npy"), rtol=1e-10)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_auto_looks_at_the_regularisation(monkeypatch, fits):
+    """The rank that it takes does: no warning, and more of it for less regularisation."""
+    monkeypatch.setitem(planning.DENSE_ROWS, "cpu", 100)
+    if not fits:
+        monkeypatch.setattr(planning, "free_memory", lambda device: 0)
+    train, val = digits(600, 50, 1, False)
+    ranks = []
+    for training in (dict(reg=0.3), dict(reg=0.01), dict(time=200, lr=0.1)):
+        planned = sui_fast.plan(network(1, False), train, val, **training)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = sui_fast.score(network(1, False), train, val, progress=False, **training)
+        exact = sui_fast.score(network(1, False), train, val, method="dense", progress=False, **training)
+        assert planned.method == found.settings["method"] == ("subspace" if fits else "sketch")
+        assert planned.rank == found.settings["rank"] and "effective dimension about" in planned.reason
+        assert all(spearmanr(found[name], exact[name])[0] > 0.97 for name in ("si", "fsi"))
+        ranks.append(planned.rank)
+    assert ranks[0] < ranks[1] or not fits
+    assert sui_fast.plan(network(1, False), train, val, reg="auto").rank == 600  # of 1024: no more than rows
+    with pytest.raises(sui_fast.StabilityError):
+        sui_fast.score(network(1, False), train, val, time=200, lr=100.0, progress=False)
 
 
 def test_plan_tells_what_score_would_do():
