@@ -75,7 +75,7 @@ def choose_method(
     method: str,
     rank: int | None,
     device: torch.device,
-    groups: bool,
+    stored: bool,
     dimension: Callable[[], float | None],
 ) -> tuple[str, int, str]:
     """(method, rank, reason) for n samples with k outputs.
@@ -87,6 +87,7 @@ def choose_method(
     most = DENSE_ROWS["cuda" if device.type == "cuda" else "cpu"]
     if method == "dense" or method == "auto" and rank is None and rows <= most and 48 * rows * rows <= memory:
         reason = "asked for" if method == "dense" else f"{rows} rows (samples x outputs) have an exact kernel"
+        reason += "; store= is not used" * stored
         return "dense", rows, reason
     wanted = min(rank or DEFAULT_RANK, rows) if method != "sketch" else rank or DEFAULT_RANK
     if method != "auto":

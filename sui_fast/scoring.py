@@ -188,7 +188,7 @@ def score(
                 check_mode(output_mode, loss, labels, wanted, candidates)
             chosen, rank, reason = choose_method(
                 run.samples.n, rows, first.shape[1], method=method, rank=rank, device=first.device,
-                groups=groups is not None,
+                stored=store is not None,
                 dimension=lambda: (
                     None if few else _dimension(model, run.samples, reg, run.training, dict(common, dtype=dtype), seed)
                 ),
@@ -323,7 +323,7 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     first = jacobian(model, few, **options)  # which also proves the capture
     method, rank, reason = choose_method(
         samples.n, first.k, first.shape[1], method=method, rank=rank,
-        device=first.device, groups=arguments.get("groups") is not None,
+        device=first.device, stored=stored,
         dimension=lambda: _dimension(model, samples, asked["reg"], training, options, asked["seed"]),
     )  # fmt: skip
     if method == "dense":

@@ -415,6 +415,16 @@ def test_auto_looks_at_the_regularisation(monkeypatch, fits):
         sui_fast.score(network(1, False), train, val, time=200, lr=100.0, progress=False)
 
 
+def test_auto_says_where_a_store_is_not_used(tmp_path):
+    train, _ = digits(50, 5, 1, False)
+    found = sui_fast.score(
+        network(1, False), train, reg=0.1, measures=("si",), store=tmp_path / "store", progress=False
+    )
+    plan = sui_fast.plan(network(1, False), train, reg=0.1, store=tmp_path / "store")
+    assert all("store= is not used" in reason for reason in (plan.reason, found.diagnostics["method_reason"]))
+    assert not (tmp_path / "store").exists()
+
+
 def test_plan_tells_what_score_would_do():
     model, (train, val) = network(1, False), digits(100, 20, 1, False)
     plan = sui_fast.plan(model, train, val)
