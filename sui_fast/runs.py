@@ -240,14 +240,13 @@ class Run:
             moment = seen = None
             with stages("spectrum"):
                 device = source.device
-                few = n * self.goal.rows < fmap.rank and processes.count == 1
-                moments = moments_of(stores[0], fmap.rank, device, few)
-                moments.reduce(processes.total)
+                k = self.goal.rows
+                moments = moments_of(stores[0], fmap.rank, device, n * k < fmap.rank)
+                moments.reduce(processes.total, source.begin)
                 spectrum = feature_spectrum(moments)
                 if self.probes is not None:
-                    few = self.probes.n * self.goal.rows < fmap.rank and processes.count == 1
-                    seen = moments_of(stores[1], fmap.rank, device, few)
-                    seen.reduce(processes.total)
+                    seen = moments_of(stores[1], fmap.rank, device, self.probes.n * k < fmap.rank)
+                    seen.reduce(processes.total, probes.begin)
                     moment = spectrum.moment(seen)
                     seen = seen if self.candidates is not None else None
                 del moments

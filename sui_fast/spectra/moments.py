@@ -66,11 +66,16 @@ class Moments:
             return rows.T @ rows
         return mirrored(self._upper)
 
-    def reduce(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Replace every sum by its total over processes."""
-        counts = torch.tensor([self.samples, self.energy], dtype=torch.float64, device=self.pull.device)
+    def reduce(self, total: Callable[[Tensor], Tensor], first: int) -> None:
+        """Replace every sum by its total over processes; samples of this one are from number ``first`` on."""
+        rows = sum(len(part) for part in self.rows or ())
+        counts = torch.tensor([self.samples, self.energy, rows], dtype=torch.float64, device=self.pull.device)
         self._upper, self.pull, counts = total(self._upper), total(self.pull), total(counts)
-        self.samples, self.energy = int(counts[0]), float(counts[1])
+        self.samples, self.energy, every = int(counts[0]), float(counts[1]), int(counts[2])
+        if self.rows is not None:
+            whole, begin = self.pull.new_zeros(every, len(self.pull)), first * every // max(self.samples, 1)
+            whole[begin : begin + rows] = torch.cat([whole[:0], *self.rows])
+            self.rows = [total(whole)]
 
 
 @dataclass(frozen=True)
@@ -111,14 +116,14 @@ class FeatureSpectrum:
         Args:
             seen: sums over the validation samples; fewer rows than columns may have been kept.
         """
-        turned = self.turn * self.s
         if seen.rows is not None:
-            root = (torch.cat(seen.rows) @ turned) / seen.samples**0.5
-            return torch.linalg.qr(root, mode="r").R.contiguous()
-        values, vectors = torch.linalg.eigh(turned.T @ seen.gram @ turned / seen.samples)
-        keep = values > 1e-16 * values[-1].clamp_min(0)
-        root = vectors[:, keep] * values[keep].sqrt()
-        return torch.linalg.qr(root.T, mode="r").R.contiguous()
+            root = torch.cat(seen.rows)
+        else:  # before it is turned: that scales by the eigenvalues, and rounding of the largest would cover the others
+            values, vectors = torch.linalg.eigh(seen.gram)
+            keep = values > 1e-16 * values[-1].clamp_min(0)
+            root = (vectors[:, keep] * values[keep].sqrt()).T
+        root = root @ (self.turn * self.s) / seen.samples**0.5
+        return torch.linalg.qr(root, mode="r").R.contiguous()
 
 
 def feature_spectrum(moments: Moments, precision: float = 2.0**-24) -> FeatureSpectrum:
