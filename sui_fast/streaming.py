@@ -336,7 +336,7 @@ def check_held(source: Source, fmap: FeatureMap, goal: Goal | None, stores: list
     Raises:
         StoreError: features or residuals of the first batch differ.
     """
-    begin, few = source.begin, min(source.options["batch_size"], portion(source.samples.n))
+    begin, few = source.begin, min(source.options.get("batch_size", 64), portion(source.samples.n))
     rows, most = sum(store.rows for store in stores), source.end - begin
     if rows > most:
         todo = "Delete the folder, or pass resume=False to begin anew."
