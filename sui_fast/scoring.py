@@ -38,7 +38,7 @@ try:
 except ImportError:  # not on Windows
     resource = None
 
-_FEW = 128  # samples that tell the effective dimension before a run
+_FEW = 1024  # rows of the kernel that tell the effective dimension before a run, of 128 samples at most
 
 
 def score(
@@ -190,7 +190,7 @@ def score(
                 run.samples.n, rows, first.shape[1], method=method, rank=rank, device=first.device,
                 stored=store is not None,
                 dimension=lambda: (
-                    None if few else _dimension(model, run.samples, reg, run.training, dict(common, dtype=dtype), seed)
+                    None if few else _dimension(model, run.samples, k, reg, run.training, dict(look, dtype=dtype), seed)
                 ),
             )  # fmt: skip
             if "loo_margin" in wanted:
@@ -321,10 +321,11 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     m = 0 if val is None else read(val, with_targets=None, argument="val").n
     few = samples.slice(0, min(samples.n, bound.arguments["batch_size"]))
     first = jacobian(model, few, **options)  # which also proves the capture
+    k = first.k
     method, rank, reason = choose_method(
-        samples.n, first.k, first.shape[1], method=method, rank=rank,
+        samples.n, k, first.shape[1], method=method, rank=rank,
         device=first.device, stored=stored,
-        dimension=lambda: _dimension(model, samples, asked["reg"], training, options, asked["seed"]),
+        dimension=lambda: _dimension(model, samples, k, asked["reg"], training, options, asked["seed"]),
     )  # fmt: skip
     if method == "dense":
         options["dtype"] = bound.arguments["dtype"] or torch.float64
@@ -342,19 +343,19 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     return found
 
 
-def _dimension(model, samples, reg, training, options, seed: int) -> float | None:
+def _dimension(model, samples, k: int, reg, training, options, seed: int) -> float | None:
     """About the effective dimension, from the kernel of a few samples; None where reg is open, or nothing limits it."""
     if isinstance(reg, str) or reg == 0 and training["time"] is None:
         return None
-    numbers = np.sort(np.random.default_rng(seed).choice(samples.n, min(samples.n, _FEW), replace=False))
+    count = min(samples.n, max(4, min(128, _FEW // k)))
+    numbers = np.sort(np.random.default_rng(seed).choice(samples.n, count, replace=False))
     jac = jacobian(model, samples.pick(numbers), **options)
     exact = jac.gram().to("cpu", torch.float64)
     probes = Probes((jac.n, jac.k, jac.shape[1]), exact, numbers, exact[:0])
     phi = make_filter(samples.n, reg=reg, **training)
-    top = (
-        2 / phi.eta - phi.shift if phi.eta > 0 and phi.dynamics == "gd" else math.inf
-    )  # the run says if it is not stable
-    return probed_dimension(samples.n, probes, phi, max(top, 0.0), seed)
+    descends = phi.eta > 0 and phi.dynamics == "gd"
+    stable = max(2 / phi.eta - phi.shift, 0.0) if descends else math.inf  # the run says where lr is not
+    return probed_dimension(samples.n, probes, phi, stable, seed)
 
 
 def _check_labels(labels, groups) -> None:

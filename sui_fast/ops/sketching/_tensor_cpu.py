@@ -59,7 +59,7 @@ def ring(i: int, o: int, rank: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=1024)
 def _ring_sides(i: int, o: int, ones: bool, rank: int, stream: int, seed: int, dtype: torch.dtype):
-    """``sides`` by rings, two of them interleaved after two others, and their addresses."""
+    """``sides`` with places by rings, one ring after the other, and their addresses."""
     found, (length, short) = sides(i, o, ones, rank, stream, seed, dtype), ring(i, o, rank)
     q, tables = rank // length, []
     for number, (place, sign) in enumerate(found, 1):
