@@ -60,9 +60,24 @@ void finish(const T* sums, Index rows, Index rank, Index length, T* out, int thr
   });
 }
 
+// Entry by entry: less work than the places of a row where few entries go to them.
+template <class T>
+void scatter_few(const T* x, Index rows, Index o, Index i, const int* place_o, const T* sign_o, const int* place_i,
+                 const T* sign_i, Index rank, T* out) {
+  for (Index row = 0; row < rows; ++row, out += rank) {
+    for (Index q = 0; q < o; ++q, x += i) {
+      for (Index j = 0; j < i; ++j) {
+        const Index place = Index(place_o[q]) + place_i[j];
+        out[place < rank ? place : place - rank] += sign_o[q] * sign_i[j] * x[j];
+      }
+    }
+  }
+}
+
 template <class T>
 void scatter_rows(const T* x, Index rows, Index o, Index i, const int* place_o, const T* sign_o, const int* place_i,
                   const T* sign_i, Index rank, T* out, int threads) {
+  if (4 * o * i <= rank) return scatter_few(x, rows, o, i, place_o, sign_o, place_i, sign_i, rank, out);
   const auto& kernels = tensor_kernels<T>();
   const Index parts = parts_for(rows, double(rows) * double(o) * double(i), threads);
   const Rooms<T> rooms(parts, 2 * rank * kernels.lanes);

@@ -21,6 +21,8 @@ from .jacobian import Jacobian
 from .layers import Gather, Origin, Part, Use
 from .proof import CHECKED, Plan, prove
 
+_HELD, _LEAST = 1 << 25, 32  # numbers that sketches hold at a time on a CPU; samples all the same
+
 _proven: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Plan]] = weakref.WeakKeyDictionary()
 
 
@@ -137,7 +139,10 @@ def _pass(model, data, make, outputs, params, batch_size, dtype, progress):
             sketched = make is not _Store and isinstance(make.args[0], Sketch)
             if sketched and known[key].outputs == 1 and known[key].ways is None:
                 known[key].ways = _ways(evaluator, batch, known[key])
-            store = _run(evaluator, make(samples.n), samples, batch_size, known[key], progress)
+            few = (
+                _held_batch(known[key].ways, batch_size) if sketched and evaluator.device.type == "cpu" else batch_size
+            )
+            store = _run(evaluator, make(samples.n), samples, few, known[key], progress)
             if not isinstance(store, dict):
                 break
             known[key] = prove(evaluator, batch, _collect, known[key].general | store)
@@ -191,6 +196,13 @@ def _run(
         rows = evaluator.general_rows(batch, list(plan.general)) if plan.general else {}
         store.add(captured, rows, evaluator, plan)
     return store
+
+
+def _held_batch(ways: Ways | None, batch_size: int) -> int:
+    """Samples captured at a time: what a pass over more of them holds goes back to the system and is fetched anew."""
+    if ways is None:
+        return batch_size
+    return min(batch_size, 1 << max(_LEAST, _HELD // max(ways.numbers, 1)).bit_length() - 1)
 
 
 def _ways(evaluator: Evaluator, batch: Any, plan: Plan) -> Ways | None:

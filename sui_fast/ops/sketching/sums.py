@@ -138,6 +138,9 @@ class TensorSums:
 
     def rows(self, rows: Tensor, stream: int) -> None:
         """Explicit rows [n, k, p]."""
+        if 0 < rows.shape[2] <= self.rank and hasattr(self.kernels, "add_formed"):
+            self.formed(rows[..., None], 0, stream)
+            return
         self.outer(rows.new_ones(len(rows), 1, 1), rows[:, :, None], stream)
 
     def flush(self, rows: Sequence[int] = (), factor: float = 1.0, table: Tensor | None = None) -> bool:
