@@ -139,9 +139,8 @@ def _pass(model, data, make, outputs, params, batch_size, dtype, progress):
             sketched = make is not _Store and isinstance(make.args[0], Sketch)
             if sketched and known[key].outputs == 1 and known[key].ways is None:
                 known[key].ways = _ways(evaluator, batch, known[key])
-            few = (
-                _held_batch(known[key].ways, batch_size) if sketched and evaluator.device.type == "cpu" else batch_size
-            )
+            ways = known[key].ways if sketched and evaluator.device.type == "cpu" else None
+            few = batch_size if ways is None else min(batch_size, _held_batch(ways))
             store = _run(evaluator, make(samples.n), samples, few, known[key], progress)
             if not isinstance(store, dict):
                 break
@@ -198,11 +197,9 @@ def _run(
     return store
 
 
-def _held_batch(ways: Ways | None, batch_size: int) -> int:
+def _held_batch(ways: Ways) -> int:
     """Samples captured at a time: what a pass over more of them holds goes back to the system and is fetched anew."""
-    if ways is None:
-        return batch_size
-    return min(batch_size, 1 << max(_LEAST, _HELD // max(ways.numbers, 1)).bit_length() - 1)
+    return 1 << max(_LEAST, _HELD // max(ways.numbers, 1)).bit_length() - 1
 
 
 def _ways(evaluator: Evaluator, batch: Any, plan: Plan) -> Ways | None:
