@@ -60,10 +60,15 @@ class Source:
 
 def portion(n: int) -> int:
     """Samples captured at a time, a fourth of them at most: one process and four share them alike, and round alike."""
-    return min(256, _power(n // 4))
+    return min(256, power(n // 4))
 
 
-def _power(n: int) -> int:
+def grain(n: int) -> int:
+    """Slices of processes, and portions of every product whose rounding shows, begin at multiples of this."""
+    return max(portion(n), min(4096, power(n // 64)))
+
+
+def power(n: int) -> int:
     """Largest power of two up to n."""
     return 1 << max(n, 1).bit_length() - 1
 
@@ -81,7 +86,7 @@ class Processes:
 
     def slice(self, n: int) -> tuple[int, int]:
         """First and last sample of this process."""
-        step = min(portion(n), _power(n // self.count))
+        step = min(grain(n), power(n // self.count))
         cut = lambda i: min(n, -(-n * i // (self.count * step)) * step)  # noqa: E731
         return cut(self.number), cut(self.number + 1)
 
@@ -92,10 +97,22 @@ class Processes:
             torch.distributed.all_reduce(x)
         return x
 
+    def every(self, x: Tensor) -> Iterator[Tensor]:
+        """x of each process, in their order; shapes may differ in the first dimension."""
+        for number, size in enumerate(self.objects(len(x))):
+            held = x.contiguous() if number == self.number else x.new_empty(size, *x.shape[1:])
+            if self.count > 1:
+                torch.distributed.broadcast(held, number)
+            yield held
+
     def gather(self, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Columns of all processes, in their order."""
-        if self.count == 1:
-            return values
-        found: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(found, values)
-        return {name: np.concatenate([part[name] for part in found]) for name in values}
+        """Columns of all processes, in their order; nothing from those without samples."""
+        found = [part for part in self.objects(values) if part]
+        return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+    def objects(self, own: Any) -> list[Any]:
+        """What each process has, in their order."""
+        found = [own] * self.count
+        if self.count > 1:
+            torch.distributed.all_gather_object(found, own)
+        return found
