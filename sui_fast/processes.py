@@ -65,7 +65,7 @@ def portion(n: int) -> int:
 
 def grain(n: int) -> int:
     """Slices of processes, and portions of every product whose rounding shows, begin at multiples of this."""
-    return max(portion(n), min(4096, power(n // 64)))
+    return max(portion(n), min(4096, power(n // 32)))
 
 
 def power(n: int) -> int:

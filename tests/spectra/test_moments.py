@@ -37,12 +37,12 @@ def test_sums_are_the_same_however_processes_share_the_portions(keep_rows):
         for part, begin, end in zip(parts, bounds, bounds[1:], strict=False):
             for portion in portions[begin:end]:
                 part.add(*portion)
-        # what each process has at a call of reduce, as all of them call it in the same order
-        held = {number: [] for number in range(len(parts))}
-        for number, part in enumerate(parts):
-            copy.deepcopy(part).reduce(lambda x, number=number: held[number].append(x) or [x])
+        # what each process has at each call of reduce, as all of them call it in the same order
+        held = [[] for _ in parts]
+        for part, own in zip(parts, held, strict=True):
+            copy.deepcopy(part).reduce(lambda x, own=own: own.append(x) or [x])
         for part in parts:
-            calls = iter(zip(*held.values(), strict=True))
+            calls = iter(zip(*held, strict=True))
             part.reduce(lambda x, calls=calls: next(calls))
             found.append(part)
     for part in found[1:]:
