@@ -40,10 +40,15 @@ def test_merged_parts_are_the_run_of_one_process(tmp_path, method, count):
     told = dict(outputs=outputs, loss=settings["loss"])  # method, rank and seed are known
     merged = sui_fast.merge(*problem(), store=tmp_path, **told, **about)
     for name in MEASURES:
-        np.testing.assert_allclose(merged[name], whole[name], rtol=1e-10)
-    np.testing.assert_allclose(merged.candidates["fsi"], whole.candidates["fsi"], rtol=1e-10)
-    assert merged.diagnostics["features"] == whole.diagnostics["features"]
-    assert merged.diagnostics["effective_dimension"] == pytest.approx(whole.diagnostics["effective_dimension"])
+        np.testing.assert_allclose(merged[name], whole[name], rtol=1e-12)
+        np.testing.assert_allclose(merged.candidates[name], whole.candidates[name], rtol=1e-12)
+    np.testing.assert_allclose(merged.left_out, whole.left_out, rtol=1e-12)
+    assert np.array_equal(merged.suggested, whole.suggested)
+    assert merged.neighbours.keys() == whole.neighbours.keys() and (whole.neighbours["other"] >= 0).any()
+    for name, column in whole.neighbours.items():
+        np.testing.assert_allclose(merged.neighbours[name], column, rtol=1e-6)
+    for name in ("features", "loo_loss" if count == 4 else "loo_mse", "effective_dimension"):
+        assert merged.diagnostics[name] == pytest.approx(whole.diagnostics[name], rel=1e-12)
     assert sorted(p.name for p in tmp_path.iterdir())[0] == f"train-0000-of-{count:04d}"
 
 
