@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .jacobians import Jacobian, Samples, jacobian
+from .jacobians.engine import predict
 
 
 @dataclass
@@ -97,6 +99,10 @@ class Processes:
             torch.distributed.all_reduce(x)
         return x
 
+    def predict(self, model: torch.nn.Module, samples: Samples, *, progress: bool = False, **options) -> Tensor:
+        """As ``jacobians.engine.predict``; each process predicts its slice, portion by portion, and has all of them."""
+        return torch.cat(list(self.every(_outputs(model, samples, *self.slice(samples.n), progress, **options))))
+
     def every(self, x: Tensor) -> Iterator[Tensor]:
         """x of each process, in their order; shapes may differ in the first dimension."""
         for number, size in enumerate(self.objects(len(x))):
@@ -116,3 +122,10 @@ class Processes:
         if self.count > 1:
             torch.distributed.all_gather_object(found, own)
         return found
+
+
+def _outputs(model: torch.nn.Module, samples: Samples, begin: int, end: int, progress: bool, **options) -> Tensor:
+    found, step = [predict(model, samples.slice(0, 1), **options)[:0]], grain(samples.n)
+    for first in tqdm(range(begin, end, step), desc="outputs", delay=2, leave=False, disable=not progress):
+        found.append(predict(model, samples.slice(first, min(first + step, end)), **options))
+    return torch.cat(found)

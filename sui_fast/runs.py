@@ -90,7 +90,7 @@ class Run:
         self.sgd: dict[str, Any] = {}
         self.projection: tuple[str, int | None] | None = None
         self.sketch = "tensor"  # kind of random map
-        self.apart: Part | Merged | None = None  # one of several runs that never meet, or what joins them
+        self.processes: Processes | None = None  # that share a run of low rank
 
     def dense(self, stages: Stages, common: dict[str, Any]):
         """The exact kernel."""
@@ -202,7 +202,7 @@ class Run:
 
     def low_rank(self, stages: Stages, common: dict[str, Any], method: str, rank: int, store, resume: bool):
         """A kernel of low rank, shard by shard; nothing where this run is but a part."""
-        n, processes = self.samples.n, self.apart or Processes()
+        n, processes = self.samples.n, self.processes
         alone, merged = isinstance(processes, Part), isinstance(processes, Merged)
         open_ = open_parts if merged else open_store
         source = Source(self.model, self.samples, {**common, "outputs": self.outputs}, *processes.slice(n))

@@ -26,6 +26,7 @@ from .measures import UNITS
 from .parts import check_part
 from .planning import Plan, choose_method, least_seconds, make_plan, return_memory
 from .probing import Probes, probed_dimension
+from .processes import Processes
 from .projections import Signed
 from .runs import Run, Stages, authors_definitions
 from .scores import Scores
@@ -160,7 +161,7 @@ def score(
 
     stages = Stages(7 + ("fsi" in wanted) * 2, progress)
     run = Run(model, wanted, reg, dict(time=time, lr=lr, dynamics=dynamics), convention, groups, sigma, seed, progress)
-    run.projection, run.apart, run.sketch = projection, apart, sketch
+    run.projection, run.sketch = projection, sketch
     run.sgd = dict(lr=sgd_lr, batch_size=sgd_batch_size, jitter=sgd_jitter)
     try:
         with stages("data"):
@@ -197,9 +198,21 @@ def score(
                 _check_labels(labels, groups)
         common["dtype"] = dtype or torch.float64 if chosen == "dense" else dtype
         with stages("outputs"):
+            run.processes = None if chosen == "dense" else apart or Processes()
+            sees = run.processes.predict if run.processes else predict
             if few:
                 run.goal, run.samples, run.outputs = aim_at_few(
-                    model, loss, run.samples, targets, first.device, common, progress, output_mode, output_rank, seed
+                    model,
+                    loss,
+                    run.samples,
+                    targets,
+                    first.device,
+                    common,
+                    progress,
+                    output_mode,
+                    output_rank,
+                    seed,
+                    sees,
                 )
                 if loss == "mse":
                     run.probe_outputs = run.outputs
@@ -208,14 +221,16 @@ def score(
                     run.probe_outputs = Signed(outputs, output_rank, seed + 1)
             else:
                 run.goal, run.samples, run.outputs = aim(
-                    model, loss, run.samples, targets, first.device, common, progress
+                    model, loss, run.samples, targets, first.device, common, progress, sees
                 )
             if candidates is not None:
                 new_targets = loss_targets(loss, targets_of(run.candidates, own, k), k, "candidates")
                 if "loo_margin" in wanted:
                     _check_labels(new_targets[1], None)
                 new = run.candidates
-                run.new_goal, run.candidates, _ = aim(model, loss, new, new_targets, first.device, common, progress)
+                run.new_goal, run.candidates, _ = aim(
+                    model, loss, new, new_targets, first.device, common, progress, sees
+                )
         if candidates is not None and projection is not None:
             got, todo = "candidates with a projection", "Use method='dense'."
             raise ArgumentError(complaint("candidates", "None with the authors' projections", got, todo))

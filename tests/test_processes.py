@@ -12,6 +12,9 @@ import torch
 from torch import nn
 
 import sui_fast
+from sui_fast.jacobians import as_samples
+from sui_fast.parts import as_part
+from sui_fast.processes import Processes
 
 RUN = textwrap.dedent(
     """
@@ -95,3 +98,39 @@ def test_every_number_is_that_of_one_process(tmp_path, one, count):
             assert others.keys() == numbers.keys()
             for name, value in numbers.items():
                 assert others[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-12)), name
+
+
+def test_each_process_predicts_its_slice():
+    seen = []
+
+    class Seen(nn.Linear):
+        def forward(self, x):
+            seen.append(len(x))
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model, samples = Seen(5, 2), as_samples(torch.randn(1000, 5), with_targets=None)
+    whole, found = Processes().predict(model, samples, batch_size=50), []
+    for number in range(3):
+        seen.clear()
+        one = Processes()
+        one.count, one.number, one.every = 3, number, lambda x: [x]
+        found.append(one.predict(model, samples, batch_size=50))
+        assert sum(seen) == len(found[-1]) + 1  # one for the shape
+    assert torch.equal(torch.cat(found), whole) and min(map(len, found)) > 200
+    assert torch.equal(as_part((2, 3)).predict(model, samples, batch_size=50), whole)
+
+
+class Overflowing(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + torch.where(x[:, :1] > 1e3, torch.inf, 0.0)
+
+
+@pytest.mark.parametrize("loss", ["mse", "binary_cross_entropy"])
+def test_samples_in_messages_are_numbered_as_in_the_data(loss):
+    x = torch.randn(700, 4)
+    x[600, 0] = 1e6
+    with pytest.raises(sui_fast.DataError, match="sample 600"):
+        sui_fast.score(
+            Overflowing(4, 1), (x, torch.arange(700) % 2), method="sketch", loss=loss, measures=("si",), reg=0.1
+        )
