@@ -240,7 +240,7 @@ class LowRank:
             found, changes = [], []
             for sample in cut(shard, portion(new.samples.n)):
                 z, residual = (sample[name].to(self.device, torch.float64) for name in ("features", "residual"))
-                hidden = z - (z @ v) @ v.T  # in directions in which no sample has features
+                hidden = z - (z @ v) @ v.T if len(v) > len(spectrum.s) else torch.zeros_like(z)  # to all samples
                 unseen = hidden @ hidden.transpose(1, 2)
                 if "missed" in sample:
                     share, basis = torch.linalg.eigh(unseen + sample["missed"].to(self.device))
