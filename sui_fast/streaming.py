@@ -240,7 +240,9 @@ class LowRank:
             found, changes = [], []
             for sample in cut(shard, portion(new.samples.n)):
                 z, residual = (sample[name].to(self.device, torch.float64) for name in ("features", "residual"))
-                hidden = z - (z @ v) @ v.T if len(v) > len(spectrum.s) else torch.zeros_like(z)  # to all samples
+                hidden = torch.zeros_like(z)  # in directions in which no sample has features
+                if len(v) > len(spectrum.s):
+                    hidden = z - (z @ v) @ v.T
                 unseen = hidden @ hidden.transpose(1, 2)
                 if "missed" in sample:
                     share, basis = torch.linalg.eigh(unseen + sample["missed"].to(self.device))
