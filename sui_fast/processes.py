@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,13 +79,19 @@ def power(n: int) -> int:
 class Processes:
     """torch.distributed where it is initialised or torchrun started the process, else one process."""
 
-    def __init__(self) -> None:
-        live = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not live and torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+    def __init__(self, meet: bool = True) -> None:
+        """meet: whether a group is made where there is none yet, for which all processes must come here."""
+        there = torch.distributed.is_available()
+        live = there and torch.distributed.is_initialized()
+        started = not live and there and torch.distributed.is_torchelastic_launched()
+        if started and meet:
             torch.distributed.init_process_group()  # gloo for CPU tensors, nccl for CUDA tensors
             live = True
-        self.count = torch.distributed.get_world_size() if live else 1
-        self.number = torch.distributed.get_rank() if live else 0
+        self.number, self.count = 0, 1
+        if live:
+            self.number, self.count = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        elif started:
+            self.number, self.count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
     def slice(self, n: int) -> tuple[int, int]:
         """First and last sample of this process."""

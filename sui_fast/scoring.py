@@ -23,7 +23,7 @@ from .jacobians import as_samples, jacobian, read_samples
 from .jacobians.engine import predict
 from .loo import make_filter
 from .measures import UNITS
-from .parts import check_part
+from .parts import Part, check_part
 from .planning import Plan, choose_method, least_seconds, make_plan, return_memory
 from .probing import Probes, probed_dimension
 from .processes import Processes
@@ -312,7 +312,7 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
 
     Peak memory is the largest resident size of the process during ``score`` minus that just before the call, with the
     libraries imported and the model and the data in memory. Seconds come from a batch of the model, captured and
-    multiplied here; the model is left as found.
+    multiplied here; the model is left as found. With ``part=``, and under torchrun, they are those of this process.
 
     Args:
         model, train, val, arguments: as in ``score``.
@@ -331,6 +331,7 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     known = ("outputs", "params", "batch_size", "dtype")
     options = {name: arguments[name] for name in known if name in arguments}
     stored = arguments.get("store") is not None
+    processes = check_part(asked["part"], method, asked["store"]) or Processes(meet=False)
     read = functools.partial(read_samples, named=False) if stored else as_samples
     samples = read(train, with_targets=None, argument="train")
     m = 0 if val is None else read(val, with_targets=None, argument="val").n
@@ -350,9 +351,11 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     given = 0 if small is None or samples.n * small[0].nbytes >= MOST_INPUTS else small[0].nbytes
     settled = asked["time"] is None and not isinstance(asked["reg"], str) and asked["reg"] > 0 and convention != "mean"
     spectral = not settled or "si_sgd" in asked["measures"] or asked["candidates"] is not None
+    own = processes.slice(samples.n), processes.slice(m) if m else (0, 0)
     found = make_plan(
-        first, seconds, samples.n, m, method, rank, reason, stored, given, asked["sketch"], spectral=spectral
-    )
+        first, seconds, samples.n, m, method, rank, reason, stored, given, asked["sketch"], spectral=spectral,
+        own=tuple(end - begin for begin, end in own), alone=isinstance(processes, Part),
+    )  # fmt: skip
     del first
     return_memory()
     return found

@@ -188,3 +188,30 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     assert main([*run, "--reg", "0.1", "--out", "whole.parquet"]) == 0
     one, two = sui_fast.Scores.load("merged.parquet"), sui_fast.Scores.load("whole.parquet")
     np.testing.assert_allclose(one["fsi"], two["fsi"], rtol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["sketch", "nystrom"])
+def test_a_part_has_a_plan_of_its_own(tmp_path, method):
+    settings = dict(method=method, rank=40, store=tmp_path)
+    whole, parts = sui_fast.plan(*problem(), **settings), []
+    for number in range(1, 4):
+        parts.append(sui_fast.plan(*problem(), part=(number, 3), **settings))
+        run_parts(tmp_path, 3, (number,), **{name: settings[name] for name in ("method", "rank")})
+        shards = [p for p in tmp_path.glob(f"*-{number - 1:04d}-of-0003/*.safetensors")]
+        assert parts[-1].disk_bytes == pytest.approx(sum(p.stat().st_size for p in shards), rel=0.2)
+        assert parts[-1].peak_bytes <= whole.peak_bytes
+    assert sum(part.disk_bytes for part in parts) == whole.disk_bytes
+    with pytest.raises(sui_fast.ArgumentError, match="with part="):
+        sui_fast.plan(*problem(), part=(1, 3), method="subspace", store=tmp_path)
+
+
+def test_plan_under_torchrun_is_that_of_the_process_and_meets_no_other(monkeypatch):
+    whole = sui_fast.plan(*problem(), method="subspace", rank=8)
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    found = []
+    for number in "012":
+        for name, value in {"RANK": number, "WORLD_SIZE": "3"}.items():
+            monkeypatch.setenv(name, value)
+        found.append(sui_fast.plan(*problem(), method="subspace", rank=8).disk_bytes)
+    assert not torch.distributed.is_initialized()
+    assert sum(found) == whole.disk_bytes and len(set(found)) > 1

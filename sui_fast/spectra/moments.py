@@ -93,13 +93,15 @@ class Moments:
         """Add up over processes.
 
         Args:
-            every: gives what each process has of a tensor, in their order; shapes may differ in the first dimension.
+            every: gives what each process has of a tensor, in their order, to be used up; shapes may differ in the
+                first dimension.
         """
         self.samples = sum(int(x) for x in every(torch.tensor([self.samples], device=self._lines.device)))
         for name in ("_upper", "_lines") if self.rows is None else ("_lines",):
-            total = torch.zeros_like(getattr(self, name))
-            for high, low in every(getattr(self, name)):
-                add_exactly(total, high.clone())
+            parts = iter(every(getattr(self, name)))
+            total = next(parts)
+            for high, low in parts:
+                add_exactly(total, high)
                 total[1] += low
             setattr(self, name, total)
         if self.rows is not None:

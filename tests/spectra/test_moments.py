@@ -40,10 +40,10 @@ def test_sums_are_the_same_however_processes_share_the_portions(keep_rows):
         # what each process has at each call of reduce, as all of them call it in the same order
         held = [[] for _ in parts]
         for part, own in zip(parts, held, strict=True):
-            copy.deepcopy(part).reduce(lambda x, own=own: own.append(x) or [x])
+            copy.deepcopy(part).reduce(lambda x, own=own: own.append(x.clone()) or [x])
         for part in parts:
             calls = iter(zip(*held, strict=True))
-            part.reduce(lambda x, calls=calls: next(calls))
+            part.reduce(lambda x, calls=calls: [other.clone() for other in next(calls)])
             found.append(part)
     for part in found[1:]:
         assert torch.equal(part.gram, found[0].gram) and torch.equal(part.pull, found[0].pull)
