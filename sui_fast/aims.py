@@ -20,8 +20,11 @@ def targets(samples: Samples, constant: float | None, k: int) -> torch.Tensor | 
     return samples.targets if constant is None else torch.full((samples.n, k), constant, dtype=torch.float64)
 
 
-def aim(model, loss, samples, targets, device, options, progress) -> tuple[Goal, Samples, Any]:
-    """The goal of the training, samples that carry what its features need, and the outputs they are features of."""
+def aim(model, loss, samples, targets, device, options, progress, predict=predict) -> tuple[Goal, Samples, Any]:
+    """The goal of the training, samples that carry what its features need, and the outputs they are features of.
+
+    predict: as ``jacobians.engine.predict``, where processes share the samples.
+    """
     y, labels = targets[0].to(device), targets[1]
     if loss == "mse":
         return Squared(y, labels), samples, options["outputs"]
@@ -31,7 +34,7 @@ def aim(model, loss, samples, targets, device, options, progress) -> tuple[Goal,
     return goal, samples.beside(goal.extra), Rooted(goal.kind, options["outputs"])
 
 
-def aim_at_few(model, loss, samples, targets, device, options, progress, mode, rank, seed):
+def aim_at_few(model, loss, samples, targets, device, options, progress, mode, rank, seed, predict=predict):
     """As ``aim``, with ``rank`` rows in place of k outputs."""
     y, labels = targets
     base = options["outputs"]

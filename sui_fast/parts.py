@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Module
 
 from ._errors import ArgumentError, StoreError, complaint
+from .jacobians import Samples
 from .processes import Processes
 from .spectra import Store
 from .spectra.store import read_fingerprint
@@ -23,6 +25,10 @@ class Part(Processes):
 
     def __init__(self, number: int, count: int):
         self.number, self.count = number, count
+
+    def predict(self, model: Module, samples: Samples, **options) -> Tensor:
+        """Of all samples: the map and the fingerprint hang on them."""
+        return Merged(self.count).predict(model, samples, **options)
 
 
 class Merged(Processes):

@@ -45,6 +45,8 @@ class Plan:
         peak_bytes: the largest resident size of the process during ``score`` minus that just before it, with model and
             data in memory (on CUDA: of the memory of the device).
         seconds: rough, on this machine, from a short measurement of the model.
+
+    Of a run in parts, or of several processes, bytes and seconds are those of this one.
     """
 
     method: str
@@ -116,6 +118,8 @@ def make_plan(
     given: int,
     sketch: str = "tensor",
     spectral: bool = True,
+    own: tuple[int, int] | None = None,
+    alone: bool = False,
 ) -> Plan:
     """Costs from the Jacobian of a few samples and the seconds its capture took; products with it are timed here.
 
@@ -124,8 +128,10 @@ def make_plan(
         sketch: kind of random map of method "sketch".
         given: bytes of an input where the scores keep it. spectral: an exact kernel needs its eigenvectors, not a
             Cholesky factor alone.
+        own: of the training and validation samples those of this process. alone: it ends with their features.
     """
-    k, rows, each, d = first.k, n * first.k, first.nbytes / max(first.n, 1), first.shape[1]
+    (n_own, m_own), k, each, d = own or (n, m), first.k, first.nbytes / max(first.n, 1), first.shape[1]
+    rows = n * k
     capture, product = seconds / first.n, _product_seconds()
     if method == "dense":
         held = 1.2 * (n + m) * each + 8 * rows * m * k
@@ -136,10 +142,12 @@ def make_plan(
             method, rows, reason, 1, 0, peak, capture * (n + m) + gram + (12 if spectral else 2) * rows**3 * product
         )
     wide = min(subspace_columns(rank), rows) if method == "subspace" else rank  # columns that come out
-    size = _low_rank_bytes(first, n, m, method, rank, wide, each, stored, given)
+    size = _low_rank_bytes(first, n, m, method, rank, wide, each, stored, given, n_own, m_own, alone)
     passes = {"sketch": 1, "nystrom": 1, "subspace": 3 - (wide == rows)}[method]
-    disk = (4 * wide + 8 + (8 * k if method != "sketch" else 0)) * rows + 4 * wide * m * k
-    work = 2.0 * rows * wide**2 * (1.8 + 0.5 * (m > 0)) + m * k * wide**2 + 15.0 * wide**3 * (1 + (m > 0))
+    rows = n_own * k
+    disk = (4 * wide + 8 + (8 * k if method != "sketch" else 0)) * rows + 4 * wide * m_own * k
+    work = 2.0 * rows * wide**2 * (1.8 + 0.5 * (m > 0)) + m_own * k * wide**2 + 15.0 * wide**3 * (1 + (m > 0))
+    work = 0.0 if alone else work
     if method == "sketch":
         each_map = _seconds_of(lambda: first.sketch(rank, 0, sketch)) / first.n
         fit = min(n, 256) * (capture + each_map)
@@ -147,17 +155,17 @@ def make_plan(
         pool, landmarks = min(n, max(2000, 4 * rank // k)), _landmarks(n, k, rank)
         each_map = _pair_seconds(first) * landmarks
         fit = pool * (capture + each_map) + 2.0 * k**2 * pool * landmarks**2 * product
-        work += 2.0 * (rows + m * k) * landmarks * k * rank
+        work += 2.0 * (rows + m_own * k) * landmarks * k * rank
     else:
         few, many = min(wide, max(4, (1 << 22) // d)), _many(first)
         tangents, cotangents = first.outputs.new_ones(few, d), first.outputs.new_ones(many.n * k, few)
         forward = _seconds_of(lambda: many.jvp(tangents)) / (many.n * few)
         back = _seconds_of(lambda: many.vjp(cotangents)) / (many.n * few)
         each_map = forward * wide
-        again = 1 if n * each < HELD else 2
-        fit = n * (again * capture + wide * (forward + 2 * back)) + 6.0 * d * wide**2 * product
-    probes = probe_count(first, n)
-    total = fit + (n + m) * (capture + each_map) + work * product + 0.2 + 2 * probes * capture
+        again = 1 if n_own * each < HELD else 2
+        fit = n_own * (again * capture + wide * (forward + 2 * back)) + 6.0 * d * wide**2 * product
+    probes = 0 if alone else probe_count(first, n)
+    total = fit + (n_own + m_own) * (capture + each_map) + work * product + 0.2 + 2 * probes * capture
     return Plan(method, rank, reason, passes, disk, size, total, sketch if method == "sketch" else None, stored)
 
 
@@ -185,13 +193,14 @@ def _landmarks(n: int, k: int, rank: int) -> int:
 
 
 def _low_rank_bytes(
-    first: Jacobian, n: int, m: int, method: str, rank: int, wide: int, each: float, stored: bool, given: int
-) -> int:
+    first: Jacobian, n: int, m: int, method: str, rank: int, wide: int, each: float, stored: bool, given: int,
+    n_own: int, m_own: int, alone: bool,
+) -> int:  # fmt: skip
     """Peak of a run of low rank: the largest of its stages, each with what it finds in memory and what it adds."""
-    k, d, rows, item = first.k, first.shape[1], n * first.k, first.outputs.element_size()
+    k, d, rows, item = first.k, first.shape[1], n_own * first.k, first.outputs.element_size()
     square, part, kept = 8 * wide * wide, min(256, n), 0
     shard = 4 * min(rows * wide, SHARD)
-    features = 0 if stored else 4 * wide * (n + m) * k + 8 * (1 + k * (method != "sketch")) * rows
+    features = 0 if stored else 4 * wide * (n_own + m_own) * k + 8 * (1 + k * (method != "sketch")) * rows
     capture = part * each + first.n * each * 2
     layers = [factor for factor in first.select(range(1)).factors() if isinstance(factor, Outer)]
     read = item * sum(layer.a.numel() for layer in layers)
@@ -211,7 +220,7 @@ def _low_rank_bytes(
         compute = capture + part * k * (12 * landmarks * k + 12 * rank)
     else:
         held, turned = 4 * wide * d, wide * d * item * (item != 4)  # the basis, and it in the dtype of the model
-        kept = n * each if n * each <= HELD else 0  # factors that wait for the next pass; pass 1 lets go of them
+        kept = n_own * each if n_own * each <= HELD else 0  # factors that wait; pass 1 lets go of them
         # with more outputs than positions vjp goes by positions: as much as its result again, twice
         spread = max((x.a.shape[2] * x.g.shape[3] for x in layers if k > x.a.shape[1]), default=0)
         fit = kept + wide * d * (8.2 + item) + turned + 2 * wide * spread * item + part * (each + d * item)
@@ -222,13 +231,13 @@ def _low_rank_bytes(
     stages = (
         fit + held,
         held + max(kept, features) + compute + (3.4 if stored else 2) * shard,
-        held + features + 2.0 * square + 3 * shard * stored + 8 * min(rows * wide, 1 << 20),
+        held + features + 3.0 * square + 3 * shard * stored + 8 * min(rows * wide, 1 << 20),
         held + features + (6.5 + seen) * square + 2 * shard * stored,
         held + features + after + 1.5 * square * (m > 0) + 3 * shard * stored + 24 * min(rows * wide, PORTION),
         held + features + after + 2.3 * min(probes * each, HELD) + 2 * probes * patches + 40 * (probes * k) ** 2,
-        2 * n * given + 60 * rows,
+        2 * n * given + 60 * n * k,
     )
-    return int(_LIBRARIES + max(stages))
+    return int(_LIBRARIES + max(stages[: 2 if alone else None]))
 
 
 def least_seconds(work: Callable[[], object], times: int = 3) -> float:

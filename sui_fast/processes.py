@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .jacobians import Jacobian, Samples, jacobian
+from .jacobians.engine import predict
 
 
 @dataclass
@@ -60,10 +63,15 @@ class Source:
 
 def portion(n: int) -> int:
     """Samples captured at a time, a fourth of them at most: one process and four share them alike, and round alike."""
-    return min(256, _power(n // 4))
+    return min(256, power(n // 4))
 
 
-def _power(n: int) -> int:
+def grain(n: int) -> int:
+    """Slices of processes, and portions of every product whose rounding shows, begin at multiples of this."""
+    return max(portion(n), min(4096, power(n // 32)))
+
+
+def power(n: int) -> int:
     """Largest power of two up to n."""
     return 1 << max(n, 1).bit_length() - 1
 
@@ -71,17 +79,23 @@ def _power(n: int) -> int:
 class Processes:
     """torch.distributed where it is initialised or torchrun started the process, else one process."""
 
-    def __init__(self) -> None:
-        live = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not live and torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+    def __init__(self, meet: bool = True) -> None:
+        """meet: whether a group is made where there is none yet, for which all processes must come here."""
+        there = torch.distributed.is_available()
+        live = there and torch.distributed.is_initialized()
+        started = not live and there and torch.distributed.is_torchelastic_launched()
+        if started and meet:
             torch.distributed.init_process_group()  # gloo for CPU tensors, nccl for CUDA tensors
             live = True
-        self.count = torch.distributed.get_world_size() if live else 1
-        self.number = torch.distributed.get_rank() if live else 0
+        self.number, self.count = 0, 1
+        if live:
+            self.number, self.count = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        elif started:
+            self.number, self.count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
     def slice(self, n: int) -> tuple[int, int]:
         """First and last sample of this process."""
-        step = min(portion(n), _power(n // self.count))
+        step = min(grain(n), power(n // self.count))
         cut = lambda i: min(n, -(-n * i // (self.count * step)) * step)  # noqa: E731
         return cut(self.number), cut(self.number + 1)
 
@@ -92,10 +106,33 @@ class Processes:
             torch.distributed.all_reduce(x)
         return x
 
+    def predict(self, model: torch.nn.Module, samples: Samples, *, progress: bool = False, **options) -> Tensor:
+        """As ``jacobians.engine.predict``; each process predicts its slice, portion by portion, and has all of them."""
+        return torch.cat(list(self.every(_outputs(model, samples, *self.slice(samples.n), progress, **options))))
+
+    def every(self, x: Tensor) -> Iterator[Tensor]:
+        """x of each process, in their order; shapes may differ in the first dimension."""
+        for number, size in enumerate(self.objects(len(x))):
+            held = x.contiguous() if number == self.number else x.new_empty(size, *x.shape[1:])
+            if self.count > 1:
+                torch.distributed.broadcast(held, number)
+            yield held
+
     def gather(self, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Columns of all processes, in their order."""
-        if self.count == 1:
-            return values
-        found: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(found, values)
-        return {name: np.concatenate([part[name] for part in found]) for name in values}
+        """Columns of all processes, in their order; nothing from those without samples."""
+        found = [part for part in self.objects(values) if part]
+        return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+    def objects(self, own: Any) -> list[Any]:
+        """What each process has, in their order."""
+        found = [own] * self.count
+        if self.count > 1:
+            torch.distributed.all_gather_object(found, own)
+        return found
+
+
+def _outputs(model: torch.nn.Module, samples: Samples, begin: int, end: int, progress: bool, **options) -> Tensor:
+    found, step = [predict(model, samples.slice(0, 1), **options)[:0]], grain(samples.n)
+    for first in tqdm(range(begin, end, step), desc="outputs", delay=2, leave=False, disable=not progress):
+        found.append(predict(model, samples.slice(first, min(first + step, end)), **options))
+    return torch.cat(found)

@@ -48,7 +48,6 @@ from .spectra import (
 from .streaming import (
     LowRank,
     collect,
-    features_of,
     fit_map,
     moments_of,
     open_store,
@@ -91,7 +90,7 @@ class Run:
         self.sgd: dict[str, Any] = {}
         self.projection: tuple[str, int | None] | None = None
         self.sketch = "tensor"  # kind of random map
-        self.apart: Part | Merged | None = None  # one of several runs that never meet, or what joins them
+        self.processes: Processes | None = None  # that share a run of low rank
 
     def dense(self, stages: Stages, common: dict[str, Any]):
         """The exact kernel."""
@@ -203,7 +202,7 @@ class Run:
 
     def low_rank(self, stages: Stages, common: dict[str, Any], method: str, rank: int, store, resume: bool):
         """A kernel of low rank, shard by shard; nothing where this run is but a part."""
-        n, processes = self.samples.n, self.apart or Processes()
+        n, processes = self.samples.n, self.processes
         alone, merged = isinstance(processes, Part), isinstance(processes, Merged)
         open_ = open_parts if merged else open_store
         source = Source(self.model, self.samples, {**common, "outputs": self.outputs}, *processes.slice(n))
@@ -241,12 +240,11 @@ class Run:
             with stages("spectrum"):
                 device = source.device
                 k = self.goal.rows
-                moments = moments_of(stores[0], fmap.rank, device, n * k < fmap.rank)
-                moments.reduce(processes.total, source.begin)
+                moments = moments_of(stores[0], n, fmap.rank, device, n * k < fmap.rank, processes)
                 spectrum = feature_spectrum(moments)
                 if self.probes is not None:
-                    seen = moments_of(stores[1], fmap.rank, device, self.probes.n * k < fmap.rank)
-                    seen.reduce(processes.total, probes.begin)
+                    m = self.probes.n
+                    seen = moments_of(stores[1], m, fmap.rank, device, m * k < fmap.rank, processes)
                     moment = spectrum.moment(seen)
                     seen = seen if self.candidates is not None else None
                 del moments
@@ -258,55 +256,50 @@ class Run:
                 )  # fmt: skip
                 reg, extra = self.reg, {}
                 if isinstance(reg, str):
-                    options = (processes.total, self.goal.error, source.begin)
+                    options = (processes.gather, self.goal.error, source.begin)
                     regs, errors = solver.loo_error_curve(*options, **self.training)
                     reg, extra["reg_curve"] = float(regs[errors.argmin()]), _curve(regs, errors)
                 phi = make_filter(n, reg=reg, **self.training)
                 check_stability(phi, float(spectrum.s[-1]), n)
-                columns, left_out, more, begin, first_error, lost, missed = [], [], {}, source.begin, 0.0, 0.0, 0.0
-                details: dict[str, Any] = {}
+                columns, begin, about = [], source.begin, None
                 suggest = self.goal.suggests and self.groups is None
                 for shard in solver.shards():
                     removal = solver.removal(shard, phi)
-                    count = len(shard["features"])
-                    part = slice(begin, begin + count)
+                    part = slice(begin, begin + len(shard["features"]))
+                    v, missed = removal.loo_residual, removal.missed_leverage.expand(part.stop - begin)
                     found, more = self._measure(removal, self.goal, part, n * reg)
+                    own = {"first": self.goal.error(part, removal.residual), "last": self.goal.error(part, v)}
                     if suggest:
-                        found["suggested"] = self.goal.suggest(part, removal.loo_residual).cpu().numpy()
-                    columns.append(found)
+                        own["suggested"] = self.goal.suggest(part, v)
                     if "loo_margin" in self.wanted:
-                        left_out.append(self.goal.left_out(part, removal.loo_residual).cpu().numpy())
-                    first_error += float(self.goal.error(part, removal.residual).sum())
-                    lost += float(self.goal.error(part, removal.loo_residual).sum())
-                    missed += float(removal.missed_leverage.sum())
-                    details, begin = removal.diagnostics, begin + count
-                if "loo_margin" in self.wanted:
-                    found = {"left_out": np.concatenate(left_out or [np.zeros((0, self.goal.k))])}
-                    self.left_out = processes.gather(found)["left_out"]
-                values = processes.gather(self._join(columns, ("suggested",) * suggest))
-                if suggest:
-                    self.suggested = values.pop("suggested").astype(np.int64)
-                if suggest and groups is None and processes.count == 1:
+                        own["left_out"] = self.goal.left_out(part, v)
+                    columns.append(
+                        {**found, **{name: x.cpu().numpy() for name, x in {**own, "missed": missed}.items()}}
+                    )
+                    about, begin = (removal.diagnostics, more), part.stop
+                details, more = next(filter(None, processes.objects(about)))
+                values = processes.gather(_joined(columns))
+                self.left_out, self.suggested = values.pop("left_out", None), values.pop("suggested", None)
+                first_error, lost, missed = (float(values.pop(name).sum()) for name in ("first", "last", "missed"))
+                if suggest and groups is None:
                     doubt = np.flatnonzero(self.suggested != self.labels.cpu().numpy())
                     measure = next(iter(values))
                     worst = values["loo_margin"][doubt] if "loo_margin" in values else -values[measure][doubt]
-                    rows = lambda: (shard["features"] for shard in solver.shards())  # noqa: E731
-                    self.neighbours = feature_neighbours(rows, n, self.labels, doubt[worst.argsort()])
-                sums = torch.tensor([first_error, lost, missed], dtype=torch.float64, device=device)
-                first_error, lost, missed = processes.total(sums).tolist()
+                    self.neighbours = feature_neighbours(
+                        lambda: (shard["features"] for shard in solver.shards()), (n, k, fmap.rank), self.labels,
+                        doubt[worst.argsort()], first=source.begin, gather=processes.gather,
+                    )  # fmt: skip
                 kept = float((spectrum.s * torch.from_numpy(phi(spectrum.s.cpu().numpy())).to(device)).sum())
             if self.candidates is not None:
                 with stages("candidates"):
                     new = Source(self.model, self.candidates, source.options, *processes.slice(self.candidates.n))
                     old = replace(probes, begin=0, end=self.probes.n, kept={}) if seen and method != "sketch" else None
                     columns, begin = [], new.begin
-                    for sample in features_of(new, fmap, self.new_goal, begin, self.progress):
-                        part = slice(begin, begin + len(sample["features"]))
-                        across = old and (old, replace(new, begin=begin, end=part.stop, kept={}), fmap)
-                        added = solver.addition(sample, phi, seen, across)
+                    for added in solver.additions(new, fmap, self.new_goal, phi, seen, old, self.progress):
+                        part = slice(begin, begin + len(added.rows))
                         columns.append(self._measure(added, self.new_goal, part, n * reg)[0])
                         begin = part.stop
-                    self.new_values = processes.gather(self._join(columns))
+                    self.new_values = processes.gather(_joined(columns))
             with stages("error estimate"):
                 some = drawn(source, fmap, self.seed)
                 error = kernel_error(n, some)
@@ -332,11 +325,6 @@ class Run:
             **more,
         )
         return values, details, reg, self.samples.ids if self.groups is None else np.unique(np.asarray(self.groups))
-
-    def _join(self, columns: list[dict[str, np.ndarray]], more: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-        names = (*self.wanted, *more)
-        nothing = [{name: np.zeros(0) for name in names}]  # of a process without samples
-        return {name: np.concatenate([column[name] for column in columns or nothing]) for name in names}
 
     @staticmethod
     def _about(n: int, k: int, parameters: int, coverage: float, dtype) -> dict[str, Any]:
@@ -381,6 +369,10 @@ def projected_cross(probe, jac, features, progress: bool):
     if features is None:
         return probe.gram(jac, progress=progress).to(torch.float64)
     return project(probe, features[0]).to(torch.float64) @ features[1].T
+
+
+def _joined(columns: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([column[name] for column in columns]) for name in columns[0]} if columns else {}
 
 
 def _curve(regs: np.ndarray, errors: np.ndarray) -> dict[str, list[float]]:

@@ -23,9 +23,10 @@ from .jacobians import as_samples, jacobian, read_samples
 from .jacobians.engine import predict
 from .loo import make_filter
 from .measures import UNITS
-from .parts import check_part
+from .parts import Part, check_part
 from .planning import Plan, choose_method, least_seconds, make_plan, return_memory
 from .probing import Probes, probed_dimension
+from .processes import Processes
 from .projections import Signed
 from .runs import Run, Stages, authors_definitions
 from .scores import Scores
@@ -108,7 +109,7 @@ def score(
         store: folder for the features of a method of low rank, so that memory does not grow with the samples
             (Datasets and DataLoaders are read again for every pass) and a run that was interrupted goes on
             (resume=True) with the same scores; resume=False begins anew. Under torchrun a run of low rank shares the
-            samples among the processes, and every process returns all scores.
+            samples among the processes, and each returns what one process alone would.
         part: (i, count), i from 1: only the features of the i-th of ``count`` slices of the samples, into ``store``,
             without the other processes; returns None. ``merge`` scores from all parts ("sketch" and "nystrom").
         params: "trainable", "all", names, or a predicate: the parameters that count.
@@ -160,7 +161,7 @@ def score(
 
     stages = Stages(7 + ("fsi" in wanted) * 2, progress)
     run = Run(model, wanted, reg, dict(time=time, lr=lr, dynamics=dynamics), convention, groups, sigma, seed, progress)
-    run.projection, run.apart, run.sketch = projection, apart, sketch
+    run.projection, run.sketch = projection, sketch
     run.sgd = dict(lr=sgd_lr, batch_size=sgd_batch_size, jitter=sgd_jitter)
     try:
         with stages("data"):
@@ -197,9 +198,21 @@ def score(
                 _check_labels(labels, groups)
         common["dtype"] = dtype or torch.float64 if chosen == "dense" else dtype
         with stages("outputs"):
+            run.processes = None if chosen == "dense" else apart or Processes()
+            sees = run.processes.predict if run.processes else predict
             if few:
                 run.goal, run.samples, run.outputs = aim_at_few(
-                    model, loss, run.samples, targets, first.device, common, progress, output_mode, output_rank, seed
+                    model,
+                    loss,
+                    run.samples,
+                    targets,
+                    first.device,
+                    common,
+                    progress,
+                    output_mode,
+                    output_rank,
+                    seed,
+                    sees,
                 )
                 if loss == "mse":
                     run.probe_outputs = run.outputs
@@ -208,14 +221,16 @@ def score(
                     run.probe_outputs = Signed(outputs, output_rank, seed + 1)
             else:
                 run.goal, run.samples, run.outputs = aim(
-                    model, loss, run.samples, targets, first.device, common, progress
+                    model, loss, run.samples, targets, first.device, common, progress, sees
                 )
             if candidates is not None:
                 new_targets = loss_targets(loss, targets_of(run.candidates, own, k), k, "candidates")
                 if "loo_margin" in wanted:
                     _check_labels(new_targets[1], None)
                 new = run.candidates
-                run.new_goal, run.candidates, _ = aim(model, loss, new, new_targets, first.device, common, progress)
+                run.new_goal, run.candidates, _ = aim(
+                    model, loss, new, new_targets, first.device, common, progress, sees
+                )
         if candidates is not None and projection is not None:
             got, todo = "candidates with a projection", "Use method='dense'."
             raise ArgumentError(complaint("candidates", "None with the authors' projections", got, todo))
@@ -297,7 +312,7 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
 
     Peak memory is the largest resident size of the process during ``score`` minus that just before the call, with the
     libraries imported and the model and the data in memory. Seconds come from a batch of the model, captured and
-    multiplied here; the model is left as found.
+    multiplied here; the model is left as found. With ``part=``, and under torchrun, they are those of this process.
 
     Args:
         model, train, val, arguments: as in ``score``.
@@ -316,6 +331,7 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     known = ("outputs", "params", "batch_size", "dtype")
     options = {name: arguments[name] for name in known if name in arguments}
     stored = arguments.get("store") is not None
+    processes = check_part(asked["part"], method, asked["store"]) or Processes(meet=False)
     read = functools.partial(read_samples, named=False) if stored else as_samples
     samples = read(train, with_targets=None, argument="train")
     m = 0 if val is None else read(val, with_targets=None, argument="val").n
@@ -335,9 +351,11 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     given = 0 if small is None or samples.n * small[0].nbytes >= MOST_INPUTS else small[0].nbytes
     settled = asked["time"] is None and not isinstance(asked["reg"], str) and asked["reg"] > 0 and convention != "mean"
     spectral = not settled or "si_sgd" in asked["measures"] or asked["candidates"] is not None
+    own = processes.slice(samples.n), processes.slice(m) if m else (0, 0)
     found = make_plan(
-        first, seconds, samples.n, m, method, rank, reason, stored, given, asked["sketch"], spectral=spectral
-    )
+        first, seconds, samples.n, m, method, rank, reason, stored, given, asked["sketch"], spectral=spectral,
+        own=tuple(end - begin for begin, end in own), alone=isinstance(processes, Part),
+    )  # fmt: skip
     del first
     return_memory()
     return found

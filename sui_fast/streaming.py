@@ -38,7 +38,7 @@ from .loo import (
 )
 from .losses import Goal
 from .planning import HELD, PORTION, SHARD
-from .processes import Processes, Source, portion
+from .processes import Processes, Source, grain, portion, power
 from .spectra import (
     RANK_FOR,
     FeatureMap,
@@ -77,6 +77,12 @@ def joined(shards: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Shards as one."""
     parts = list(shards)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def cut(shard: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+    """Portions of a shard; of a size that is a power of two they are the same whatever slice the shard is of."""
+    for begin in range(0, len(next(iter(shard.values()))), size):
+        yield {name: x[begin : begin + size] for name, x in shard.items()}
 
 
 def fit_map(
@@ -134,7 +140,7 @@ def features_of(
     if begin >= source.end:
         return
     most = min(_SHARD // (source.part(begin, begin + 1).k * fmap.rank), 4096)
-    size = 1 << max(16, most).bit_length() - 1  # a power of two, so that slices share their batches with one process
+    size = power(max(16, most))
     step = portion(source.samples.n)
     with tqdm(
         total=source.end - begin, desc=f"{fmap.kind} features", delay=2, leave=False, disable=not progress
@@ -173,11 +179,15 @@ def _ahead(store: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
             yield shard
 
 
-def moments_of(store: Store | _Memory, rank: int, device: torch.device, keep_rows: bool = False) -> Moments:
-    """Sums over the shards of a store, in their order."""
+def moments_of(
+    store: Store | _Memory, n: int, rank: int, device: torch.device, keep_rows: bool, processes: Processes
+) -> Moments:
+    """Sums over n samples: those in the store, and those of the other processes."""
     sums = Moments(rank, device, keep_rows)
     for shard in _ahead(store):
-        sums.add(shard["features"].to(device), shard["residual"].to(device) if "residual" in shard else None)
+        for piece in cut(shard, grain(n)):
+            sums.add(piece["features"].to(device), piece["residual"].to(device) if "residual" in piece else None)
+    sums.reduce(processes.every)
     return sums
 
 
@@ -192,13 +202,11 @@ class LowRank:
 
     def shards(self) -> Iterator[dict[str, Tensor]]:
         """Portions of one shard after the other, or all as one where groups may span them."""
-        if self.groups is None:
-            for shard in _ahead(self.store):
-                step = max(1, _PORTION // shard["features"][0].numel())
-                for begin in range(0, len(shard["features"]), step):
-                    yield {name: x[begin : begin + step] for name, x in shard.items()}
+        if self.groups is not None:
+            yield joined(self.store)
             return
-        yield joined(self.store)
+        for shard in _ahead(self.store):
+            yield from cut(shard, min(power(_PORTION // shard["features"][0].numel()), grain(self.spectrum.samples)))
 
     def removal(self, shard: dict[str, Tensor], phi) -> SpectralRemoval:
         """What leaves with each sample (or group) of a shard."""
@@ -215,43 +223,52 @@ class LowRank:
             found.add_missed(shard["missed"].to(self.device))
         return found
 
-    def addition(
-        self, sample: dict[str, Tensor], phi, seen: Moments | None, across: tuple[Source, Source, FeatureMap] | None
-    ) -> Addition:
-        """What new samples with these features and residuals would add.
+    def additions(
+        self, new: Source, fmap: FeatureMap, goal: Goal, phi, seen: Moments | None, old: Source | None, progress: bool
+    ) -> Iterator[Addition]:
+        """What new samples would add, portion by portion.
 
         Args:
-            seen: moments of the validation samples, where there are some.
-            across: all of these, the new samples and the map, where features do not tell all.
+            seen: moments of the validation samples, where there are some. old: all of these, where their features do
+                not tell all.
         """
-        z, residual = (sample[name].to(self.device, torch.float64) for name in ("features", "residual"))
-        spectrum = self.spectrum
+        spectrum, begin = self.spectrum, new.begin
         root = spectrum.s.sqrt()
         v = spectrum.turn * root
-        hidden = z - (z @ v) @ v.T  # in directions in which no sample has features
-        unseen = hidden @ hidden.transpose(1, 2)
-        if "missed" in sample:
-            share, basis = torch.linalg.eigh(unseen + sample["missed"].to(self.device))
-            unseen = (basis * share.clamp_min(0)[:, None]) @ basis.transpose(1, 2)
-        found = add_samples(
-            z @ v, unseen, residual, spectrum.s, root * spectrum.gain, phi,
-            n=spectrum.samples, convention=self.convention,
-        )  # fmt: skip
-        if seen is None:
-            return found
-        known = hidden if across is None else hidden - z  # a kernel tells of all of a gradient
-        change = found.inside @ v.T + torch.einsum("ckr,ck->cr", known, found.beyond)
-        if across is None:
-            moved = ((change @ seen.gram) * change).sum(1).clamp_min(0)
-        else:
-            moved = torch.zeros_like(change[:, 0])
-            for features, first, kernel in _kernel_across(*across):
-                part = slice(first, first + kernel.shape[1] // self.k)
-                own = torch.einsum("vck,ck->vc", kernel.unflatten(1, (-1, self.k)), found.beyond[part])
-                moved[part] += (features.flatten(0, 1) @ change[part].T + own).square().sum(0)
-        return replace(found, prediction_sqnorm=moved / seen.samples)
+        gram = None if seen is None or old is not None else seen.gram
+        for shard in features_of(new, fmap, goal, begin, progress):
+            found, changes = [], []
+            for sample in cut(shard, portion(new.samples.n)):
+                z, residual = (sample[name].to(self.device, torch.float64) for name in ("features", "residual"))
+                hidden = torch.zeros_like(z)  # in directions in which no sample has features
+                if len(v) > len(spectrum.s):
+                    hidden = z - (z @ v) @ v.T
+                unseen = hidden @ hidden.transpose(1, 2)
+                if "missed" in sample:
+                    share, basis = torch.linalg.eigh(unseen + sample["missed"].to(self.device))
+                    unseen = (basis * share.clamp_min(0)[:, None]) @ basis.transpose(1, 2)
+                added = add_samples(
+                    z @ v, unseen, residual, spectrum.s, root * spectrum.gain, phi,
+                    n=spectrum.samples, convention=self.convention,
+                )  # fmt: skip
+                known = hidden if old is None else hidden - z  # a kernel tells of all of a gradient
+                changes.append(added.inside @ v.T + torch.einsum("ckr,ck->cr", known, added.beyond))
+                found.append(added)
+            end = begin + len(shard["features"])
+            if gram is not None:
+                moved = [((change @ gram) * change).sum(1).clamp_min(0) for change in changes]
+            elif seen is not None:
+                moved = [torch.zeros_like(change[:, 0]) for change in changes]
+                for features, number, kernel in _kernel_across(old, replace(new, begin=begin, end=end, kept={}), fmap):
+                    own = torch.einsum("vck,ck->vc", kernel.unflatten(1, (-1, self.k)), found[number].beyond)
+                    moved[number] += (features.flatten(0, 1) @ changes[number].T + own).square().sum(0)
+            if seen is not None:
+                pairs = zip(found, moved, strict=True)
+                found = [replace(added, prediction_sqnorm=sums / seen.samples) for added, sums in pairs]
+            yield from found
+            begin = end
 
-    def loo_error_curve(self, total: Callable, error: Callable, first: int, points: int = 31, **training) -> tuple:
+    def loo_error_curve(self, gather: Callable, error: Callable, first: int, points: int = 31, **training) -> tuple:
         """As in loo.regularisation, summed over shards, of which the first sample is ``first``, and processes."""
         n, top = self.spectrum.samples, float(self.spectrum.s[-1])
         regs, filters = [], []
@@ -265,24 +282,23 @@ class LowRank:
                 break
             regs.append(float(reg))
             filters.append(phi)
-        errors = torch.zeros(len(regs), dtype=torch.float64, device=self.device)
+        errors = []
         for shard in self.shards():
             part = slice(first, first + len(shard["features"]))
-            for number, phi in enumerate(filters):
-                errors[number] += float(error(part, self.removal(shard, phi).loo_residual).sum())
+            errors.append([float(error(part, self.removal(shard, phi).loo_residual).sum()) for phi in filters])
             first = part.stop
-        return np.array(regs), total(errors).cpu().numpy() / n
+        return np.array(regs), gather({"errors": np.array(errors)} if errors else {})["errors"].sum(0) / n
 
 
 def _kernel_across(old: Source, new: Source, fmap: FeatureMap) -> Iterator[tuple[Tensor, int, Tensor]]:
     """Of portions of ``old`` their features [b, k, r], and their kernel [b k, c k] with portions of ``new``, float64.
 
-    With it the number, in ``new``, of the first sample of the portion.
+    With it the number of the portion of ``new``.
     """
     for _, part in old.parts(portion(old.samples.n)):
         features = fmap.features(part).to(torch.float64)
-        for first, other in new.parts(portion(new.samples.n), HELD):
-            yield features, first - new.begin, part.gram(other).to(torch.float64)
+        for number, (_, other) in enumerate(new.parts(portion(new.samples.n), HELD)):
+            yield features, number, part.gram(other).to(torch.float64)
 
 
 def warn_of_rank(kind: str, rank: int, edf: float, most: int, missed: float = 0.0) -> int | None:

@@ -333,7 +333,7 @@ def test_processes_share_a_loader_and_candidates(tmp_path, processes, kind):
         assert done.returncode == 0, done.stderr[-3000:]
         found.append([np.load(f"{out}{rank}.npy") for rank in range(processes if start else 1)])
     for columns in found[1]:
-        np.testing.assert_allclose(columns, found[0][0], rtol=1e-10)
+        np.testing.assert_allclose(columns, found[0][0], rtol=1e-12)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -353,7 +353,7 @@ def test_several_processes_give_the_result_of_one(tmp_path, processes):
         assert done.returncode == 0, done.stderr[-3000:]
         want = np.load(one + "0.npy")
         for rank in range(processes):
-            np.testing.assert_allclose(np.load(f"{many}{rank}.npy"), want, rtol=1e-10)
+            np.testing.assert_allclose(np.load(f"{many}{rank}.npy"), want, rtol=1e-12)
         shutil.rmtree(tmp_path / "s")
 
 
@@ -388,7 +388,7 @@ def test_one_of_two_processes_killed_and_all_started_again(tmp_path):
     assert again.returncode == 0, again.stderr[-3000:]
     assert (part / held[0]["name"]).stat().st_mtime_ns == written  # went on, not anew
     for rank in range(2):
-        np.testing.assert_allclose(np.load(f"{two}{rank}.npy"), np.load(one + "0.npy"), rtol=1e-10)
+        np.testing.assert_allclose(np.load(f"{two}{rank}.npy"), np.load(one + "0.npy"), rtol=1e-12)
 
 
 @pytest.mark.parametrize("fits", [True, False])

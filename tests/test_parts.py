@@ -40,10 +40,15 @@ def test_merged_parts_are_the_run_of_one_process(tmp_path, method, count):
     told = dict(outputs=outputs, loss=settings["loss"])  # method, rank and seed are known
     merged = sui_fast.merge(*problem(), store=tmp_path, **told, **about)
     for name in MEASURES:
-        np.testing.assert_allclose(merged[name], whole[name], rtol=1e-10)
-    np.testing.assert_allclose(merged.candidates["fsi"], whole.candidates["fsi"], rtol=1e-10)
-    assert merged.diagnostics["features"] == whole.diagnostics["features"]
-    assert merged.diagnostics["effective_dimension"] == pytest.approx(whole.diagnostics["effective_dimension"])
+        np.testing.assert_allclose(merged[name], whole[name], rtol=1e-12)
+        np.testing.assert_allclose(merged.candidates[name], whole.candidates[name], rtol=1e-12)
+    np.testing.assert_allclose(merged.left_out, whole.left_out, rtol=1e-12)
+    assert np.array_equal(merged.suggested, whole.suggested)
+    assert merged.neighbours.keys() == whole.neighbours.keys() and (whole.neighbours["other"] >= 0).any()
+    for name, column in whole.neighbours.items():
+        np.testing.assert_allclose(merged.neighbours[name], column, rtol=1e-6)
+    for name in ("features", "loo_loss" if count == 4 else "loo_mse", "effective_dimension"):
+        assert merged.diagnostics[name] == pytest.approx(whole.diagnostics[name], rel=1e-12)
     assert sorted(p.name for p in tmp_path.iterdir())[0] == f"train-0000-of-{count:04d}"
 
 
@@ -183,3 +188,31 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     assert main([*run, "--reg", "0.1", "--out", "whole.parquet"]) == 0
     one, two = sui_fast.Scores.load("merged.parquet"), sui_fast.Scores.load("whole.parquet")
     np.testing.assert_allclose(one["fsi"], two["fsi"], rtol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["sketch", "nystrom"])
+def test_a_part_has_a_plan_of_its_own(tmp_path, method):
+    settings = dict(method=method, rank=40, store=tmp_path)
+    whole, parts = sui_fast.plan(*problem(), **settings), []
+    for number in range(1, 4):
+        parts.append(sui_fast.plan(*problem(), part=(number, 3), **settings))
+        run_parts(tmp_path, 3, (number,), **{name: settings[name] for name in ("method", "rank")})
+        shards = [p for p in tmp_path.glob(f"*-{number - 1:04d}-of-0003/*.safetensors")]
+        assert parts[-1].disk_bytes == pytest.approx(sum(p.stat().st_size for p in shards), rel=0.2)
+        assert parts[-1].peak_bytes <= whole.peak_bytes
+    assert sum(part.disk_bytes for part in parts) == whole.disk_bytes
+    with pytest.raises(sui_fast.ArgumentError, match="with part="):
+        sui_fast.plan(*problem(), part=(1, 3), method="subspace", store=tmp_path)
+
+
+def test_plan_under_torchrun_is_that_of_the_process_and_meets_no_other(monkeypatch):
+    whole = sui_fast.plan(*problem(), method="subspace", rank=8)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # another test may have made a group
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda: pytest.fail("a group for a plan"))
+    found = []
+    for number in "012":
+        for name, value in {"RANK": number, "WORLD_SIZE": "3"}.items():
+            monkeypatch.setenv(name, value)
+        found.append(sui_fast.plan(*problem(), method="subspace", rank=8).disk_bytes)
+    assert sum(found) == whole.disk_bytes and len(set(found)) > 1

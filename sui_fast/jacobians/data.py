@@ -54,12 +54,15 @@ class Samples:
     Attributes:
         ids: numpy [n]; 0..n-1 where the data name none.
         targets: tensor [n] or [n, k], or None.
-        argument: the name of the argument the data came as, for error messages.
+        argument: the name of the argument the data came as, first: the number of the first sample there, where these
+            are a slice; for error messages.
     """
 
-    def __init__(self, chunks: list[Any], targets: Tensor | None, ids: np.ndarray | None, argument: str):
+    def __init__(
+        self, chunks: list[Any], targets: Tensor | None, ids: np.ndarray | None, argument: str, first: int = 0
+    ):
         self._chunks = chunks
-        self.targets, self.argument = targets, argument
+        self.targets, self.argument, self.first = targets, argument, first
         self.n = sum(batch_length(chunk) for chunk in chunks)
         self.ids = np.arange(self.n) if ids is None else ids
         if self.n == 0:
@@ -107,7 +110,7 @@ class Samples:
             if first < last:
                 parts.append(map_batch(lambda x, a=first, b=last: x[a:b], chunk))
             offset += length
-        return Samples(parts, None, self.ids[begin:end], self.argument)
+        return Samples(parts, None, self.ids[begin:end], self.argument, self.first + begin)
 
     def pick(self, numbers: np.ndarray) -> Samples:
         """Inputs of the samples with these numbers (ascending), without targets."""

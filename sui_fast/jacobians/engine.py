@@ -173,7 +173,7 @@ def predict(
     evaluator, found = Evaluator(model, outputs, params, dtype), []
     total = -(-samples.n // batch_size)
     with evaluator.quiet(), torch.no_grad():
-        done = 0
+        done = samples.first
         for raw in tqdm(samples.batches(batch_size), total=total, desc="outputs", delay=2, leave=False,
                         disable=not progress):  # fmt: skip
             found.append(evaluator(to_device(raw, evaluator.device, evaluator.dtype), done))
@@ -189,7 +189,7 @@ def _run(
     bar = tqdm(samples.batches(batch_size), total=total, desc="jacobian", delay=2, leave=False, disable=not progress)
     for raw in bar:
         batch = to_device(raw, evaluator.device, evaluator.dtype)
-        captured = evaluator.capture(batch, store.filled, plan.calls, set(plan.general))
+        captured = evaluator.capture(batch, samples.first + store.filled, plan.calls, set(plan.general))
         if captured.unruled:
             return captured.unruled
         rows = evaluator.general_rows(batch, list(plan.general)) if plan.general else {}

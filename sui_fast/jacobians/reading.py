@@ -75,7 +75,7 @@ class Read(Samples):
     """Samples begin .. end of a data set that is read on demand; used as ``Samples``."""
 
     def __init__(self, tape: _Tape, begin: int, end: int, targets, ids, argument: str, known: tuple[Tensor, ...] = ()):
-        self._tape, self._begin, self._known = tape, begin, known
+        self._tape, self.first, self._known = tape, begin, known
         self.targets, self.argument, self.n = targets, argument, end - begin
         self.ids = np.arange(self.n) if ids is None else ids
         if self.n == 0:
@@ -84,7 +84,7 @@ class Read(Samples):
 
     def batches(self, batch_size: int) -> Iterator[Any]:
         """Model inputs, ``batch_size`` samples at a time, in order."""
-        for first, chunk in self._tape.chunks(self._begin, self._begin + self.n):
+        for first, chunk in self._tape.chunks(self.first, self.first + self.n):
             for begin in range(0, batch_length(chunk), batch_size):
                 part = map_batch(lambda x, b=begin: x[b : b + batch_size], chunk)
                 rows = slice(first + begin, first + begin + batch_length(part))
@@ -101,18 +101,18 @@ class Read(Samples):
 
     def beside(self, known: Tensor) -> Samples:
         """The same inputs, every batch of them a ``Known`` with its rows of ``known`` [n, ...]."""
-        if self._begin or self.n != len(known):
+        if self.first or self.n != len(known):
             raise ValueError("known of the whole data set")
         return Read(self._tape, 0, self.n, self.targets, self.ids, self.argument, (*self._known, known))
 
     def slice(self, begin: int, end: int) -> Samples:
         """Inputs of samples begin .. end, without targets."""
-        end, first = min(end, self.n), self._begin
+        end, first = min(end, self.n), self.first
         return Read(self._tape, first + begin, first + end, None, self.ids[begin:end], self.argument, self._known)
 
     def pick(self, numbers: np.ndarray) -> Samples:
         """Inputs of the samples with these numbers (ascending), without targets, in memory."""
-        rows = self._begin + np.asarray(numbers)
+        rows = self.first + np.asarray(numbers)
         chunks = [self._beside(part, which) for which, part in self._tape.pick(rows)]
         return Samples(chunks, None, self.ids[numbers], self.argument)
 

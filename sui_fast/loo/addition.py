@@ -50,7 +50,11 @@ class Addition:
     prediction_sqnorm: Tensor | None = None
 
     def _outside_sqnorm(self) -> Tensor:
-        return torch.einsum("ck,ckl,cl->c", self.beyond, self.unseen, self.beyond).clamp_min(0)
+        share, basis = torch.linalg.eigh(self.unseen)
+        # dual weights are large where nothing is unseen (residual / shift): what rounding leaves there must not count
+        known = share <= share.shape[1] * torch.finfo(share.dtype).eps * share[:, -1:]
+        along = torch.einsum("ckj,ck->cj", basis, self.beyond)
+        return (share.masked_fill(known, 0.0) * along.square()).sum(1)
 
     @property
     def weight_sqnorm(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -56,51 +57,66 @@ def input_neighbours(
 
 
 def feature_neighbours(
-    shards: Callable[[], Iterable[Tensor]], n: int, labels: Tensor, suspects: np.ndarray, most: int = 3
+    shards: Callable[[], Iterable[Tensor]],
+    shape: tuple[int, int, int],
+    labels: Tensor,
+    suspects: np.ndarray,
+    most: int = 3,
+    *,
+    first: int = 0,
+    gather: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = dict,
 ) -> dict[str, np.ndarray] | None:
     """Neighbours of a few samples by a kernel of low rank, in two passes over the features.
 
     Args:
         shards: gives an iterable over the features [b, k, r] of all samples, in order; called twice.
-        n: samples. labels: class of each, [n]. suspects: rows whose neighbours are wanted, most wanted first; as many
-            are taken as some seconds allow. most: neighbours of each kind.
+        shape: (n, k, r) of all. labels: class of each sample, [n]. suspects: rows whose neighbours are wanted, most
+            wanted first; as many are taken as some seconds allow. most: neighbours of each kind.
+        first, gather: where this process has but some shards: the number of its first sample, and a function that puts
+            the arrays of all processes together.
     Returns:
         As ``nearest``, for all n samples, -1 for those that were not looked at; None where nothing was looked at.
     """
-    wanted, begin = torch.zeros(n, dtype=torch.bool), 0
-    own: list[Tensor] = []
-    for features in shards():
-        if not begin:
-            affordable = int(_PRODUCTS / (n * features[0].numel()))
-            wanted[torch.from_numpy(suspects[: min(affordable, _SUSPECTS)].copy())] = True
-        own.append(features[wanted[begin : begin + len(features)].to(features.device)].flatten(1).to(torch.float32))
-        begin += len(features)
-    if not wanted.any():
+    n, most = shape[0], max(min(most, shape[0] - 1), 0)
+    rows = torch.from_numpy(np.sort(suspects[: min(int(_PRODUCTS / math.prod(shape)), _SUSPECTS)]))
+    if not len(rows):
         return None
-    few, rows = torch.nn.functional.normalize(torch.cat(own)), torch.nonzero(wanted)[:, 0].to(own[0].device)
-    labels, most = labels.to(few.device), max(min(most, n - 1), 0)
-    kinds = ("other", "same")
-    value = {kind: few.new_full((len(few), most), -torch.inf) for kind in kinds}
-    place = {kind: rows.new_full((len(few), most), -1) for kind in kinds}
-    begin = 0
+    own, begin = [], first
     for features in shards():
+        here = rows[(rows >= begin) & (rows < begin + len(features))] - begin
+        own.append(features[here.to(features.device)].flatten(1).to("cpu", torch.float32).numpy())
+        begin += len(features)
+    few = torch.from_numpy(gather({"few": np.concatenate(own)} if own else {})["few"])
+    few, begin = torch.nn.functional.normalize(few), first
+    best: dict[str, tuple[Tensor, Tensor]] = {
+        kind: (few.new_empty(len(few), 0), rows.new_empty(len(few), 0)) for kind in ("other", "same")
+    }
+    for features in shards():
+        few, rows, labels = (x.to(features.device) for x in (few, rows, labels))
         numbers = torch.arange(begin, begin + len(features), device=few.device)
         similar = few @ torch.nn.functional.normalize(features.flatten(1).to(torch.float32)).T
         alike = labels[rows, None] == labels[numbers]
         for kind, mask in (("other", ~alike), ("same", alike & (rows[:, None] != numbers))):
-            both = torch.cat([value[kind], similar.masked_fill(~mask, -torch.inf)], 1)
-            value[kind], at = both.topk(most, dim=1)
-            place[kind] = torch.cat([place[kind], numbers.expand(len(few), -1)], 1).gather(1, at)
+            value, at = similar.masked_fill(~mask, -torch.inf).topk(min(most, len(numbers)), dim=1)
+            pairs = zip(best[kind], (value, numbers[at]), strict=True)
+            best[kind] = _leading(*(torch.cat([x.to(y), y], 1) for x, y in pairs), most)
         begin += len(features)
     found: dict[str, np.ndarray] = {}
-    for kind in kinds:
-        missing = value[kind] == -torch.inf
+    for kind, pair in best.items():
+        every = gather(dict(zip(("value", "place"), (x.T.cpu().numpy() for x in pair), strict=True)))
+        value, place = _leading(*(torch.from_numpy(every[name]).T for name in ("value", "place")), most)
+        missing = value == -torch.inf
         found[kind] = np.full((n, most), -1, dtype=np.int64)
         found[f"{kind}_similarity"] = np.zeros((n, most), dtype=np.float32)
-        found[kind][wanted.numpy()] = place[kind].masked_fill(missing, -1).cpu().numpy()
-        similar = value[kind].masked_fill(missing, 0.0).clamp(-1.0, 1.0)
-        found[f"{kind}_similarity"][wanted.numpy()] = similar.cpu().numpy()
+        found[kind][rows.cpu().numpy()] = place.masked_fill(missing, -1).numpy()
+        found[f"{kind}_similarity"][rows.cpu().numpy()] = value.masked_fill(missing, 0.0).clamp(-1.0, 1.0).numpy()
     return found
+
+
+def _leading(value: Tensor, place: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The largest values of each row and their places, the first of equal ones first."""
+    value, at = value.sort(dim=1, descending=True, stable=True)
+    return value[:, :most], place.gather(1, at[:, :most])
 
 
 def nearest(similarities, rows: Tensor, n: int, labels: Tensor | None, most: int) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +16,23 @@ _ROWS = 256  # of features made float64 at a time
 _PORTION = 1 << 20  # numbers made float64 at a time for a sum
 
 
-def add_upper(total: Tensor, x: Tensor, sign: int = 1) -> None:
-    """total += sign x^T x [r, r], its upper triangle at least: the blocks of it, half the work."""
+def add_upper(total: Tensor, x: Tensor) -> None:
+    """total += x^T x [r, r], its upper triangle at least: the blocks of it, half the work."""
     for begin in range(0, x.shape[1], BLOCK):
         block = slice(begin, begin + BLOCK)
-        total[block, begin:].addmm_(x[:, block].T, x[:, begin:], alpha=sign)
+        total[block, begin:].addmm_(x[:, block].T, x[:, begin:])
+
+
+def add_exactly(total: Tensor, x: Tensor) -> None:
+    """total[0] + total[1] += x in twice the digits of a number: rounded once, the sum is the same in any order.
+
+    x is used up. Source: Moller 1965, Knuth (the error of a sum is a number, and known).
+    """
+    high, low = total
+    s = high + x
+    v = s - high
+    low += x.sub_(v).add_(v.sub_(s).add_(high))
+    high.copy_(s)
 
 
 def mirrored(upper: Tensor) -> Tensor:
@@ -29,34 +41,45 @@ def mirrored(upper: Tensor) -> Tensor:
 
 
 class Moments:
-    """Sums over samples, float64, whatever the dtype of the features.
+    """Sums over samples, float64, whatever the dtype of the features; the same however portions are shared out.
 
     Attributes:
-        pull: Z^T r0 [r]. samples: n. energy: ||r0||^2.
-        rows: the rows of Z themselves, float64, where they are kept.
+        samples: n. rows: the rows of Z themselves, float64, where they are kept.
     """
 
     def __init__(self, rank: int, device: torch.device | str = "cpu", keep_rows: bool = False):
         self.rows: list[Tensor] | None = [] if keep_rows else None
-        self._upper = torch.zeros(rank, rank, dtype=torch.float64, device=device)
-        self.pull = torch.zeros(rank, dtype=torch.float64, device=device)
-        self.samples, self.energy = 0, 0.0
+        new = dict(dtype=torch.float64, device=device)
+        self._upper = torch.zeros(2, *(0, 0) if keep_rows else (rank, rank), **new)  # sums, and what they lack
+        self._lines = torch.zeros(2, rank + 1, **new)  # r0^T Z, ||r0||^2
+        self.samples = 0
 
     def add(self, features: Tensor, residual: Tensor | None = None, sign: int = 1) -> None:
         """features [n, k, r], residual [n, k] (None for validation samples); sign -1 takes them away (no kept rows)."""
-        step = max(1, _PORTION // max(1, features[0].numel())) if len(features) else 1
+        most = _PORTION // max(1, features[0].numel()) if len(features) else 1
+        step = 1 << max(1, most).bit_length() - 1  # a power of two: portions of portions begin where they would begin
         for begin in range(0, len(features), step):
             part = slice(begin, begin + step)
             flat = features[part].flatten(0, 1).to(torch.float64)
-            if self.rows is None:
-                add_upper(self._upper, flat, sign)
-            else:
+            if self.rows is not None:
                 self.rows.append(flat)
+            for first in range(0, flat.shape[1], BLOCK) if self.rows is None else ():
+                block = slice(first, first + BLOCK)
+                add_exactly(self._upper[:, block, first:], (sign * flat[:, block]).T @ flat[:, first:])
             if residual is not None:
-                self.pull.addmv_(flat.T, residual[part].reshape(-1).to(torch.float64), alpha=sign)
+                own = residual[part].reshape(-1, 1).to(torch.float64)
+                add_exactly(self._lines, torch.cat([(sign * own).T @ flat, (sign * own).T @ own], 1)[0])
         self.samples += sign * len(features)
-        if residual is not None:
-            self.energy += sign * float(residual.to(torch.float64).square().sum())
+
+    @property
+    def pull(self) -> Tensor:
+        """Z^T r0 [r]."""
+        return self._lines.sum(0)[:-1]
+
+    @property
+    def energy(self) -> float:
+        """||r0||^2."""
+        return float(self._lines.sum(0)[-1])
 
     @property
     def gram(self) -> Tensor:
@@ -64,18 +87,25 @@ class Moments:
         if self.rows is not None:
             rows = torch.cat(self.rows)
             return rows.T @ rows
-        return mirrored(self._upper)
+        return mirrored(self._upper[0] + self._upper[1])
 
-    def reduce(self, total: Callable[[Tensor], Tensor], first: int) -> None:
-        """Replace every sum by its total over processes; samples of this one are from number ``first`` on."""
-        rows = sum(len(part) for part in self.rows or ())
-        counts = torch.tensor([self.samples, self.energy, rows], dtype=torch.float64, device=self.pull.device)
-        self._upper, self.pull, counts = total(self._upper), total(self.pull), total(counts)
-        self.samples, self.energy, every = int(counts[0]), float(counts[1]), int(counts[2])
+    def reduce(self, every: Callable[[Tensor], Iterable[Tensor]]) -> None:
+        """Add up over processes.
+
+        Args:
+            every: gives what each process has of a tensor, in their order, to be used up; shapes may differ in the
+                first dimension.
+        """
+        self.samples = sum(int(x) for x in every(torch.tensor([self.samples], device=self._lines.device)))
+        for name in ("_upper", "_lines") if self.rows is None else ("_lines",):
+            parts = iter(every(getattr(self, name)))
+            total = next(parts)
+            for high, low in parts:
+                add_exactly(total, high)
+                total[1] += low
+            setattr(self, name, total)
         if self.rows is not None:
-            whole, begin = self.pull.new_zeros(every, len(self.pull)), first * every // max(self.samples, 1)
-            whole[begin : begin + rows] = torch.cat([whole[:0], *self.rows])
-            self.rows = [total(whole)]
+            self.rows = list(every(torch.cat([self.pull.new_zeros(0, len(self.pull)), *self.rows])))
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,17 @@ def test_a_sample_seen_twice_adds_less_and_one_without_gradient_nothing():
         assert found.leverage[1].abs() < 1e-12 and 0 < found.leverage[0] < 1
 
 
+def test_rounding_where_nothing_is_unseen_does_not_count():
+    """There dual weights are residual / shift: 1e9 squared, times the rounding of zero, made a 400th of the answer."""
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    share, residual = torch.tensor([0.0, 1e-3, 0.2]).double(), torch.tensor([0.7, -1.0, 0.4]).double()
+    unseen, phi = (turn * share) @ turn.T, make_filter(10, reg=1e-10)
+    one = torch.ones(1, dtype=torch.float64)
+    found = add_samples(torch.zeros(1, 3, 1).double(), unseen[None], (turn @ residual)[None], one, one, phi, n=10)
+    want = (share * (residual / (share + 1e-9)).square()).sum()
+    torch.testing.assert_close(found.weight_sqnorm[0], want, rtol=1e-6, atol=0)
+
+
 def test_candidates_are_checked():
     model, train, new, val = problem(2, 20)
     with pytest.raises(sui_fast.ArgumentError, match="si_sgd"):

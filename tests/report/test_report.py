@@ -221,11 +221,11 @@ def test_feature_neighbours_are_those_of_the_kernel():
     z, labels = torch.randn(50, 2, 7, generator=rng, dtype=torch.float64), torch.arange(50) % 3
     kernel = kernel_neighbours(z.reshape(100, 7) @ z.reshape(100, 7).T, 2, labels)
     suspects = np.array([31, 4, 20])
-    found = feature_neighbours(lambda: iter(z.split(8)), 50, labels, suspects)
+    found = feature_neighbours(lambda: iter(z.split(8)), z.shape, labels, suspects)
     for name, rows in kernel.items():
         assert np.allclose(found[name][suspects], rows[suspects], atol=1e-5)
     assert (np.delete(found["other"], suspects, 0) == -1).all()
-    assert feature_neighbours(lambda: iter(z.split(8)), 50, labels, suspects[:0]) is None
+    assert feature_neighbours(lambda: iter(z.split(8)), z.shape, labels, suspects[:0]) is None
 
 
 def test_texts_of_a_hugging_face_dataset_are_shown():

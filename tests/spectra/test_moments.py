@@ -1,5 +1,8 @@
 """Squares of predictions from the moments of the validation samples."""
 
+import copy
+
+import pytest
 import torch
 
 from sui_fast.spectra import Moments, feature_spectrum
@@ -23,26 +26,28 @@ def test_squares_keep_what_weak_directions_tell():
         torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
 
 
-def test_processes_share_kept_rows():
-    x = torch.randn(7, 2, 30, dtype=torch.float64)
-    whole = Moments(30, keep_rows=True)
-    whole.add(x)
-    parts = [Moments(30, keep_rows=True) for _ in range(3)]
-    bounds, sums = ((0, 4), (4, 7), (7, 7)), {}
-    for part, (begin, end) in zip(parts, bounds, strict=True):
-        part.add(x[begin:end])
-
-    def total(number):
-        """Every process adds to what others have put at the same call; the last one has the sum."""
-        calls = iter(range(4))
-
-        def add(tensor):
-            call = next(calls)
-            sums[call] = sums.get(call, 0) + tensor
-            return sums[call] if number == 2 else tensor * 0 + torch.tensor([7.0, 0.0, 14.0]) if call == 2 else tensor
-
-        return add
-
-    for number, (part, (begin, _)) in enumerate(zip(parts, bounds, strict=True)):
-        part.reduce(total(number), begin)
-    assert torch.equal(parts[2].rows[0], x.flatten(0, 1)) and parts[2].samples == 7
+@pytest.mark.parametrize("keep_rows", [False, True])
+def test_sums_are_the_same_however_processes_share_the_portions(keep_rows):
+    rng = torch.Generator().manual_seed(0)
+    size = torch.logspace(0, -6, 20)
+    portions = [(torch.randn(9, 2, 20, generator=rng) * size, torch.randn(9, 2, generator=rng)) for _ in range(40)]
+    found = []
+    for bounds in ((0, 40), (0, 11, 40), (0, 40, 40), (0, 3, 5, 22, 40)):
+        parts = [Moments(20, keep_rows=keep_rows) for _ in bounds[1:]]
+        for part, begin, end in zip(parts, bounds, bounds[1:], strict=False):
+            for portion in portions[begin:end]:
+                part.add(*portion)
+        # what each process has at each call of reduce, as all of them call it in the same order
+        held = [[] for _ in parts]
+        for part, own in zip(parts, held, strict=True):
+            copy.deepcopy(part).reduce(lambda x, own=own: own.append(x.clone()) or [x])
+        for part in parts:
+            calls = iter(zip(*held, strict=True))
+            part.reduce(lambda x, calls=calls: [other.clone() for other in next(calls)])
+            found.append(part)
+    for part in found[1:]:
+        assert torch.equal(part.gram, found[0].gram) and torch.equal(part.pull, found[0].pull)
+        assert part.samples == 360 and part.energy == found[0].energy
+    z, r0 = (torch.cat(x).flatten(0, 1).double() for x in zip(*portions, strict=True))
+    torch.testing.assert_close(found[0].gram, z.T @ z, rtol=1e-14, atol=1e-15)
+    torch.testing.assert_close(found[0].pull, z.T @ r0, rtol=1e-14, atol=1e-14)
