@@ -44,7 +44,8 @@ def drawn(source: Source, fmap: FeatureMap, seed: int) -> Probes:
         exact[rows, rows] = part.gram().to(torch.float64)
         here = some[(some >= begin) & (some < begin + step)] - begin
         if len(here):
-            features.append(fmap.features(part.select(here.tolist())).to(torch.float64))
+            chosen = part if len(here) == part.n else part.select(here.tolist())
+            features.append(fmap.features(chosen).to(torch.float64))
         for other in range(begin + step, count, step):
             columns = slice(other * k, (other + step) * k)
             block = part.gram(source.some(numbers[other : other + step])).to(torch.float64)
