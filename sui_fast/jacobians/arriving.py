@@ -95,7 +95,7 @@ def backward_into(out: Tensor, recorder: Recorder, take: Take) -> None:
                 take(number, recorder.turned_one(number, gradient))
 
     if targets and out.requires_grad:
-        first = _first(out, targets)
+        first, one = _first(out, targets), out[:, 0].sum()  # no seed: see ``_backward`` of capture
         handles = []
         for number in rest - set(first):
             edge = targets[number]
@@ -106,7 +106,7 @@ def backward_into(out: Tensor, recorder: Recorder, take: Take) -> None:
             handles.append(edge.node.register_prehook(hook))
         try:
             with Replay(recorder):
-                found = _grad(out, [targets[number] for number in first], torch.ones_like(out), allow_unused=True)
+                found = _grad(one, [targets[number] for number in first], allow_unused=True)
         finally:
             for handle in handles:
                 handle.remove()

@@ -18,7 +18,7 @@ from ..jacobians import Anchors, Jacobian, goes_by_kernel, make_anchors, project
 from ..jacobians.layers import Outer
 from .maps import FeatureMap, sketch_map, sketch_rank
 
-_POOL = 256  # samples that the directions are taken from
+_POOL, _POOL_ROWS = 256, 1024  # samples that the directions are taken from, and rows of these
 _ANCHORS = 32
 _SOLUTIONS = (1e-1, 1e-2, 1e-3, 1e-4)  # ridge of the pool's solutions, in units of its largest eigenvalue
 _MOMENTS = {False: 2.0, True: 6.0}  # operations that anchors may add, in those of Z^T Z; True: no layer has positions
@@ -31,7 +31,7 @@ def pool_size(first: Jacobian, n: int, rank: int) -> int:
     Args:
         first: Jacobian of one sample or more. n: samples to draw from. rank: columns of the sketch.
     """
-    size = min(n, _POOL)
+    size = min(n, _POOL, max(16, _POOL_ROWS // first.k))
     count = min(_ANCHORS, rank // 4, size * first.k - 1)
     return size if count > len(_SOLUTIONS) and _worth_it(first, rank, count, size) else 0
 
