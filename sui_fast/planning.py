@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .jacobians import Jacobian
+from .jacobians import Jacobian, goes_by_kernel
 from .jacobians.arriving import LARGE
 from .jacobians.layers import Outer
-from .spectra import RANK_FOR, pool_size, subspace_columns
+from .spectra import ANCHORS, RANK_FOR, pool_size, subspace_columns
 
 DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs up to which an eigendecomposition is worth its time
 DEFAULT_RANK = 1024
@@ -23,8 +23,8 @@ _MARGIN, _STEP = 1.25, 64  # of a chosen rank: the effective dimension is an est
 PROBES = 64  # samples whose exact kernel the error estimate looks at
 _PROBE_ROWS = 512  # rows of the exact kernel that the effective dimension is estimated from
 HELD = 1 << 30  # bytes of factors that may stay in memory between passes
-_LIBRARIES = 22_000_000  # bytes that libraries take on first use, and malloc keeps
-SHARD = 1 << 21  # features of a shard: 8 MB
+_LIBRARIES = 12_000_000  # bytes that libraries take on first use, and malloc keeps
+SHARD = 1 << 21  # features of a shard: 8 MB, of 4096 samples at most
 PORTION = 1 << 19  # float64 features at a time in pass 2: larger intermediates are fresh memory each time
 METHODS = ("auto", "dense", "nystrom", "subspace", "sketch")
 
@@ -136,7 +136,8 @@ def make_plan(
             method, rows, reason, 1, 0, peak, capture * (n + m) + gram + (12 if spectral else 2) * rows**3 * product
         )
     wide = min(subspace_columns(rank), rows) if method == "subspace" else rank  # columns that come out
-    size = _low_rank_bytes(first, n, m, method, rank, wide, each, stored, given)
+    stages = _stage_bytes(first, n, m, method, rank, wide, each, stored, given)
+    size = _LIBRARIES + int(max(stages.values()))
     passes = {"sketch": 1, "nystrom": 1, "subspace": 3 - (wide == rows)}[method]
     disk = (4 * wide + 8 + (8 * k if method != "sketch" else 0)) * rows + 4 * wide * m * k
     work = 2.0 * rows * wide**2 * (1.8 + 0.5 * (m > 0)) + m * k * wide**2 + 15.0 * wide**3 * (1 + (m > 0))
@@ -184,30 +185,38 @@ def _landmarks(n: int, k: int, rank: int) -> int:
     return min(n, max(rank, min(8 * rank, 256 * k, 2048)) // k)
 
 
-def _low_rank_bytes(
+def _stage_bytes(
     first: Jacobian, n: int, m: int, method: str, rank: int, wide: int, each: float, stored: bool, given: int
-) -> int:
-    """Peak of a run of low rank: the largest of its stages, each with what it finds in memory and what it adds."""
+) -> dict[str, float]:
+    """Of a run of low rank: at its stages, each with what it finds in memory and what it adds."""
     k, d, rows, item = first.k, first.shape[1], n * first.k, first.outputs.element_size()
     square, part, kept = 8 * wide * wide, min(256, n), 0
-    shard = 4 * min(rows * wide, SHARD)
+    shard = 4 * k * wide * min(n, shard_samples(k, wide))
     features = 0 if stored else 4 * wide * (n + m) * k + 8 * (1 + k * (method != "sketch")) * rows
-    capture = part * each + first.n * each * 2
     layers = [factor for factor in first.select(range(1)).factors() if isinstance(factor, Outer)]
     read = item * sum(layer.a.numel() for layer in layers)
     given_out = item * sum(layer.g.numel() for layer in layers)
     patches = max(0, read + given_out - each)  # what inputs of convolutions take beyond the images themselves
-    if method == "sketch":
-        pool = pool_size(first, n, rank)  # 0: no anchors, and layers are sketched as the backward pass reaches them
-        formed = item * k * d if pool and any(layer.a.shape[1] > 1 for layer in layers) else 0  # rows, written out
-        held = 32 * item * d if pool else 0
-        fit = pool * (1.3 * each + 8 * k * rank + min(formed, 1 << 20)) + 2 * held + first.n * 1.6 * each
-        holds = first.n * each / item > LARGE and k == 1 and not pool
-        compute = first.n * ((1.6 if holds else 2.8) * each + 2 * patches + 4 * formed + 20 * k * rank)
+    # rows of the widest layer with positions are written out, for a batch and for the kernel of some samples
+    formed = item * k * max((x.a.shape[2] * x.g.shape[3] for x in layers if x.a.shape[1] > 1), default=0)
+    worked = 2 * each + patches + formed
+    capture = part * each + first.n * each * 2
+    pool = pool_size(first, n, rank) if method == "sketch" else 0
+    if pool:
+        by_kernel = len(layers) == len(first.factors()) and all(goes_by_kernel(x, pool, ANCHORS) for x in layers)
+        held = 0 if by_kernel else ANCHORS * item * d
+        widest = 0 if by_kernel else ANCHORS * item * max((x.a.shape[2] + 1) * x.g.shape[3] for x in layers)
+        written = item * k * d if formed else 0
+        fit = pool * (1.3 * each + 8 * k * rank + min(written, 1 << 20)) + max(48 * (pool * k) ** 2, 1.5 * widest)
+        compute = first.n * (2 * each + patches + 10 * k * rank) + min(first.n * formed, item << 24)
+    elif method == "sketch":  # layers are sketched as the backward pass reaches them
+        held, fit = 0, first.n * 1.6 * each
+        holds = first.n * each / item > LARGE and k == 1
+        compute = first.n * ((1.6 if holds else 2.8) * each + 2 * patches + 20 * k * rank)
     elif method == "nystrom":
         landmarks, pool = _landmarks(n, k, rank), min(n, max(2000, 4 * rank // k))
         held = landmarks * (each + 8 * k * rank)
-        fit = pool * (1.2 * each + 4 * patches) + 18 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
+        fit = pool * worked + 18 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
         compute = capture + part * k * (12 * landmarks * k + 12 * rank)
     else:
         held, turned = 4 * wide * d, wide * d * item * (item != 4)  # the basis, and it in the dtype of the model
@@ -219,16 +228,25 @@ def _low_rank_bytes(
     seen = 0 if m == 0 else 3 if m * k < wide else 8  # squares of the moment of the validation samples
     after = (2.0 + 0.4 * seen) * square
     probes = probe_count(first, n)
-    stages = (
-        fit + held,
-        held + max(kept, features) + compute + (3.4 if stored else 2) * shard,
-        held + features + 2.0 * square + 3 * shard * stored + 8 * min(rows * wide, 1 << 20),
-        held + features + (6.5 + seen) * square + 2 * shard * stored,
-        held + features + after + 1.5 * square * (m > 0) + 3 * shard * stored + 24 * min(rows * wide, PORTION),
-        held + features + after + 2.3 * min(probes * each, HELD) + 2 * probes * patches + 40 * (probes * k) ** 2,
-        2 * n * given + 60 * rows,
-    )
-    return int(_LIBRARIES + max(stages))
+    return {
+        "map": fit + held,
+        "features": held + max(kept, features) + compute + (3 if stored else 1) * shard,
+        "sums": held + features + 2.0 * square + 3 * shard * stored + 8 * min(rows * wide, 1 << 20),
+        "spectrum": held + features + (6.5 + seen) * square + 2 * shard * stored,
+        "leave one out": held
+        + features
+        + after
+        + 1.5 * square * (m > 0)
+        + 3 * shard * stored
+        + 24 * min(rows * wide, PORTION),
+        "error estimate": held + features + after + min(probes * worked, HELD) + 40 * (probes * k) ** 2,
+        "scores": n * given + 60 * rows,
+    }
+
+
+def shard_samples(k: int, columns: int, most: int = SHARD) -> int:
+    """Samples of a shard: a power of two, so that slices share their batches with one process."""
+    return 1 << max(16, min(most // (k * columns), 4096)).bit_length() - 1
 
 
 def least_seconds(work: Callable[[], object], times: int = 3) -> float:

@@ -63,7 +63,11 @@ class Stages:
     def __init__(self, total: int, progress: bool):
         self.seconds: dict[str, float] = {}
         self._bar = tqdm(total=total, desc="score", delay=2, leave=False, disable=not progress)
-        self.close = beat(self._bar)
+        self._close = beat(self._bar)
+
+    def close(self) -> None:
+        self._close()
+        return_memory()
 
     @contextmanager
     def __call__(self, name: str):

@@ -37,7 +37,7 @@ from .loo import (
     shard_blocks,
 )
 from .losses import Goal
-from .planning import HELD, PORTION, SHARD
+from .planning import HELD, PORTION, SHARD, shard_samples
 from .processes import Processes, Source, portion
 from .spectra import (
     RANK_FOR,
@@ -133,8 +133,7 @@ def features_of(
     """What pass 1 keeps of the samples from ``begin`` on, shard by shard."""
     if begin >= source.end:
         return
-    most = min(_SHARD // (source.part(begin, begin + 1).k * fmap.rank), 4096)
-    size = 1 << max(16, most).bit_length() - 1  # a power of two, so that slices share their batches with one process
+    size = shard_samples(source.part(begin, begin + 1).k, fmap.rank, _SHARD)
     step = portion(source.samples.n)
     with tqdm(
         total=source.end - begin, desc=f"{fmap.kind} features", delay=2, leave=False, disable=not progress

@@ -1,6 +1,6 @@
 """The kernel matrix seen as a spectrum."""
 
-from .anchors import anchored_sketch_map, pool_size
+from .anchors import ANCHORS, anchored_sketch_map, pool_size
 from .dense import Spectrum, dense_spectrum
 from .maps import RANK_FOR, FeatureMap, nystrom_map, sketch_map, sketch_rank, subspace_columns, subspace_map
 from .moments import FeatureSpectrum, Moments, feature_spectrum
@@ -8,6 +8,7 @@ from .projections import PROJECTIONS, project, projection_matrix
 from .store import Store, fingerprint_of
 
 __all__ = [
+    "ANCHORS",
     "PROJECTIONS",
     "RANK_FOR",
     "FeatureMap",

@@ -19,7 +19,7 @@ from ..jacobians.layers import Outer
 from .maps import FeatureMap, sketch_map, sketch_rank
 
 _POOL, _POOL_ROWS = 256, 1024  # samples that the directions are taken from, and rows of these
-_ANCHORS = 32
+ANCHORS = 32
 _SOLUTIONS = (1e-1, 1e-2, 1e-3, 1e-4)  # ridge of the pool's solutions, in units of its largest eigenvalue
 _MOMENTS = {False: 2.0, True: 6.0}  # operations that anchors may add, in those of Z^T Z; True: no layer has positions
 _MOST = 1 << 28  # bytes of B; of the explicit rows of a pool
@@ -32,7 +32,7 @@ def pool_size(first: Jacobian, n: int, rank: int) -> int:
         first: Jacobian of one sample or more. n: samples to draw from. rank: columns of the sketch.
     """
     size = min(n, _POOL, max(16, _POOL_ROWS // first.k))
-    count = min(_ANCHORS, rank // 4, size * first.k - 1)
+    count = min(ANCHORS, rank // 4, size * first.k - 1)
     return size if count > len(_SOLUTIONS) and _worth_it(first, rank, count, size) else 0
 
 
@@ -44,7 +44,7 @@ def anchored_sketch_map(pool: Jacobian, residual: Tensor, rank: int, seed: int =
         rank, seed, kind: as in ``sketch_map``.
     Source: docs/math.md, section 10; anchors are a control variate (Nystrom part exact, remainder sketched).
     """
-    count = min(_ANCHORS, rank // 4, pool.shape[0] - 1)
+    count = min(ANCHORS, rank // 4, pool.shape[0] - 1)
     if count <= len(_SOLUTIONS) or not _worth_it(pool, rank, count, pool.n):
         return sketch_map(sketch_rank(rank, kind), seed, kind)
     rows = pool.rows() if _explicit(pool, pool.shape[0]) else None
