@@ -13,8 +13,9 @@ import torch
 
 from .jacobians import Jacobian, goes_by_kernel
 from .jacobians.arriving import LARGE
+from .jacobians.gram import by_rows
 from .jacobians.layers import Outer
-from .spectra import ANCHORS, RANK_FOR, pool_size, subspace_columns
+from .spectra import ANCHORS, INNER, RANK_FOR, pool_size, subspace_columns
 
 DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs up to which an eigendecomposition is worth its time
 DEFAULT_RANK = 1024
@@ -136,14 +137,16 @@ def make_plan(
             method, rows, reason, 1, 0, peak, capture * (n + m) + gram + (12 if spectral else 2) * rows**3 * product
         )
     wide = min(subspace_columns(rank), rows) if method == "subspace" else rank  # columns that come out
-    stages = _stage_bytes(first, n, m, method, rank, wide, each, stored, given)
+    stages = _stage_bytes(first, n, m, method, rank, wide, each, stored, given, sketch)
     size = _LIBRARIES + int(max(stages.values()))
     passes = {"sketch": 1, "nystrom": 1, "subspace": 3 - (wide == rows)}[method]
     disk = (4 * wide + 8 + (8 * k if method != "sketch" else 0)) * rows + 4 * wide * m * k
     work = 2.0 * rows * wide**2 * (1.8 + 0.5 * (m > 0)) + m * k * wide**2 + 15.0 * wide**3 * (1 + (m > 0))
     if method == "sketch":
-        each_map = _seconds_of(lambda: first.sketch(rank, 0, sketch)) / first.n
-        fit = min(n, 256) * (capture + each_map)
+        pool, anchored = pool_size(first, n, rank, sketch)
+        columns = INNER if pool and not anchored else rank
+        each_map = _seconds_of(lambda: first.sketch(columns, 0, sketch)) / first.n
+        fit = pool * (capture + each_map)
     elif method == "nystrom":
         pool, landmarks = min(n, max(2000, 4 * rank // k)), _landmarks(n, k, rank)
         each_map = _pair_seconds(first) * landmarks
@@ -186,7 +189,16 @@ def _landmarks(n: int, k: int, rank: int) -> int:
 
 
 def _stage_bytes(
-    first: Jacobian, n: int, m: int, method: str, rank: int, wide: int, each: float, stored: bool, given: int
+    first: Jacobian,
+    n: int,
+    m: int,
+    method: str,
+    rank: int,
+    wide: int,
+    each: float,
+    stored: bool,
+    given: int,
+    sketch: str,
 ) -> dict[str, float]:
     """Of a run of low rank: at its stages, each with what it finds in memory and what it adds."""
     k, d, rows, item = first.k, first.shape[1], n * first.k, first.outputs.element_size()
@@ -199,10 +211,11 @@ def _stage_bytes(
     patches = max(0, read + given_out - each)  # what inputs of convolutions take beyond the images themselves
     # rows of the widest layer with positions are written out, for a batch and for the kernel of some samples
     formed = item * k * max((x.a.shape[2] * x.g.shape[3] for x in layers if x.a.shape[1] > 1), default=0)
-    worked = 2 * each + patches + formed
+    twice = max((x.a.shape[2] * x.g.shape[3] for x in layers if x.a.shape[1] > 1 and not by_rows(x)), default=0)
+    worked = 2 * each + patches + max(formed, 2 * item * k * twice)
     capture = part * each + first.n * each * 2
-    pool = pool_size(first, n, rank) if method == "sketch" else 0
-    if pool:
+    pool, anchored = pool_size(first, n, rank, sketch) if method == "sketch" else (0, False)
+    if anchored:
         by_kernel = len(layers) == len(first.factors()) and all(goes_by_kernel(x, pool, ANCHORS) for x in layers)
         held = 0 if by_kernel else ANCHORS * item * d
         widest = 0 if by_kernel else ANCHORS * item * max((x.a.shape[2] + 1) * x.g.shape[3] for x in layers)
@@ -210,9 +223,11 @@ def _stage_bytes(
         fit = pool * (1.3 * each + 8 * k * rank + min(written, 1 << 20)) + max(48 * (pool * k) ** 2, 1.5 * widest)
         compute = first.n * (2 * each + patches + 10 * k * rank) + min(first.n * formed, item << 24)
     elif method == "sketch":  # layers are sketched as the backward pass reaches them
-        held, fit = 0, first.n * 1.6 * each
+        columns = INNER if pool else rank
         holds = first.n * each / item > LARGE and k == 1
-        compute = first.n * ((1.6 if holds else 2.8) * each + 2 * patches + 20 * k * rank)
+        compute = first.n * ((1.6 if holds else 2.8) * each + 2 * patches + 20 * k * columns)
+        held, fit = 0, max(compute + 12 * pool * k * columns, 48 * (pool * k) ** 2)
+        compute += 4 * part * k * columns
     elif method == "nystrom":
         landmarks, pool = _landmarks(n, k, rank), min(n, max(2000, 4 * rank // k))
         held = landmarks * (each + 8 * k * rank)
@@ -238,7 +253,7 @@ def _stage_bytes(
         + after
         + 1.5 * square * (m > 0)
         + 3 * shard * stored
-        + 24 * min(rows * wide, PORTION),
+        + (24 if k == 1 else 72) * min(rows * wide, PORTION),
         "error estimate": held + features + after + min(probes * worked, HELD) + 40 * (probes * k) ** 2,
         "scores": n * given + 60 * rows,
     }

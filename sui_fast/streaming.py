@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ._errors import StabilityError, StoreError, complaint
-from .jacobians import Jacobian, portions
+from .jacobians import Jacobian, Sketch, portions
 from .jacobians.data import Samples
 from .loo import (
     Addition,
@@ -37,9 +37,10 @@ from .loo import (
     shard_blocks,
 )
 from .losses import Goal
-from .planning import HELD, PORTION, SHARD, shard_samples
+from .planning import HELD, PORTION, SHARD, return_memory, shard_samples
 from .processes import Processes, Source, portion
 from .spectra import (
+    INNER,
     RANK_FOR,
     FeatureMap,
     FeatureSpectrum,
@@ -49,6 +50,7 @@ from .spectra import (
     fingerprint_of,
     nystrom_map,
     pool_size,
+    reduced_sketch_map,
     sketch_map,
     sketch_rank,
     subspace_columns,
@@ -88,10 +90,15 @@ def fit_map(
     """
     n = source.samples.n
     if kind == "sketch":
-        size = pool_size(source.part(0, 1), n, rank)
+        size, anchored = pool_size(source.part(0, 1), n, rank, sketch)
         if not size:
             return sketch_map(sketch_rank(rank, sketch), seed, sketch)
         numbers = np.sort(np.random.default_rng(seed).choice(n, size, replace=False))
+        if not anchored:
+            outputs, pool = portions(
+                source.model, source.samples.pick(numbers), Sketch(INNER, seed, "tensor"), **source.options
+            )
+            return reduced_sketch_map(pool, goal.residual(torch.from_numpy(numbers), outputs), rank, seed)
         pool = source.some(numbers)
         residual = goal.residual(torch.from_numpy(numbers), pool.outputs)
         return anchored_sketch_map(pool, residual, rank, seed, sketch)
@@ -142,6 +149,7 @@ def features_of(
             end = min(first + size, source.end)
             yield joined(_features(source, fmap, goal, b, min(b + step, end)) for b in range(first, end, step))
             bar.update(end - first)
+            return_memory()  # shards lie among what their batches took, and would keep it
 
 
 def _features(source: Source, fmap: FeatureMap, goal: Goal | None, begin: int, end: int) -> dict[str, Tensor]:
@@ -149,6 +157,8 @@ def _features(source: Source, fmap: FeatureMap, goal: Goal | None, begin: int, e
         function = fmap.portion(goal is not None)
         outputs, features, *own = portions(source.model, source.samples.slice(begin, end), function, **source.options)
         own = own[0] if own else None
+        if fmap.reduce is not None:
+            features, own = fmap.reduce(features, goal is not None)
     else:
         part = source.last(begin, end)
         outputs, (features, own) = part.outputs, fmap.both(part, goal is not None)
