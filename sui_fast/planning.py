@@ -21,6 +21,7 @@ DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs up to which an
 DEFAULT_RANK = 1024
 _RANKS = {"subspace": (64, 4096), "sketch": (1024, 8192)}  # least and largest that are chosen
 _MARGIN, _STEP = 1.25, 64  # of a chosen rank: the effective dimension is an estimate, and may differ in the last bit
+ENOUGH = 0.95  # of the rank that the effective dimension asks for: it is an estimate
 PROBES = 64  # samples whose exact kernel the error estimate looks at
 _PROBE_ROWS = 512  # rows of the exact kernel that the effective dimension is estimated from
 HELD = 1 << 30  # bytes of factors that may stay in memory between passes
@@ -173,12 +174,17 @@ def _tile_bytes(first: Jacobian, n: int) -> int:
     return first.outputs.element_size() * tile * (max(spread, default=0) + 3 * tile)
 
 
-def probe_count(first: Jacobian, n: int) -> int:
-    """Samples whose exact kernel the effective dimension is estimated from; ``first``: the Jacobian of any."""
+def probe_count(first: Jacobian, n: int, share: float = 0.15) -> int:
+    """Samples whose exact kernel the effective dimension is estimated from.
+
+    Args:
+        first: the Jacobian of any. share: of the time of a run that the kernel may take, about.
+    """
     layers = [factor for factor in first.select(range(1)).factors() if isinstance(factor, Outer)]
     positions = max((layer.a.shape[1] for layer in layers), default=1)
-    # with positions an entry of the kernel costs about as much as a sample's gradient: few against the run
-    most = _PROBE_ROWS if positions == 1 else min(math.isqrt(int(0.15 * n * positions)), n // 32)
+    most = _PROBE_ROWS
+    if positions > 1:  # an entry of the kernel costs about as much as a sample's gradient at a position
+        most = min(math.isqrt(int(share * n * positions)), int(n * share / 4.8))
     return min(n, max(PROBES, min(most, _PROBE_ROWS // first.k)))
 
 

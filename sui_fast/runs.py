@@ -35,7 +35,7 @@ from .losses import ROOTS, Goal
 from .measures import feature_neighbours, information, kernel_neighbours, sgd_information
 from .parts import Merged, Part, open_parts
 from .planning import METHODS, return_memory
-from .probing import drawn, kernel_error, probed_dimension
+from .probing import quality
 from .processes import Processes, Source
 from .spectra import (
     PROJECTIONS,
@@ -63,11 +63,7 @@ class Stages:
     def __init__(self, total: int, progress: bool):
         self.seconds: dict[str, float] = {}
         self._bar = tqdm(total=total, desc="score", delay=2, leave=False, disable=not progress)
-        self._close = beat(self._bar)
-
-    def close(self) -> None:
-        self._close()
-        return_memory()
+        self.close = beat(self._bar)
 
     @contextmanager
     def __call__(self, name: str):
@@ -312,22 +308,21 @@ class Run:
                         begin = part.stop
                     self.new_values = processes.gather(self._join(columns))
             with stages("error estimate"):
-                some = drawn(source, fmap, self.seed)
-                error = kernel_error(n, some)
-                edf = max(kept, probed_dimension(n, some, phi, float(spectrum.s[-1]), self.seed))
-                if method != "sketch":  # features that lie below the kernel: the truth is between these two
-                    edf = kept + missed if missed < 0.2 * kept else min(edf, kept + missed)
-                details["effective_dimension"] = edf
+                found = quality(
+                    source, fmap, self.goal, phi, self.seed, float(spectrum.s[-1]), kept, missed,
+                    reg if isinstance(self.reg, str) else None, dict(self.training, convention=self.convention),
+                )  # fmt: skip
+                details["effective_dimension"] = found.dimension
                 # fewer columns than asked for explain all there is; no rank has more than rows or parameters
-                most = fmap.rank if fmap.rank < rank else min(n * self.goal.rows, some.shape[2])
-                better = warn_of_rank(method, fmap.rank, edf, most, missed / kept if kept > 0 else 0.0)
+                most = fmap.rank if fmap.rank < rank else min(n * self.goal.rows, found.parameters)
+                better = warn_of_rank(method, fmap.rank, found.asked, most, missed / kept if kept > 0 else 0.0)
         finally:
             for held in stores:
                 held.close()
         first, first_parameter = source.part(0, 1), next(self.model.parameters())
         details = dict(
             details,
-            error_estimate=error,
+            error_estimate=found.error,
             features=fmap.rank,
             rank_wanted=better,
             **self._about(n, first.k, first.shape[1], first.coverage, common["dtype"] or first_parameter.dtype),

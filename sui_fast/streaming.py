@@ -37,7 +37,7 @@ from .loo import (
     shard_blocks,
 )
 from .losses import Goal
-from .planning import HELD, PORTION, SHARD, return_memory, shard_samples
+from .planning import ENOUGH, HELD, PORTION, SHARD, return_memory, shard_samples
 from .processes import Processes, Source, portion
 from .spectra import (
     INNER,
@@ -305,7 +305,7 @@ def warn_of_rank(kind: str, rank: int, edf: float, most: int, missed: float = 0.
     """
     least, exact = RANK_FOR[kind] * edf, most
     most = most if kind != "sketch" else 1 << 20
-    if rank >= 0.95 * least or rank >= most:
+    if rank >= ENOUGH * least or rank >= most:
         if kind != "sketch" and missed > _MISSED:
             warnings.warn(
                 f"sui_fast: the {rank} features of {kind} leave out {missed:.0%} of the leverage that is in them: "
@@ -316,12 +316,11 @@ def warn_of_rank(kind: str, rank: int, edf: float, most: int, missed: float = 0.
             )
         return None
     needed = min(math.ceil(_MARGIN * least), most)
-    instead = "or use another method"
+    todo = "Raise rank=, or reg=, or use another method."
     if needed > exact:
-        instead = f"or use method='nystrom', which is exact at rank {exact}"
+        todo = f"That is more than the kernel has: use method='nystrom', which is exact at rank {exact}, or raise reg=."
     warnings.warn(
-        f"sui_fast: rank {rank} is small for an effective dimension of {edf:.0f}; {kind} wants about {needed}. "
-        f"Raise rank=, or reg=, {instead}.",
+        f"sui_fast: rank {rank} is small for an effective dimension of {edf:.0f}; {kind} wants about {needed}. {todo}",
         RuntimeWarning,
         stacklevel=4,
     )
