@@ -25,7 +25,7 @@ ENOUGH = 0.95  # of the rank that the effective dimension asks for: it is an est
 PROBES = 64  # samples whose exact kernel the error estimate looks at
 _PROBE_ROWS = 512  # rows of the exact kernel that the effective dimension is estimated from
 HELD = 1 << 30  # bytes of factors that may stay in memory between passes
-_LIBRARIES = 12_000_000  # bytes that libraries take on first use, and malloc keeps
+_LIBRARIES = 15_000_000  # bytes that libraries take on first use, and malloc keeps
 SHARD = 1 << 21  # features of a shard: 8 MB, of 4096 samples at most
 PORTION = 1 << 19  # float64 features at a time in pass 2: larger intermediates are fresh memory each time
 METHODS = ("auto", "dense", "nystrom", "subspace", "sketch")
@@ -237,7 +237,7 @@ def _stage_bytes(
     elif method == "nystrom":
         landmarks, pool = _landmarks(n, k, rank), min(n, max(2000, 4 * rank // k))
         held = landmarks * (each + 8 * k * rank)
-        fit = pool * worked + 18 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
+        fit = pool * (1.2 * each + patches + 2 * formed) + 30 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
         compute = capture + part * k * (12 * landmarks * k + 12 * rank)
     else:
         held, turned = 4 * wide * d, wide * d * item * (item != 4)  # the basis, and it in the dtype of the model
@@ -247,13 +247,13 @@ def _stage_bytes(
         fit = kept + wide * d * (8.2 + item) + turned + 2 * wide * spread * item + part * (each + d * item)
         compute = capture + turned + part * (d * item + 16 * k * wide)
     seen = 0 if m == 0 else 3 if m * k < wide else 8  # squares of the moment of the validation samples
-    after = (2.0 + 0.4 * seen) * square
+    after = (3.0 + 0.4 * seen) * square  # with what a product of float64 keeps
     probes = probe_count(first, n)
     return {
         "map": fit + held,
         "features": held + max(kept, features) + compute + (3 if stored else 1) * shard,
-        "sums": held + features + 2.0 * square + 3 * shard * stored + 8 * min(rows * wide, 1 << 20),
-        "spectrum": held + features + (6.5 + seen) * square + 2 * shard * stored,
+        "sums": held + features + 3.0 * square + 3 * shard * stored + 8 * min(rows * wide, 1 << 20),
+        "spectrum": held + features + (7.5 + seen) * square + 2 * shard * stored,
         "leave one out": held
         + features
         + after

@@ -16,7 +16,6 @@ from .planning import ENOUGH, HELD, PROBES, probe_count
 from .processes import Source
 from .spectra import RANK_FOR, FeatureMap, Spectrum
 
-
 _SHARE, _MORE = 0.15, 8.0  # of the time of a run, for the kernel of the probes; more of few samples to name a rank
 _FEW = 2048
 
@@ -76,8 +75,8 @@ class Quality:
 
 
 def quality(
-    source: Source, fmap: FeatureMap, goal: Goal, phi: TrainingFilter, seed: int, top: float, kept: float, missed: float,
-    open_reg: float | None, training: dict[str, Any],
+    source: Source, fmap: FeatureMap, goal: Goal, phi: TrainingFilter, seed: int, top: float, kept: float,
+    missed: float, open_reg: float | None, training: dict[str, Any],
 ) -> Quality:  # fmt: skip
     """What the probes tell of a run; of few samples more of them where the rank will not do, for the one that would.
 
