@@ -237,7 +237,7 @@ def _stage_bytes(
     elif method == "nystrom":
         landmarks, pool = _landmarks(n, k, rank), min(n, max(2000, 4 * rank // k))
         held = landmarks * (each + 8 * k * rank)
-        fit = pool * (1.2 * each + patches + 2 * formed) + 30 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
+        fit = pool * (each + patches + 2 * formed) + 30 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
         compute = capture + part * k * (12 * landmarks * k + 12 * rank)
     else:
         held, turned = 4 * wide * d, wide * d * item * (item != 4)  # the basis, and it in the dtype of the model

@@ -17,7 +17,7 @@ from .processes import Source
 from .spectra import RANK_FOR, FeatureMap, Spectrum
 
 _SHARE, _MORE = 0.15, 8.0  # of the time of a run, for the kernel of the probes; more of few samples to name a rank
-_FEW = 2048
+_FEW = 1024
 
 
 @dataclass
@@ -47,7 +47,8 @@ def drawn(source: Source, fmap: FeatureMap, seed: int, share: float = _SHARE) ->
     count, k = probe_count(one, n, share), one.k
     numbers = np.sort(np.random.default_rng(seed + 1).choice(n, count, replace=False))
     some = np.sort(np.random.default_rng(seed + 3).choice(count, min(count, PROBES), replace=False))
-    step = count if count * one.nbytes <= HELD else max(1, HELD // (2 * one.nbytes))
+    most = HELD if share == _SHARE else HELD // 8
+    step = count if count * one.nbytes <= most else max(1, most // (2 * one.nbytes))
     exact = torch.empty(count * k, count * k, dtype=torch.float64, device=source.device)
     features, outputs = [], []
     for begin in range(0, count, step):
