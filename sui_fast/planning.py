@@ -11,20 +11,22 @@ from dataclasses import dataclass
 
 import torch
 
-from .jacobians import Jacobian
-from .jacobians.arriving import LARGE
+from .jacobians import Jacobian, goes_by_kernel
+from .jacobians.arriving import LARGE, held_batch
+from .jacobians.gram import by_rows
 from .jacobians.layers import Outer
-from .spectra import RANK_FOR, pool_size, subspace_columns
+from .spectra import ANCHORS, INNER, RANK_FOR, pool_size, subspace_columns
 
 DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs up to which an eigendecomposition is worth its time
 DEFAULT_RANK = 1024
 _RANKS = {"subspace": (64, 4096), "sketch": (1024, 8192)}  # least and largest that are chosen
 _MARGIN, _STEP = 1.25, 64  # of a chosen rank: the effective dimension is an estimate, and may differ in the last bit
+ENOUGH = 0.95  # of the rank that the effective dimension asks for: it is an estimate
 PROBES = 64  # samples whose exact kernel the error estimate looks at
 _PROBE_ROWS = 512  # rows of the exact kernel that the effective dimension is estimated from
 HELD = 1 << 30  # bytes of factors that may stay in memory between passes
-_LIBRARIES = 22_000_000  # bytes that libraries take on first use, and malloc keeps
-SHARD = 1 << 21  # features of a shard: 8 MB
+_LIBRARIES = 15_000_000  # bytes that libraries take on first use, and malloc keeps
+SHARD = 1 << 21  # features of a shard: 8 MB, of 4096 samples at most
 PORTION = 1 << 19  # float64 features at a time in pass 2: larger intermediates are fresh memory each time
 METHODS = ("auto", "dense", "nystrom", "subspace", "sketch")
 
@@ -142,15 +144,18 @@ def make_plan(
             method, rows, reason, 1, 0, peak, capture * (n + m) + gram + (12 if spectral else 2) * rows**3 * product
         )
     wide = min(subspace_columns(rank), rows) if method == "subspace" else rank  # columns that come out
-    size = _low_rank_bytes(first, n, m, method, rank, wide, each, stored, given, n_own, m_own, alone)
+    stages = _stage_bytes(first, n, m, method, rank, wide, each, stored, given, sketch, (n_own, m_own))
+    size = _LIBRARIES + int(max(list(stages.values())[: 2 if alone else None]))
     passes = {"sketch": 1, "nystrom": 1, "subspace": 3 - (wide == rows)}[method]
     rows = n_own * k
     disk = (4 * wide + 8 + (8 * k if method != "sketch" else 0)) * rows + 4 * wide * m_own * k
     work = 2.0 * rows * wide**2 * (1.8 + 0.5 * (m > 0)) + m_own * k * wide**2 + 15.0 * wide**3 * (1 + (m > 0))
     work = 0.0 if alone else work
     if method == "sketch":
-        each_map = _seconds_of(lambda: first.sketch(rank, 0, sketch)) / first.n
-        fit = min(n, 256) * (capture + each_map)
+        pool, anchored = pool_size(first, n, rank, sketch)
+        columns = INNER if pool and not anchored else rank
+        each_map = _seconds_of(lambda: first.sketch(columns, 0, sketch)) / first.n
+        fit = pool * (capture + each_map)
     elif method == "nystrom":
         pool, landmarks = min(n, max(2000, 4 * rank // k)), _landmarks(n, k, rank)
         each_map = _pair_seconds(first) * landmarks
@@ -177,12 +182,17 @@ def _tile_bytes(first: Jacobian, n: int) -> int:
     return first.outputs.element_size() * tile * (max(spread, default=0) + 3 * tile)
 
 
-def probe_count(first: Jacobian, n: int) -> int:
-    """Samples whose exact kernel the effective dimension is estimated from; ``first``: the Jacobian of any."""
+def probe_count(first: Jacobian, n: int, share: float = 0.15) -> int:
+    """Samples whose exact kernel the effective dimension is estimated from.
+
+    Args:
+        first: the Jacobian of any. share: of the time of a run that the kernel may take, about.
+    """
     layers = [factor for factor in first.select(range(1)).factors() if isinstance(factor, Outer)]
     positions = max((layer.a.shape[1] for layer in layers), default=1)
-    # with positions an entry of the kernel costs about as much as a sample's gradient: few against the run
-    most = _PROBE_ROWS if positions == 1 else min(math.isqrt(int(0.15 * n * positions)), n // 32)
+    most = _PROBE_ROWS
+    if positions > 1:  # an entry of the kernel costs about as much as a sample's gradient at a position
+        most = min(math.isqrt(int(share * n * positions)), int(n * share / 4.8))
     return min(n, max(PROBES, min(most, _PROBE_ROWS // first.k)))
 
 
@@ -192,52 +202,83 @@ def _landmarks(n: int, k: int, rank: int) -> int:
     return min(n, max(rank, min(8 * rank, 256 * k, 2048)) // k)
 
 
-def _low_rank_bytes(
-    first: Jacobian, n: int, m: int, method: str, rank: int, wide: int, each: float, stored: bool, given: int,
-    n_own: int, m_own: int, alone: bool,
-) -> int:  # fmt: skip
-    """Peak of a run of low rank: the largest of its stages, each with what it finds in memory and what it adds."""
-    k, d, rows, item = first.k, first.shape[1], n_own * first.k, first.outputs.element_size()
+def _stage_bytes(
+    first: Jacobian,
+    n: int,
+    m: int,
+    method: str,
+    rank: int,
+    wide: int,
+    each: float,
+    stored: bool,
+    given: int,
+    sketch: str,
+    own: tuple[int, int],
+) -> dict[str, float]:
+    """Of a run of low rank: at its stages, each with what it finds in memory and what it adds."""
+    k, d, rows, item = first.k, first.shape[1], own[0] * first.k, first.outputs.element_size()
     square, part, kept = 8 * wide * wide, min(256, n), 0
-    shard = 4 * min(rows * wide, SHARD)
-    features = 0 if stored else 4 * wide * (n_own + m_own) * k + 8 * (1 + k * (method != "sketch")) * rows
-    capture = part * each + first.n * each * 2
+    shard = 4 * k * wide * min(own[0], shard_samples(k, wide))
+    features = 0 if stored else 4 * wide * sum(own) * k + 8 * (1 + k * (method != "sketch")) * rows
     layers = [factor for factor in first.select(range(1)).factors() if isinstance(factor, Outer)]
     read = item * sum(layer.a.numel() for layer in layers)
     given_out = item * sum(layer.g.numel() for layer in layers)
     patches = max(0, read + given_out - each)  # what inputs of convolutions take beyond the images themselves
-    if method == "sketch":
-        pool = pool_size(first, n, rank)  # 0: no anchors, and layers are sketched as the backward pass reaches them
-        formed = item * k * d if pool and any(layer.a.shape[1] > 1 for layer in layers) else 0  # rows, written out
-        held = 32 * item * d if pool else 0
-        fit = pool * (1.3 * each + 8 * k * rank + min(formed, 1 << 20)) + 2 * held + first.n * 1.6 * each
-        holds = first.n * each / item > LARGE and k == 1 and not pool
-        compute = first.n * ((1.6 if holds else 2.8) * each + 2 * patches + 4 * formed + 20 * k * rank)
+    # rows of the widest layer with positions are written out, for a batch and for the kernel of some samples
+    formed = item * k * max((x.a.shape[2] * x.g.shape[3] for x in layers if x.a.shape[1] > 1), default=0)
+    twice = max((x.a.shape[2] * x.g.shape[3] for x in layers if x.a.shape[1] > 1 and not by_rows(x)), default=0)
+    worked = 2 * each + patches + max(formed, 2 * item * k * twice)
+    capture = part * each + first.n * each * 2
+    pool, anchored = pool_size(first, n, rank, sketch) if method == "sketch" else (0, False)
+    if anchored:
+        by_kernel = len(layers) == len(first.factors()) and all(goes_by_kernel(x, pool, ANCHORS) for x in layers)
+        held = 0 if by_kernel else ANCHORS * item * d
+        widest = 0 if by_kernel else ANCHORS * item * max((x.a.shape[2] + 1) * x.g.shape[3] for x in layers)
+        written = item * k * d if formed else 0
+        fit = pool * (1.3 * each + 8 * k * rank + min(written, 1 << 20)) + max(48 * (pool * k) ** 2, 1.5 * widest)
+        compute = first.n * (2 * each + patches + 10 * k * rank) + min(first.n * formed, item << 24)
+    elif method == "sketch":  # layers are sketched as the backward pass reaches them
+        columns = INNER if pool else rank
+        numbers = each / item
+        few = min(first.n, held_batch(numbers)) if k == 1 else first.n
+        holds = few * numbers > LARGE and k == 1
+        compute = few * ((1.6 if holds else 2.8) * each + 2 * patches + 20 * k * columns)
+        held, fit = 0, max(compute + 12 * pool * k * columns, 48 * (pool * k) ** 2)
+        compute += 4 * part * k * columns
     elif method == "nystrom":
         landmarks, pool = _landmarks(n, k, rank), min(n, max(2000, 4 * rank // k))
         held = landmarks * (each + 8 * k * rank)
-        fit = pool * (1.2 * each + 4 * patches) + 18 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
+        fit = pool * (each + patches + 2 * formed) + 30 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
         compute = capture + part * k * (12 * landmarks * k + 12 * rank)
     else:
         held, turned = 4 * wide * d, wide * d * item * (item != 4)  # the basis, and it in the dtype of the model
-        kept = n_own * each if n_own * each <= HELD else 0  # factors that wait; pass 1 lets go of them
+        kept = own[0] * each if own[0] * each <= HELD else 0  # factors that wait; pass 1 lets go of them
         # with more outputs than positions vjp goes by positions: as much as its result again, twice
         spread = max((x.a.shape[2] * x.g.shape[3] for x in layers if k > x.a.shape[1]), default=0)
         fit = kept + wide * d * (8.2 + item) + turned + 2 * wide * spread * item + part * (each + d * item)
         compute = capture + turned + part * (d * item + 16 * k * wide)
     seen = 0 if m == 0 else 3 if m * k < wide else 8  # squares of the moment of the validation samples
-    after = (2.0 + 0.4 * seen) * square
+    after = (3.0 + 0.4 * seen) * square  # with what a product of float64 keeps
     probes = probe_count(first, n)
-    stages = (
-        fit + held,
-        held + max(kept, features) + compute + (3.4 if stored else 2) * shard,
-        held + features + 3.0 * square + 3 * shard * stored + 8 * min(rows * wide, 1 << 20),
-        held + features + (6.5 + seen) * square + 2 * shard * stored,
-        held + features + after + 1.5 * square * (m > 0) + 3 * shard * stored + 24 * min(rows * wide, PORTION),
-        held + features + after + 2.3 * min(probes * each, HELD) + 2 * probes * patches + 40 * (probes * k) ** 2,
-        2 * n * given + 60 * n * k,
-    )
-    return int(_LIBRARIES + max(stages[: 2 if alone else None]))
+    return {
+        "map": fit + held,
+        "features": held + max(kept, features) + compute + (3 if stored else 1) * shard,
+        "sums": held + features + 3.0 * square + 3 * shard * stored + 8 * min(rows * wide, 1 << 20),
+        "spectrum": held + features + (7.5 + seen) * square + 2 * shard * stored,
+        "leave one out": held
+        + features
+        + after
+        + 1.5 * square * (m > 0)
+        + 3 * shard * stored
+        + (24 if k == 1 else 72) * min(rows * wide, PORTION),
+        "error estimate": held + features + after + min(probes * worked, HELD) + 40 * (probes * k) ** 2,
+        "scores": n * given + 60 * n * k,
+    }
+
+
+def shard_samples(k: int, columns: int, most: int = SHARD) -> int:
+    """Samples of a shard: a power of two, so that slices share their batches with one process."""
+    return 1 << max(16, min(most // (k * columns), 4096)).bit_length() - 1
 
 
 def least_seconds(work: Callable[[], object], times: int = 3) -> float:

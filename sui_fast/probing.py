@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .loo import TrainingFilter
-from .planning import HELD, PROBES, probe_count
+from .loo import TrainingFilter, loo_error_curve, make_blocks
+from .losses import Goal
+from .planning import ENOUGH, HELD, PROBES, probe_count
 from .processes import Source
-from .spectra import FeatureMap
+from .spectra import RANK_FOR, FeatureMap, Spectrum
+
+_SHARE, _MORE = 0.15, 8.0  # of the time of a run, for the kernel of the probes; more of few samples to name a rank
+_FEW = 1024
 
 
 @dataclass
@@ -22,25 +27,33 @@ class Probes:
     Attributes:
         shape: (samples p, outputs k, parameters d). exact: their kernel [p k, p k], float64.
         some: which of them have features [m], sorted. features: [m, k, r], float64.
+        numbers, outputs: their numbers [p] and outputs [p, k].
     """
 
     shape: tuple[int, int, int]
     exact: Tensor
     some: np.ndarray
     features: Tensor
+    numbers: np.ndarray
+    outputs: Tensor
 
 
-def drawn(source: Source, fmap: FeatureMap, seed: int) -> Probes:
-    """Probes of a run; where their factors are large they are captured in parts, two of them in memory at a time."""
+def drawn(source: Source, fmap: FeatureMap, seed: int, share: float = _SHARE) -> Probes:
+    """Probes of a run; where their factors are large they are captured in parts, two of them in memory at a time.
+
+    share: of the time of a run that their kernel may take, about.
+    """
     n, one = source.samples.n, source.part(0, 1)
-    count, k = probe_count(one, n), one.k
+    count, k = probe_count(one, n, share), one.k
     numbers = np.sort(np.random.default_rng(seed + 1).choice(n, count, replace=False))
     some = np.sort(np.random.default_rng(seed + 3).choice(count, min(count, PROBES), replace=False))
-    step = count if count * one.nbytes <= HELD else max(1, HELD // (2 * one.nbytes))
+    most = HELD if share == _SHARE else HELD // 8
+    step = count if count * one.nbytes <= most else max(1, most // (2 * one.nbytes))
     exact = torch.empty(count * k, count * k, dtype=torch.float64, device=source.device)
-    features = []
+    features, outputs = [], []
     for begin in range(0, count, step):
         part, rows = source.some(numbers[begin : begin + step]), slice(begin * k, (begin + step) * k)
+        outputs.append(part.outputs)
         exact[rows, rows] = part.gram().to(torch.float64)
         here = some[(some >= begin) & (some < begin + step)] - begin
         if len(here):
@@ -50,7 +63,46 @@ def drawn(source: Source, fmap: FeatureMap, seed: int) -> Probes:
             columns = slice(other * k, (other + step) * k)
             block = part.gram(source.some(numbers[other : other + step])).to(torch.float64)
             exact[rows, columns], exact[columns, rows] = block, block.T
-    return Probes((count, k, one.shape[1]), exact, some, torch.cat(features))
+    return Probes((count, k, one.shape[1]), exact, some, torch.cat(features), numbers, torch.cat(outputs))
+
+
+@dataclass(frozen=True)
+class Quality:
+    """error: ``kernel_error``. dimension: effective. asked: what the rank must suffice for. parameters: d."""
+
+    error: float
+    dimension: float
+    asked: float
+    parameters: int
+
+
+def quality(
+    source: Source, fmap: FeatureMap, goal: Goal, phi: TrainingFilter, seed: int, top: float, kept: float,
+    missed: float, open_reg: float | None, training: dict[str, Any],
+) -> Quality:  # fmt: skip
+    """What the probes tell of a run; of few samples more of them where the rank will not do, for the one that would.
+
+    Args:
+        phi: the training. top: largest eigenvalue. kept, missed: leverage in the features, and beyond them.
+        open_reg: what reg="auto" took with these features, which with more of them may be smaller; else None.
+        training: of the run, its convention among them.
+    """
+    n, error = source.samples.n, None
+    for share in (_SHARE, _MORE) if n <= _FEW else (_SHARE,):
+        some = drawn(source, fmap, seed, share)
+        error = kernel_error(n, some) if error is None else error
+        edf = max(kept, probed_dimension(n, some, phi, top, seed))
+        if fmap.kind != "sketch":  # features that lie below the kernel: the truth is between these two
+            edf = kept + missed if missed < 0.2 * kept else min(edf, kept + missed)
+        asked = edf
+        if open_reg is not None:
+            smaller = probed_regularisation(some, goal, training)
+            if smaller < open_reg:
+                asked = max(edf, probed_dimension(n, some, replace(phi, shift=n * smaller), top, seed))
+        enough = fmap.rank >= min(ENOUGH * RANK_FOR[fmap.kind] * asked, n * some.shape[1])
+        if enough or probe_count(source.part(0, 1), n, _MORE) == some.shape[0]:
+            break
+    return Quality(error, edf, asked, some.shape[2])
 
 
 def kernel_error(n: int, probes: Probes) -> float:
@@ -90,6 +142,17 @@ def kernel_error(n: int, probes: Probes) -> float:
         spread = math.sqrt((m - 1) / m * sum((x - sum(without) / m) ** 2 for x in without))
         estimate += 4.0 * spread
     return estimate
+
+
+def probed_regularisation(probes: Probes, goal: Goal, training: dict[str, Any]) -> float:
+    """What reg="auto" takes of the probes alone, by their exact kernel: features too few to fit with ask for more."""
+    (m, k, _), numbers = probes.shape, torch.from_numpy(probes.numbers)
+    s, u = torch.linalg.eigh(probes.exact)
+    spectrum = Spectrum(u, torch.where(s > 2.0**-24 * m**0.5 * s[-1], s, 0.0), 0.0)
+    residual, idle = goal.residual(numbers, probes.outputs), (probes.exact == 0).all(1)
+    error = lambda part, v: goal.error(numbers, v)  # noqa: E731
+    regs, errors = loo_error_curve(spectrum, residual, make_blocks(m, k), idle, error=error, **training)
+    return float(regs[errors.argmin()])
 
 
 def probed_dimension(n: int, probes: Probes, phi: TrainingFilter, top: float, seed: int) -> float:

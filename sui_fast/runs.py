@@ -35,7 +35,7 @@ from .losses import ROOTS, Goal
 from .measures import feature_neighbours, information, kernel_neighbours, sgd_information
 from .parts import Merged, Part, open_parts
 from .planning import METHODS, return_memory
-from .probing import drawn, kernel_error, probed_dimension
+from .probing import quality
 from .processes import Processes, Source
 from .spectra import (
     PROJECTIONS,
@@ -301,22 +301,21 @@ class Run:
                         begin = part.stop
                     self.new_values = processes.gather(_joined(columns))
             with stages("error estimate"):
-                some = drawn(source, fmap, self.seed)
-                error = kernel_error(n, some)
-                edf = max(kept, probed_dimension(n, some, phi, float(spectrum.s[-1]), self.seed))
-                if method != "sketch":  # features that lie below the kernel: the truth is between these two
-                    edf = kept + missed if missed < 0.2 * kept else min(edf, kept + missed)
-                details["effective_dimension"] = edf
+                found = quality(
+                    source, fmap, self.goal, phi, self.seed, float(spectrum.s[-1]), kept, missed,
+                    reg if isinstance(self.reg, str) else None, dict(self.training, convention=self.convention),
+                )  # fmt: skip
+                details["effective_dimension"] = found.dimension
                 # fewer columns than asked for explain all there is; no rank has more than rows or parameters
-                most = fmap.rank if fmap.rank < rank else min(n * self.goal.rows, some.shape[2])
-                better = warn_of_rank(method, fmap.rank, edf, most, missed / kept if kept > 0 else 0.0)
+                most = fmap.rank if fmap.rank < rank else min(n * self.goal.rows, found.parameters)
+                better = warn_of_rank(method, fmap.rank, found.asked, most, missed / kept if kept > 0 else 0.0)
         finally:
             for held in stores:
                 held.close()
         first, first_parameter = source.part(0, 1), next(self.model.parameters())
         details = dict(
             details,
-            error_estimate=error,
+            error_estimate=found.error,
             features=fmap.rank,
             rank_wanted=better,
             **self._about(n, first.k, first.shape[1], first.coverage, common["dtype"] or first_parameter.dtype),

@@ -247,6 +247,7 @@ def score(
             warn_of_rows(rows, run.samples.n, details.get("effective_dimension", 0.0))
     finally:
         stages.close()
+        return_memory()
 
     settings = dict(
         measures=list(wanted),
@@ -369,7 +370,7 @@ def _dimension(model, samples, k: int, reg, training, options, seed: int) -> flo
     numbers = np.sort(np.random.default_rng(seed).choice(samples.n, count, replace=False))
     jac = jacobian(model, samples.pick(numbers), **options)
     exact = jac.gram().to("cpu", torch.float64)
-    probes = Probes((jac.n, jac.k, jac.shape[1]), exact, numbers, exact[:0])
+    probes = Probes((jac.n, jac.k, jac.shape[1]), exact, numbers, exact[:0], numbers, jac.outputs)
     phi = make_filter(samples.n, reg=reg, **training)
     descends = phi.eta > 0 and phi.dynamics == "gd"
     stable = max(2 / phi.eta - phi.shift, 0.0) if descends else math.inf  # the run says where lr is not

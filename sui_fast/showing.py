@@ -23,7 +23,7 @@ def small_inputs(samples: Samples, most: int = 16_384) -> np.ndarray | None:
     """The inputs for the report, where they are one array: pictures made small, others of at most ``most`` numbers."""
     if not shown(samples):
         return None
-    parts, held = [], 0
+    found, begin = None, 0
     for batch in samples.batches(256):
         if not isinstance(batch, torch.Tensor):  # several inputs: side by side where all are real numbers
             several = list(batch.values()) if isinstance(batch, dict) else list(batch)
@@ -36,13 +36,18 @@ def small_inputs(samples: Samples, most: int = 16_384) -> np.ndarray | None:
             pixels = batch.detach().cpu().to(torch.float32)
             first = channels_first(tuple(batch.shape[1:]))
             pixels = pixels.movedim(1, -1) if first else pixels.reshape(*batch.shape[:3], -1)
-            parts.append(shrink(pixels.numpy(), LARGEST))
+            part = shrink(pixels.numpy(), LARGEST)
         else:
-            parts.append(batch.detach().cpu().to(torch.float32).numpy())
-        held += parts[-1].nbytes
-        if held >= MOST_INPUTS:
+            part = batch.detach().cpu().to(torch.float32).numpy()
+        if found is None:
+            if samples.n * part[0].nbytes >= MOST_INPUTS:
+                return None
+            found = np.empty((samples.n, *part.shape[1:]), part.dtype)
+        if part.shape[1:] != found.shape[1:]:
             return None
-    return np.concatenate(parts) if len({part.shape[1:] for part in parts}) == 1 else None
+        found[begin : begin + len(part)] = part
+        begin += len(part)
+    return found
 
 
 def texts_of(train, samples: Samples) -> list[str] | None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ._errors import StabilityError, StoreError, complaint
-from .jacobians import Jacobian, portions
+from .jacobians import Jacobian, Sketch, portions
 from .jacobians.data import Samples
 from .loo import (
     Addition,
@@ -37,9 +37,10 @@ from .loo import (
     shard_blocks,
 )
 from .losses import Goal
-from .planning import HELD, PORTION, SHARD
+from .planning import ENOUGH, HELD, PORTION, SHARD, return_memory, shard_samples
 from .processes import Processes, Source, grain, portion, power
 from .spectra import (
+    INNER,
     RANK_FOR,
     FeatureMap,
     FeatureSpectrum,
@@ -49,6 +50,7 @@ from .spectra import (
     fingerprint_of,
     nystrom_map,
     pool_size,
+    reduced_sketch_map,
     sketch_map,
     sketch_rank,
     subspace_columns,
@@ -94,10 +96,15 @@ def fit_map(
     """
     n = source.samples.n
     if kind == "sketch":
-        size = pool_size(source.part(0, 1), n, rank)
+        size, anchored = pool_size(source.part(0, 1), n, rank, sketch)
         if not size:
             return sketch_map(sketch_rank(rank, sketch), seed, sketch)
         numbers = np.sort(np.random.default_rng(seed).choice(n, size, replace=False))
+        if not anchored:
+            outputs, pool = portions(
+                source.model, source.samples.pick(numbers), Sketch(INNER, seed, "tensor"), **source.options
+            )
+            return reduced_sketch_map(pool, goal.residual(torch.from_numpy(numbers), outputs), rank, seed)
         pool = source.some(numbers)
         residual = goal.residual(torch.from_numpy(numbers), pool.outputs)
         return anchored_sketch_map(pool, residual, rank, seed, sketch)
@@ -139,8 +146,7 @@ def features_of(
     """What pass 1 keeps of the samples from ``begin`` on, shard by shard."""
     if begin >= source.end:
         return
-    most = min(_SHARD // (source.part(begin, begin + 1).k * fmap.rank), 4096)
-    size = power(max(16, most))
+    size = shard_samples(source.part(begin, begin + 1).k, fmap.rank, _SHARD)
     step = portion(source.samples.n)
     with tqdm(
         total=source.end - begin, desc=f"{fmap.kind} features", delay=2, leave=False, disable=not progress
@@ -149,6 +155,7 @@ def features_of(
             end = min(first + size, source.end)
             yield joined(_features(source, fmap, goal, b, min(b + step, end)) for b in range(first, end, step))
             bar.update(end - first)
+            return_memory()  # shards lie among what their batches took, and would keep it
 
 
 def _features(source: Source, fmap: FeatureMap, goal: Goal | None, begin: int, end: int) -> dict[str, Tensor]:
@@ -156,6 +163,8 @@ def _features(source: Source, fmap: FeatureMap, goal: Goal | None, begin: int, e
         function = fmap.portion(goal is not None)
         outputs, features, *own = portions(source.model, source.samples.slice(begin, end), function, **source.options)
         own = own[0] if own else None
+        if fmap.reduce is not None:
+            features, own = fmap.reduce(features, goal is not None)
     else:
         part = source.last(begin, end)
         outputs, (features, own) = part.outputs, fmap.both(part, goal is not None)
@@ -312,7 +321,7 @@ def warn_of_rank(kind: str, rank: int, edf: float, most: int, missed: float = 0.
     """
     least, exact = RANK_FOR[kind] * edf, most
     most = most if kind != "sketch" else 1 << 20
-    if rank >= 0.95 * least or rank >= most:
+    if rank >= ENOUGH * least or rank >= most:
         if kind != "sketch" and missed > _MISSED:
             warnings.warn(
                 f"sui_fast: the {rank} features of {kind} leave out {missed:.0%} of the leverage that is in them: "
@@ -323,12 +332,11 @@ def warn_of_rank(kind: str, rank: int, edf: float, most: int, missed: float = 0.
             )
         return None
     needed = min(math.ceil(_MARGIN * least), most)
-    instead = "or use another method"
+    todo = "Raise rank=, or reg=, or use another method."
     if needed > exact:
-        instead = f"or use method='nystrom', which is exact at rank {exact}"
+        todo = f"That is more than the kernel has: use method='nystrom', which is exact at rank {exact}, or raise reg=."
     warnings.warn(
-        f"sui_fast: rank {rank} is small for an effective dimension of {edf:.0f}; {kind} wants about {needed}. "
-        f"Raise rank=, or reg=, {instead}.",
+        f"sui_fast: rank {rank} is small for an effective dimension of {edf:.0f}; {kind} wants about {needed}. {todo}",
         RuntimeWarning,
         stacklevel=4,
     )

@@ -22,10 +22,12 @@ from sui_fast.jacobians.data import as_samples
 from sui_fast.probing import drawn, kernel_error
 from sui_fast.processes import Source
 from sui_fast.spectra import (
+    INNER,
     Moments,
     anchored_sketch_map,
     feature_spectrum,
     nystrom_map,
+    reduced_sketch_map,
     sketch_map,
     subspace_map,
 )
@@ -471,16 +473,53 @@ def test_an_anchored_sketch_does_not_hang_on_the_last_bit(k):
     assert float((found[0] - found[1]).norm()) < 1e-6 * float(found[0].norm())
 
 
-def test_an_anchored_sketch_is_unbiased():
+@pytest.mark.parametrize("reduced", [False, True], ids=["anchored", "reduced"])
+def test_a_sketch_with_directions_of_a_pool_is_unbiased(reduced):
     model, (train, _) = network(1, True), digits(50, 1, 1, True)
     jac = sui_fast.jacobian(model, train[0])
     pool, rest = jac.select(range(40)), jac.select(range(40, 50))
     residual, exact, found = train[1][:40, None] - pool.outputs, rest.gram(), []
     for seed in range(200):
-        z = anchored_sketch_map(pool, residual, 64, seed).features(rest).flatten(0, 1)
+        if reduced:
+            fmap = reduced_sketch_map(pool.sketch(INNER, seed), residual, 64, seed)
+        else:
+            fmap = anchored_sketch_map(pool, residual, 64, seed)
+        z = fmap.features(rest).flatten(0, 1)
         found.append(z @ z.T)
     mean, spread = torch.stack(found).mean(0), torch.stack(found).std(0) / 200**0.5
     assert float(((mean - exact) / spread).abs().max()) < 5
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_reduced_sketch_errs_less_than_a_plain_one_of_its_rank(k):
+    model, (train, _) = network(k, True), digits(150, 1, 1, True)
+    jac = sui_fast.jacobian(model, train[0])
+    pool, rest = jac.select(range(100)), jac.select(range(100, 150))
+    residual, exact, errors = torch.linspace(-1, 1, 100 * k).view(100, k).double(), rest.gram(), []
+    for seed in range(5):
+        fmap = reduced_sketch_map(pool.sketch(INNER, seed), residual, 96, seed)
+        near, own = fmap.both(rest, True)
+        assert near.shape == (50, k, fmap.rank) and fmap.rank == 96
+        long = rest.sketch(INNER, seed)
+        torch.testing.assert_close(own, long @ long.transpose(1, 2))
+        size = lambda z: float((z.flatten(0, 1) @ z.flatten(0, 1).T - exact).norm())  # noqa: E731
+        errors.append([size(near), size(sketch_map(96, seed).features(rest)), size(long)])
+    near, plain, long = map(sum, zip(*errors, strict=True))
+    assert near < 0.6 * plain and near < 2 * long
+
+
+def test_a_run_reduces_a_sketch_where_anchors_cost_too_much(monkeypatch):
+    model, (train, val) = network(1, True), digits(200, 40, 1, True)
+    exact = sui_fast.score(model, train, val, reg=0.1, method="dense", progress=False)
+    options = dict(reg=0.1, method="sketch", rank=128, progress=False)
+    monkeypatch.setattr("sui_fast.spectra.anchors._worth_it", lambda *arguments: False)
+    found = sui_fast.score(model, train, val, **options)
+    monkeypatch.setattr("sui_fast.streaming.pool_size", lambda *arguments: (0, False))
+    plain = sui_fast.score(model, train, val, **options)
+    for name in ("si", "fsi"):
+        near, far = (spearmanr(exact[name], x[name])[0] for x in (found, plain))
+        assert near > 0.97 and near > far
+    assert found.diagnostics["features"] == 128
 
 
 def test_probes_with_large_factors_are_captured_in_parts(monkeypatch):

@@ -21,6 +21,7 @@ from .recurrent import own_body
 from .streams import add_sketch, as_read, streams_of
 
 LARGE = 1 << 23  # numbers that a batch would hold
+_HELD, _LEAST = 1 << 25, 32  # numbers that are held at a time on a CPU; samples all the same
 Take = Callable[[int, Tensor | None], None]
 _grad = own_body(torch.autograd.grad)
 
@@ -36,6 +37,14 @@ class Ways:
 
     def fits(self, uses: list[Use]) -> bool:
         return len(uses) == len(self.keys) and all(use.key == key for use, key in zip(uses, self.keys, strict=True))
+
+
+def held_batch(numbers: float) -> int:
+    """Samples captured at a time, which hold so many numbers each.
+
+    What a pass over more of them holds goes back to the system and is fetched anew.
+    """
+    return 1 << max(_LEAST, int(_HELD / max(numbers, 1))).bit_length() - 1
 
 
 def ways_of(jac: Jacobian) -> Ways:
@@ -95,7 +104,7 @@ def backward_into(out: Tensor, recorder: Recorder, take: Take) -> None:
                 take(number, recorder.turned_one(number, gradient))
 
     if targets and out.requires_grad:
-        first = _first(out, targets)
+        first, one = _first(out, targets), out[:, 0].sum()  # no seed: see ``_backward`` of capture
         handles = []
         for number in rest - set(first):
             edge = targets[number]
@@ -106,7 +115,7 @@ def backward_into(out: Tensor, recorder: Recorder, take: Take) -> None:
             handles.append(edge.node.register_prehook(hook))
         try:
             with Replay(recorder):
-                found = _grad(out, [targets[number] for number in first], torch.ones_like(out), allow_unused=True)
+                found = _grad(one, [targets[number] for number in first], allow_unused=True)
         finally:
             for handle in handles:
                 handle.remove()

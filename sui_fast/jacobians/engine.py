@@ -14,14 +14,12 @@ from torch.utils._pytree import tree_flatten
 from tqdm.auto import tqdm
 
 from .._errors import CoverageError, SpectrumError, complaint, whole
-from .arriving import LARGE, Ways, sketch_arriving, ways_of
+from .arriving import LARGE, Ways, held_batch, sketch_arriving, ways_of
 from .capture import Captured, Evaluator
 from .data import Samples, as_samples, batch_length, to_device
 from .jacobian import Jacobian
 from .layers import Gather, Origin, Part, Use
 from .proof import CHECKED, Plan, prove
-
-_HELD, _LEAST = 1 << 25, 32  # numbers that sketches hold at a time on a CPU; samples all the same
 
 _proven: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Plan]] = weakref.WeakKeyDictionary()
 
@@ -140,7 +138,7 @@ def _pass(model, data, make, outputs, params, batch_size, dtype, progress):
             if sketched and known[key].outputs == 1 and known[key].ways is None:
                 known[key].ways = _ways(evaluator, batch, known[key])
             ways = known[key].ways if sketched and evaluator.device.type == "cpu" else None
-            few = batch_size if ways is None else min(batch_size, _held_batch(ways))
+            few = batch_size if ways is None else min(batch_size, held_batch(ways.numbers))
             store = _run(evaluator, make(samples.n), samples, few, known[key], progress)
             if not isinstance(store, dict):
                 break
@@ -195,11 +193,6 @@ def _run(
         rows = evaluator.general_rows(batch, list(plan.general)) if plan.general else {}
         store.add(captured, rows, evaluator, plan)
     return store
-
-
-def _held_batch(ways: Ways) -> int:
-    """Samples captured at a time: what a pass over more of them holds goes back to the system and is fetched anew."""
-    return 1 << max(_LEAST, _HELD // max(ways.numbers, 1)).bit_length() - 1
 
 
 def _ways(evaluator: Evaluator, batch: Any, plan: Plan) -> Ways | None:

@@ -125,7 +125,7 @@ def _product(mine: list[Factor], theirs: list[Factor], tile: Tensor, scratch: _S
 def _by_rows(one: Outer) -> Tensor | None:
     """Gram matrix [n k, n k] of a layer with itself from its rows, formed once; None where that costs more."""
     (n, k, s, o), i = one.g.shape, one.a.shape[2]
-    if 0 in (n, s, i, o) or o * i > s * s * (o + i / (k * k) + 2):
+    if 0 in (n, s, i, o) or not by_rows(one):
         return None
     rows = torch.bmm(one.g.transpose(2, 3).reshape(n, k * o, s), one.a).view(n * k, o * i)
     block = rows @ rows.T
@@ -133,6 +133,12 @@ def _by_rows(one: Outer) -> Tensor | None:
         bias = one.g.sum(2).view(n * k, o)
         block.addmm_(bias, bias.T)
     return block
+
+
+def by_rows(one: Outer) -> bool:
+    """Whether the kernel of a layer with itself takes fewer operations by its rows than by pairs of positions."""
+    (_, k, s, o), i = one.g.shape, one.a.shape[2]
+    return o * i <= s * s * (o + i / (k * k) + 2)
 
 
 def flat_gram(one: Outer, two: Outer) -> Tensor:

@@ -16,24 +16,31 @@ from torch import Tensor
 
 from ..jacobians import Anchors, Jacobian, goes_by_kernel, make_anchors, project, sketched_anchors
 from ..jacobians.layers import Outer
+from ..ops.sketching._random import signs
 from .maps import FeatureMap, sketch_map, sketch_rank
 
-_POOL = 256  # samples that the directions are taken from
-_ANCHORS = 32
+_POOL, _POOL_ROWS = 256, 1024  # samples that the directions are taken from, and rows of these
+ANCHORS = 32
 _SOLUTIONS = (1e-1, 1e-2, 1e-3, 1e-4)  # ridge of the pool's solutions, in units of its largest eigenvalue
 _MOMENTS = {False: 2.0, True: 6.0}  # operations that anchors may add, in those of Z^T Z; True: no layer has positions
+INNER = 1024  # columns of a sketch without anchors, brought down to fewer
 _MOST = 1 << 28  # bytes of B; of the explicit rows of a pool
 
 
-def pool_size(first: Jacobian, n: int, rank: int) -> int:
-    """Samples of a pool for ``anchored_sketch_map``; 0 where anchors would cost more than they are worth.
+def pool_size(first: Jacobian, n: int, rank: int, kind: str = "tensor") -> tuple[int, bool]:
+    """(samples of a pool, whether for ``anchored_sketch_map``).
+
+    Else for ``reduced_sketch_map``; 0 samples for a plain sketch.
 
     Args:
-        first: Jacobian of one sample or more. n: samples to draw from. rank: columns of the sketch.
+        first: Jacobian of one sample or more. n: samples to draw from. rank, kind: columns and kind of the sketch.
     """
-    size = min(n, _POOL)
-    count = min(_ANCHORS, rank // 4, size * first.k - 1)
-    return size if count > len(_SOLUTIONS) and _worth_it(first, rank, count, size) else 0
+    size = min(n, _POOL, max(16, _POOL_ROWS // first.k))
+    count = min(ANCHORS, rank // 4, size * first.k - 1)
+    if count <= len(_SOLUTIONS):
+        return 0, False
+    anchored = _worth_it(first, rank, count, size)
+    return (size if anchored or rank < INNER and kind == "tensor" else 0), anchored
 
 
 def anchored_sketch_map(pool: Jacobian, residual: Tensor, rank: int, seed: int = 0, kind: str = "tensor") -> FeatureMap:
@@ -44,20 +51,14 @@ def anchored_sketch_map(pool: Jacobian, residual: Tensor, rank: int, seed: int =
         rank, seed, kind: as in ``sketch_map``.
     Source: docs/math.md, section 10; anchors are a control variate (Nystrom part exact, remainder sketched).
     """
-    count = min(_ANCHORS, rank // 4, pool.shape[0] - 1)
+    count = min(ANCHORS, rank // 4, pool.shape[0] - 1)
     if count <= len(_SOLUTIONS) or not _worth_it(pool, rank, count, pool.n):
         return sketch_map(sketch_rank(rank, kind), seed, kind)
     rows = pool.rows() if _explicit(pool, pool.shape[0]) else None
     theta = (pool.gram() if rows is None else rows @ rows.T).to(torch.float64)
-    s, u = torch.linalg.eigh((theta + theta.T) / 2)
-    if not float(s[-1]) > 0:
+    chosen = _directions(theta, residual, count)
+    if chosen is None:
         return sketch_map(sketch_rank(rank, kind), seed, kind)
-    pull = u.T @ residual.reshape(-1).to(s)
-    solved = torch.stack([u @ (pull / (s.clamp_min(0) + share * s[-1])) for share in _SOLUTIONS], 1)
-    lead = u[:, len(_SOLUTIONS) - count :].flip(1)
-    chosen = torch.cat([lead * lead.gather(0, lead.abs().argmax(0, keepdim=True)).sign(), solved], 1)
-    chosen = chosen / torch.einsum("nq,nm,mq->q", chosen, theta, chosen).clamp_min(1e-300).sqrt()
-    chosen = chosen @ _orthonormal(chosen.T @ theta @ chosen)  # B = chosen^T J
     columns = sketch_rank(rank - chosen.shape[1], kind)
     if rows is not None and kind == "tensor":
         anchors = Anchors(chosen, chosen.to(rows).T @ rows, [])
@@ -77,6 +78,47 @@ def anchored_sketch_map(pool: Jacobian, residual: Tensor, rank: int, seed: int =
 
     both = lambda jac, own: features(jac, own)[:2]  # noqa: E731
     return FeatureMap("sketch", len(sketched) + columns, both, {"anchors": chosen}, portion)
+
+
+def reduced_sketch_map(pool: Tensor, residual: Tensor, rank: int, seed: int = 0) -> FeatureMap:
+    """Sketch of INNER columns brought down to ``rank``: what anchors are to gradients, here to their sketches.
+
+    z(x) = M^T S x, with B of the sketches and a random P, E<Px, Py> = <x, y>, in place of those of the gradients. It
+    costs what the longer sketch does, which is little more than the shorter one where layers are large.
+
+    Args:
+        pool: sketches [p, k, INNER] of some samples by ``sketch_map(INNER, seed)``. residual: of these [p, k].
+        rank, seed: as in ``sketch_map``.
+    Source: docs/math.md, section 10.
+    """
+    plain, rows = sketch_map(INNER, seed), pool.flatten(0, 1).to(torch.float64)
+    chosen = _directions(rows @ rows.T, residual, min(ANCHORS, rank // 4, len(rows) - 1))
+    if chosen is None:
+        return sketch_map(sketch_rank(rank, "tensor"), seed)
+    known = rows.T @ chosen
+    random = torch.linalg.qr(signs(INNER, rank - known.shape[1], 8, 0, seed, rows.device, torch.float64)).Q
+    random = random * (INNER / random.shape[1]) ** 0.5  # of fewer columns than rows: E P P^T = 1
+    turn = torch.cat([known, random - known @ (known.T @ random)], 1)
+
+    def reduce(sketched: Tensor, own: bool) -> tuple[Tensor, Tensor | None]:
+        blocks = sketched @ sketched.transpose(1, 2) if own else None
+        return sketched @ turn.to(sketched), blocks
+
+    both = lambda jac, own: reduce(plain.features(jac), own)  # noqa: E731
+    return FeatureMap("sketch", rank, both, {"turn": turn}, plain.portion, reduce)
+
+
+def _directions(theta: Tensor, residual: Tensor, count: int) -> Tensor | None:
+    """[p k, q] of a pool with kernel theta: B = chosen^T J is orthonormal; None where all gradients are zero."""
+    s, u = torch.linalg.eigh((theta + theta.T) / 2)
+    if not float(s[-1]) > 0:
+        return None
+    pull = u.T @ residual.reshape(-1).to(s)
+    solved = torch.stack([u @ (pull / (s.clamp_min(0) + share * s[-1])) for share in _SOLUTIONS], 1)
+    lead = u[:, len(_SOLUTIONS) - count :].flip(1)
+    chosen = torch.cat([lead * lead.gather(0, lead.abs().argmax(0, keepdim=True)).sign(), solved], 1)
+    chosen = chosen / torch.einsum("nq,nm,mq->q", chosen, theta, chosen).clamp_min(1e-300).sqrt()
+    return chosen @ _orthonormal(chosen.T @ theta @ chosen)
 
 
 def _orthonormal(gram: Tensor, least: float = 1e-6) -> Tensor:

@@ -33,6 +33,7 @@ class FeatureMap:
     own: whether the blocks are wanted. state: what it was fitted to, by name.
 
     portion: for sketches own -> the function for ``jacobians.portions``: no Jacobian of more than a batch is held.
+    reduce: (what it gives, own) -> (features, own_blocks), where that is not yet the features.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class FeatureMap:
     both: Callable[[Jacobian, bool], tuple[Tensor, Tensor | None]]
     state: dict[str, Tensor] = field(default_factory=dict)
     portion: Callable[[bool], Callable[[Jacobian], tuple]] | None = None
+    reduce: Callable[[Tensor, bool], tuple[Tensor, Tensor | None]] | None = None
 
     def features(self, jac: Jacobian) -> Tensor:
         """Features [n, k, r] alone."""
