@@ -46,6 +46,10 @@ class StoreError(SuiError):
     """A store on disk is damaged, belongs to another run, or is being written by another process."""
 
 
+class ProcessError(SuiError, RuntimeError):
+    """Another process of the run failed; its own error says why."""
+
+
 class SpectrumError(SuiError, ArithmeticError):
     """A kernel matrix is too large, not finite, or not positive semi-definite."""
 

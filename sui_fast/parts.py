@@ -26,6 +26,10 @@ class Part(Processes):
     def __init__(self, number: int, count: int):
         self.number, self.count = number, count
 
+    def objects(self, own: Any) -> list[Any]:
+        """What this part has."""
+        return [own]
+
     def predict(self, model: Module, samples: Samples, **options) -> Tensor:
         """Of all samples: the map and the fingerprint hang on them."""
         return Merged(self.count).predict(model, samples, **options)

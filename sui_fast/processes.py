@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ._errors import ArgumentError, ProcessError, complaint
 from .jacobians import Jacobian, Samples, jacobian
 from .jacobians.engine import predict
 
@@ -76,6 +78,13 @@ def power(n: int) -> int:
     return 1 << max(n, 1).bit_length() - 1
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """What a process that failed sends in place of what the others wait for."""
+
+    error: str
+
+
 class Processes:
     """torch.distributed where it is initialised or torchrun started the process, else one process."""
 
@@ -102,6 +111,7 @@ class Processes:
     def total(self, x: Tensor) -> Tensor:
         """Sum over processes."""
         if self.count > 1:
+            self.objects(None)
             x = x.clone()
             torch.distributed.all_reduce(x)
         return x
@@ -128,7 +138,28 @@ class Processes:
         found = [own] * self.count
         if self.count > 1:
             torch.distributed.all_gather_object(found, own)
+        failed = [number for number, x in enumerate(found) if isinstance(x, _Failure)]
+        if failed and not isinstance(own, _Failure):
+            got, todo = f"in process {failed[0]}: {found[failed[0]].error}", "Mend that, and start all of them again."
+            raise ProcessError(complaint("processes", "none to fail", got, todo))
         return found
+
+    def agree(self, own: dict[str, Any]) -> None:
+        """Raises ArgumentError unless all processes were given the same."""
+        every = self.objects(own)
+        differs = sorted({name for x in every for name in own if x.get(name) != every[0].get(name)})
+        if differs:
+            todo = (
+                "Give all of them the whole of the data, the same model and the same arguments: they share the samples."
+            )
+            got = f"others in some: {', '.join(differs)}"
+            raise ArgumentError(complaint("processes", "the same call in each", got, todo))
+
+    def fail(self, error: Exception) -> None:
+        """Tell the others, who would wait, or take what this process sends in a later run for what they wait for."""
+        if not isinstance(error, ProcessError):
+            with contextlib.suppress(RuntimeError):  # the others may be gone
+                self.objects(_Failure(f"{type(error).__name__}: {error}"))
 
 
 def _outputs(model: torch.nn.Module, samples: Samples, begin: int, end: int, progress: bool, **options) -> Tensor:

@@ -200,6 +200,12 @@ class Run:
         )
         return values, details, reg, self.samples.ids if self.groups is None else blocks.labels
 
+    def agree(self, method: str, rank: int, loss) -> None:
+        """What must not differ among the processes of a run of low rank, or they would wait for each other."""
+        counts = {name: x and x.n for name, x in (("val", self.probes), ("candidates", self.candidates))}
+        given = dict(method=method, rank=rank, loss=getattr(loss, "__name__", loss), measures=self.wanted, reg=self.reg)
+        self.processes.agree(dict(given, train=self.samples.n, seed=self.seed, **counts, **self.training))
+
     def low_rank(self, stages: Stages, common: dict[str, Any], method: str, rank: int, store, resume: bool):
         """A kernel of low rank, shard by shard; nothing where this run is but a part."""
         n, processes = self.samples.n, self.processes
@@ -225,6 +231,7 @@ class Run:
         try:
             with stages("features"):
                 print_ = run_fingerprint(self.model, self.samples, about, _version())
+                processes.agree(print_)
                 stores.append(open_(store, print_, "train", processes, resume))
                 collect(source, fmap, self.goal, stores[0], self.progress)
             if self.probes is not None:
@@ -232,6 +239,7 @@ class Run:
                     options = {**common, "outputs": self.probe_outputs}
                     probes = Source(self.model, self.probes, options, *processes.slice(self.probes.n))
                     print_ = run_fingerprint(self.model, self.probes, about, _version())
+                    processes.agree(print_)
                     stores.append(open_(store, print_, "validation", processes, resume))
                     collect(probes, fmap, None, stores[1], self.progress)
             if alone:
@@ -323,6 +331,7 @@ class Run:
             **extra,
             **more,
         )
+        processes.objects(None)  # none begins another run before this one is over for all
         return values, details, reg, self.samples.ids if self.groups is None else np.unique(np.asarray(self.groups))
 
     @staticmethod

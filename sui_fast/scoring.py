@@ -199,21 +199,14 @@ def score(
         common["dtype"] = dtype or torch.float64 if chosen == "dense" else dtype
         with stages("outputs"):
             run.processes = None if chosen == "dense" else apart or Processes()
+            if run.processes:
+                run.agree(chosen, rank, loss)
             sees = run.processes.predict if run.processes else predict
             if few:
                 run.goal, run.samples, run.outputs = aim_at_few(
-                    model,
-                    loss,
-                    run.samples,
-                    targets,
-                    first.device,
-                    common,
-                    progress,
-                    output_mode,
-                    output_rank,
-                    seed,
+                    model, loss, run.samples, targets, first.device, common, progress, output_mode, output_rank, seed,
                     sees,
-                )
+                )  # fmt: skip
                 if loss == "mse":
                     run.probe_outputs = run.outputs
                 elif run.probes is not None:
@@ -245,6 +238,10 @@ def score(
             values = {name: column * (k / output_rank) for name, column in values.items()}
         elif few and output_mode == "random" and rows < k - (loss == "cross_entropy"):
             warn_of_rows(rows, run.samples.n, details.get("effective_dimension", 0.0))
+    except Exception as error:
+        if run.processes is not None:
+            run.processes.fail(error)
+        raise
     finally:
         stages.close()
         return_memory()

@@ -59,6 +59,7 @@ from .spectra import (
 
 _SHARD, _PORTION = SHARD, PORTION
 _MARGIN = 1.25  # of the rank that a warning names
+_ROUNDING = 2.0**-21  # of Theta_ii: what float32 features leave of a direction that they have
 _MISSED = 0.4  # leverage beyond the features over that in them; from 0.5 on scores correlated less than 0.98
 
 
@@ -229,7 +230,8 @@ class LowRank:
             gain=self.spectrum.gain, moment=self.moment,
         )  # fmt: skip
         if "missed" in shard and self.groups is None:
-            found.add_missed(shard["missed"].to(self.device))
+            share, counts, basis = _beyond_rounding(shard["missed"].to(self.device), features)
+            found.add_missed(_matrix(basis, share * counts))
         return found
 
     def additions(
@@ -254,12 +256,15 @@ class LowRank:
                     hidden = z - (z @ v) @ v.T
                 unseen = hidden @ hidden.transpose(1, 2)
                 if "missed" in sample:
-                    share, basis = torch.linalg.eigh(unseen + sample["missed"].to(self.device))
-                    unseen = (basis * share.clamp_min(0)[:, None]) @ basis.transpose(1, 2)
+                    unseen = unseen + sample["missed"].to(self.device)
+                share, counts, basis = _beyond_rounding(unseen, z)
+                fresh = (counts & (share > 0)).to(share)
+                unseen = _matrix(basis, share * fresh)
                 added = add_samples(
                     z @ v, unseen, residual, spectrum.s, root * spectrum.gain, phi,
                     n=spectrum.samples, convention=self.convention,
                 )  # fmt: skip
+                added = replace(added, beyond=torch.einsum("ckj,cj->ck", _matrix(basis, fresh), added.beyond))
                 known = hidden if old is None else hidden - z  # a kernel tells of all of a gradient
                 changes.append(added.inside @ v.T + torch.einsum("ckr,ck->cr", known, added.beyond))
                 found.append(added)
@@ -297,6 +302,17 @@ class LowRank:
             errors.append([float(error(part, self.removal(shard, phi).loo_residual).sum()) for phi in filters])
             first = part.stop
         return np.array(regs), gather({"errors": np.array(errors)} if errors else {})["errors"].sum(0) / n
+
+
+def _beyond_rounding(missed: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues of what features [n, k, r] miss, whether they are more than rounding [n, k], and eigenvectors."""
+    share, basis = torch.linalg.eigh(missed) if missed.shape[1] > 1 else (missed[:, 0], torch.ones_like(missed))
+    counts = share.abs() > _ROUNDING * torch.linalg.vector_norm(features, dim=(1, 2))[:, None].to(share).square()
+    return share, counts, basis
+
+
+def _matrix(basis: Tensor, values: Tensor) -> Tensor:
+    return (basis * values[:, None]) @ basis.transpose(1, 2)
 
 
 def _kernel_across(old: Source, new: Source, fmap: FeatureMap) -> Iterator[tuple[Tensor, int, Tensor]]:

@@ -134,3 +134,64 @@ def test_samples_in_messages_are_numbered_as_in_the_data(loss):
         sui_fast.score(
             Overflowing(4, 1), (x, torch.arange(700) % 2), method="sketch", loss=loss, measures=("si",), reg=0.1
         )
+
+
+FAIL = textwrap.dedent(
+    """
+    import os
+    import torch
+    from torch import nn
+    import sui_fast
+
+    class Bad(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) + torch.where(x[:, :1] > 50, torch.nan, 0.0)
+
+    def problem(bad):
+        torch.manual_seed(bad)
+        x = torch.randn(900, 6)
+        if bad:
+            x[700, 0] = 100
+        return Bad(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)), (x, torch.randn(900, 1))
+
+    number, found = int(os.environ["RANK"]), []
+
+    def attempt(*data, **more):
+        settings = dict(method="subspace", rank=40, reg=0.01, measures=("si",), progress=False)
+        try:
+            return repr(sui_fast.score(*data, **{**settings, **more})["si"].sum())
+        except sui_fast.SuiError as error:
+            return f"{type(error).__name__} {error}"
+
+    model, (x, y) = problem(False)
+    other = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+    found.append(attempt(*problem(True)))
+    found.append(attempt(*problem(True), method="sketch"))
+    found.append(attempt(model, (x, y)))
+    found.append(attempt(model, (x[number::2], y[number::2])))
+    found.append(attempt(other if number else model, (x, y)))
+    found.append(attempt(model, (x, y), rank=40 + number))
+    found.append(attempt(model, (x, y), (x[:3], y[:3]) if number else None, measures=("si", "fsi")[: 1 + number]))
+    found.append(attempt(model, (x, y)))
+    with open({out!r} + str(number), "w") as file:
+        file.write("\\n".join(found))
+    torch.distributed.destroy_process_group()
+    """
+)
+
+
+def test_what_fails_on_one_process_fails_on_all_and_leaves_the_next_run_alone(tmp_path):
+    (tmp_path / "run.py").write_text(FAIL.replace("{out!r}", repr(str(tmp_path / "found"))))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "run.py"],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    zero, one = ((tmp_path / f"found{number}").read_text().splitlines() for number in range(2))
+    for first, second in zip(zero[:2], one[:2], strict=True):
+        assert second.startswith("DataError") and "sample 700" in second
+        assert first.startswith("ProcessError") and "in process 1: DataError" in first and "sample 700" in first
+    for found in (zero, one):
+        for text, what in zip(found[3:7], ("inputs, targets", "weights", "rank", "measures, val"), strict=True):
+            assert text.startswith("ArgumentError processes: expected the same call") and f"some: {what}." in text
+        assert found[2] == found[7] == zero[2] and "Error" not in found[2]

@@ -96,3 +96,20 @@ def test_candidates_are_checked():
         sui_fast.score(model, train, val, candidates=new[0], progress=False)
     with pytest.raises(sui_fast.DataError, match="candidates"):
         sui_fast.score(model, train, val, candidates=(new[0], torch.full((4,), 7)), progress=False)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("method", ["nystrom", "subspace", "sketch"])
+def test_rounding_of_features_is_nothing_unseen_and_nothing_missed(method, k):
+    """Of fewer weights than rows all directions are known: what float32 features leave of them once counted as new."""
+    torch.manual_seed(22)
+    x, y = torch.randn(80, 5).double(), torch.randn(80, k).double()
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.SiLU(), torch.nn.Linear(7, k)).double()
+    train, new, rank = (x[:74], y[:74]), (x[74:], y[74:]), 5000 if method == "sketch" else 200
+    for reg in (0.0, 1e-8):
+        common = dict(val=train, reg=reg, candidates=new, measures=("si", "fsi", "leverage"), progress=False)
+        exact = sui_fast.score(model, train, method="dense", **common)
+        found = sui_fast.score(model, train, method=method, rank=rank, **common)
+        for name in common["measures"]:
+            np.testing.assert_allclose(found[name], exact[name], rtol=1e-3, err_msg=name)
+            np.testing.assert_allclose(found.candidates[name], exact.candidates[name], rtol=1e-3, err_msg=name)
