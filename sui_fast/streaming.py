@@ -175,7 +175,8 @@ def _features(source: Source, fmap: FeatureMap, goal: Goal | None, begin: int, e
         found["residual"] = goal.residual(slice(begin, end), outputs).cpu()
         if own is not None:
             wide = features.to(torch.float64)
-            found["missed"] = (own.to(torch.float64) - wide @ wide.transpose(1, 2)).cpu()
+            share, counts, basis = _beyond_rounding(own.to(torch.float64) - wide @ wide.transpose(1, 2), features)
+            found["missed"] = _matrix(basis, share * counts).cpu()
     return found
 
 
@@ -230,8 +231,7 @@ class LowRank:
             gain=self.spectrum.gain, moment=self.moment,
         )  # fmt: skip
         if "missed" in shard and self.groups is None:
-            share, counts, basis = _beyond_rounding(shard["missed"].to(self.device), features)
-            found.add_missed(_matrix(basis, share * counts))
+            found.add_missed(shard["missed"].to(self.device))
         return found
 
     def additions(

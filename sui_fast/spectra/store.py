@@ -34,7 +34,7 @@ try:
 except ImportError:  # not on Windows: there the lock is advisory in name only
     fcntl = None
 
-_FORMAT = 3
+_FORMAT = 4
 _NAME = re.compile(r"shard-\d{6}\.safetensors")
 _MOST_MANIFEST = 1 << 28  # bytes; a manifest larger than this is not ours
 _KEYS = {"format", "fingerprint", "shards", "checksum"}
