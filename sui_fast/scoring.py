@@ -109,7 +109,7 @@ def score(
         store: folder for the features of a method of low rank, so that memory does not grow with the samples
             (Datasets and DataLoaders are read again for every pass) and a run that was interrupted goes on
             (resume=True) with the same scores; resume=False begins anew. Under torchrun a run of low rank shares the
-            samples among the processes, and each returns what one process alone would.
+            samples among the processes, and each returns what one process of as many threads would.
         part: (i, count), i from 1: only the features of the i-th of ``count`` slices of the samples, into ``store``,
             without the other processes; returns None. ``merge`` scores from all parts ("sketch" and "nystrom").
         params: "trainable", "all", names, or a predicate: the parameters that count.
