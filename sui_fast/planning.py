@@ -239,9 +239,10 @@ def _stage_bytes(
         compute = first.n * (2 * each + patches + 10 * k * rank) + min(first.n * formed, item << 24)
     elif method == "sketch":  # layers are sketched as the backward pass reaches them
         columns = INNER if pool else rank
-        numbers = each / item
-        few = min(first.n, held_batch(numbers)) if k == 1 else first.n
-        holds = few * numbers > LARGE and k == 1
+        numbers, few = each / item, first.n
+        if k == 1 and first.outputs.device.type == "cpu":
+            few = min(few, held_batch(numbers))
+        holds = k == 1 and few * numbers > LARGE
         compute = few * ((1.6 if holds else 2.8) * each + 2 * patches + 20 * k * columns)
         held, fit = 0, max(compute + 12 * pool * k * columns, 48 * (pool * k) ** 2)
         compute += 4 * part * k * columns
