@@ -15,6 +15,7 @@ from .jacobians import Jacobian, goes_by_kernel
 from .jacobians.arriving import LARGE, held_batch
 from .jacobians.gram import by_rows
 from .jacobians.layers import Outer
+from .processes import grain, power
 from .spectra import ANCHORS, INNER, RANK_FOR, pool_size, subspace_columns
 
 DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs up to which an eigendecomposition is worth its time
@@ -25,7 +26,7 @@ ENOUGH = 0.95  # of the rank that the effective dimension asks for: it is an est
 PROBES = 64  # samples whose exact kernel the error estimate looks at
 _PROBE_ROWS = 512  # rows of the exact kernel that the effective dimension is estimated from
 HELD = 1 << 30  # bytes of factors that may stay in memory between passes
-_LIBRARIES = 15_000_000  # bytes that libraries take on first use, and malloc keeps
+_LIBRARIES = 11_000_000  # bytes that libraries take on first use, and malloc keeps
 SHARD = 1 << 21  # features of a shard: 8 MB, of 4096 samples at most
 PORTION = 1 << 19  # float64 features at a time in pass 2: larger intermediates are fresh memory each time
 METHODS = ("auto", "dense", "nystrom", "subspace", "sketch")
@@ -218,7 +219,7 @@ def _stage_bytes(
     """Of a run of low rank: at its stages, each with what it finds in memory and what it adds."""
     k, d, rows, item = first.k, first.shape[1], own[0] * first.k, first.outputs.element_size()
     square, part, kept = 8 * wide * wide, min(256, n), 0
-    shard = 4 * k * wide * min(own[0], shard_samples(k, wide))
+    shard, piece = 4 * k * wide * min(own[0], shard_samples(k, wide)), k * wide * min(own[0], grain(n))
     features = 0 if stored else 4 * wide * sum(own) * k + 8 * (1 + k * (method != "sketch")) * rows
     layers = [factor for factor in first.select(range(1)).factors() if isinstance(factor, Outer)]
     read = item * sum(layer.a.numel() for layer in layers)
@@ -227,7 +228,7 @@ def _stage_bytes(
     # rows of the widest layer with positions are written out, for a batch and for the kernel of some samples
     formed = item * k * max((x.a.shape[2] * x.g.shape[3] for x in layers if x.a.shape[1] > 1), default=0)
     twice = max((x.a.shape[2] * x.g.shape[3] for x in layers if x.a.shape[1] > 1 and not by_rows(x)), default=0)
-    worked = 2 * each + patches + max(formed, 2 * item * k * twice)
+    worked = 2 * patches + max(formed, 2 * item * k * twice)
     capture = part * each + first.n * each * 2
     pool, anchored = pool_size(first, n, rank, sketch) if method == "sketch" else (0, False)
     if anchored:
@@ -236,7 +237,7 @@ def _stage_bytes(
         widest = 0 if by_kernel else ANCHORS * item * max((x.a.shape[2] + 1) * x.g.shape[3] for x in layers)
         written = item * k * d if formed else 0
         fit = pool * (1.3 * each + 8 * k * rank + min(written, 1 << 20)) + max(48 * (pool * k) ** 2, 1.5 * widest)
-        compute = first.n * (2 * each + patches + 10 * k * rank) + min(first.n * formed, item << 24)
+        compute = first.n * (2 * each + patches + 10 * k * rank) + 2 * min(first.n * formed, item << 24)
     elif method == "sketch":  # layers are sketched as the backward pass reaches them
         columns = INNER if pool else rank
         numbers, few = each / item, first.n
@@ -261,25 +262,33 @@ def _stage_bytes(
     seen = 0 if m == 0 else 3 if m * k < wide else 8  # squares of the moment of the validation samples
     after = (3.0 + 0.4 * seen) * square  # with what a product of float64 keeps
     probes = probe_count(first, n)
+    at_once = probes if probes * each <= HELD else max(1, int(HELD / (2 * each)))
     return {
         "map": fit + held,
-        "features": held + max(kept, features) + compute + (3 if stored else 1) * shard,
-        "sums": held + features + 3.0 * square + 3 * shard * stored + 8 * min(rows * wide, 1 << 20),
+        "features": held + max(kept, features) + compute + (5 if stored else 1) * shard,
+        "sums": held + features + 3.0 * square + 3 * shard * stored + 8 * min(piece, 1 << 20),
         "spectrum": held + features + (7.5 + seen) * square + 2 * shard * stored,
         "leave one out": held
         + features
         + after
         + 1.5 * square * (m > 0)
-        + 3 * shard * stored
-        + (24 if k == 1 else 72) * min(rows * wide, PORTION),
-        "error estimate": held + features + after + min(probes * worked, HELD) + 40 * (probes * k) ** 2,
+        + 2 * shard * stored
+        + 72 * n  # columns of the scores and targets, and the columns joined
+        + (24 if k == 1 else 72) * min(piece, PORTION),
+        "error estimate": held
+        + features
+        + after
+        + 40 * n
+        + min(probes, 2 * at_once) * each
+        + max(at_once * worked, compute)
+        + 40 * (probes * k) ** 2,
         "scores": n * given + 60 * n * k,
     }
 
 
 def shard_samples(k: int, columns: int, most: int = SHARD) -> int:
     """Samples of a shard: a power of two, so that slices share their batches with one process."""
-    return 1 << max(16, min(most // (k * columns), 4096)).bit_length() - 1
+    return power(max(16, min(most // (k * columns), 4096)))
 
 
 def least_seconds(work: Callable[[], object], times: int = 3) -> float:

@@ -246,8 +246,7 @@ class Run:
                 return None
             moment = seen = None
             with stages("spectrum"):
-                device = source.device
-                k = self.goal.rows
+                device, k = source.device, self.goal.rows
                 moments = moments_of(stores[0], n, fmap.rank, device, n * k < fmap.rank, processes)
                 spectrum = feature_spectrum(moments)
                 if self.probes is not None:
@@ -269,27 +268,12 @@ class Run:
                     reg, extra["reg_curve"] = float(regs[errors.argmin()]), _curve(regs, errors)
                 phi = make_filter(n, reg=reg, **self.training)
                 check_stability(phi, float(spectrum.s[-1]), n)
-                columns, begin, about = [], source.begin, None
-                suggest = self.goal.suggests and self.groups is None
-                for shard in solver.shards():
-                    removal = solver.removal(shard, phi)
-                    part = slice(begin, begin + len(shard["features"]))
-                    v, missed = removal.loo_residual, removal.missed_leverage.expand(part.stop - begin)
-                    found, more = self._measure(removal, self.goal, part, n * reg)
-                    own = {"first": self.goal.error(part, removal.residual), "last": self.goal.error(part, v)}
-                    if suggest:
-                        own["suggested"] = self.goal.suggest(part, v)
-                    if "loo_margin" in self.wanted:
-                        own["left_out"] = self.goal.left_out(part, v)
-                    columns.append(
-                        {**found, **{name: x.cpu().numpy() for name, x in {**own, "missed": missed}.items()}}
-                    )
-                    about, begin = (removal.diagnostics, more), part.stop
+                values, about = self._pass_two(solver, phi, n * reg, source.begin)
                 details, more = next(filter(None, processes.objects(about)))
-                values = processes.gather(_joined(columns))
+                values = processes.gather(values)
                 self.left_out, self.suggested = values.pop("left_out", None), values.pop("suggested", None)
                 first_error, lost, missed = (float(values.pop(name).sum()) for name in ("first", "last", "missed"))
-                if suggest and groups is None:
+                if self.suggested is not None and groups is None:
                     doubt = np.flatnonzero(self.suggested != self.labels.cpu().numpy())
                     measure = next(iter(values))
                     worst = values["loo_margin"][doubt] if "loo_margin" in values else -values[measure][doubt]
@@ -333,6 +317,23 @@ class Run:
         )
         processes.objects(None)  # none begins another run before this one is over for all
         return values, details, reg, self.samples.ids if self.groups is None else np.unique(np.asarray(self.groups))
+
+    def _pass_two(self, solver: LowRank, phi, shift: float, begin: int):
+        """(columns, what is to be said about them) of the samples of a store, from ``begin`` on."""
+        columns, about = [], None
+        for shard in solver.shards():
+            removal = solver.removal(shard, phi)
+            part = slice(begin, begin + len(shard["features"]))
+            v, missed = removal.loo_residual, removal.missed_leverage.expand(part.stop - begin)
+            found, more = self._measure(removal, self.goal, part, shift)
+            own = {"first": self.goal.error(part, removal.residual), "last": self.goal.error(part, v), "missed": missed}
+            if self.goal.suggests and self.groups is None:
+                own["suggested"] = self.goal.suggest(part, v)
+            if "loo_margin" in self.wanted:
+                own["left_out"] = self.goal.left_out(part, v)
+            columns.append(found | {name: x.cpu().numpy() for name, x in own.items()})
+            about, begin = (removal.diagnostics, more), part.stop
+        return _joined(columns), about
 
     @staticmethod
     def _about(n: int, k: int, parameters: int, coverage: float, dtype) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -180,14 +179,10 @@ def _features(source: Source, fmap: FeatureMap, goal: Goal | None, begin: int, e
     return found
 
 
-def _ahead(store: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """The shards, the next one read and checked while this one is worked on."""
-    with ThreadPoolExecutor(1) as reader:
-        shards = iter(store)
-        coming = reader.submit(next, shards, None)
-        while (shard := coming.result()) is not None:
-            coming = reader.submit(next, shards, None)
-            yield shard
+def _in_turn(store: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    for shard in store:
+        yield shard
+        return_memory()  # what is kept of a shard lies among what its portions took, and would keep it
 
 
 def moments_of(
@@ -195,7 +190,7 @@ def moments_of(
 ) -> Moments:
     """Sums over n samples: those in the store, and those of the other processes."""
     sums = Moments(rank, device, keep_rows)
-    for shard in _ahead(store):
+    for shard in _in_turn(store):
         for piece in cut(shard, grain(n)):
             sums.add(piece["features"].to(device), piece["residual"].to(device) if "residual" in piece else None)
     sums.reduce(processes.every)
@@ -216,7 +211,7 @@ class LowRank:
         if self.groups is not None:
             yield joined(self.store)
             return
-        for shard in _ahead(self.store):
+        for shard in _in_turn(self.store):
             yield from cut(shard, min(power(_PORTION // shard["features"][0].numel()), grain(self.spectrum.samples)))
 
     def removal(self, shard: dict[str, Tensor], phi) -> SpectralRemoval:
