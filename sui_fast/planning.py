@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .jacobians import Jacobian, goes_by_kernel
+from .jacobians import Jacobian, goes_by_kernel, make_anchors, project
 from .jacobians.arriving import LARGE, held_batch
 from .jacobians.gram import by_rows
 from .jacobians.layers import Outer
@@ -140,7 +140,7 @@ def make_plan(
         held = 1.2 * (n + m) * each + 8 * rows * m * k
         solve = 8 * rows * rows * (5.2 if spectral else 4.0) + 30_000_000 * (not spectral)
         peak = int(_LIBRARIES + held + max(solve, 8 * rows * rows + _tile_bytes(first, n)))
-        gram = _pair_seconds(first) * (n * n / 2 + n * m)
+        gram = _pair_seconds(first, first) * (n * n / 2 + n * m)
         return Plan(
             method, rows, reason, 1, 0, peak, capture * (n + m) + gram + (12 if spectral else 2) * rows**3 * product
         )
@@ -155,11 +155,16 @@ def make_plan(
     if method == "sketch":
         pool, anchored = pool_size(first, n, rank, sketch)
         columns = INNER if pool and not anchored else rank
-        each_map = _seconds_of(lambda: first.sketch(columns, 0, sketch)) / first.n
+        sketched = lambda: first.sketch(columns, 0, sketch)  # noqa: E731
+        if anchored:
+            many = _many(first)
+            anchors = make_anchors(many, many.outputs.new_ones(many.n * k, ANCHORS, dtype=torch.float64))
+            sketched = lambda: project(first, anchors, columns, 0, sketch, True)  # noqa: E731
+        each_map = _seconds_of(sketched) / first.n
         fit = pool * (capture + each_map)
     elif method == "nystrom":
         pool, landmarks = min(n, max(2000, 4 * rank // k)), _landmarks(n, k, rank)
-        each_map = _pair_seconds(first) * landmarks
+        each_map = _pair_seconds(first, first.select(range(first.n))) * landmarks
         fit = pool * (capture + each_map) + 2.0 * k**2 * pool * landmarks**2 * product
         work += 2.0 * (rows + m_own * k) * landmarks * k * rank
     else:
@@ -259,7 +264,7 @@ def _stage_bytes(
         spread = max((x.a.shape[2] * x.g.shape[3] for x in layers if k > x.a.shape[1]), default=0)
         fit = kept + wide * d * (8.2 + item) + turned + 2 * wide * spread * item + part * (each + d * item)
         compute = capture + turned + part * (d * item + 16 * k * wide)
-    seen = 0 if m == 0 else 3 if m * k < wide else 8  # squares of the moment of the validation samples
+    seen = 0 if m == 0 else 2 if m * k < wide else 8  # squares of the moment of the validation samples
     after = (3.0 + 0.4 * seen) * square  # with what a product of float64 keeps
     probes = probe_count(first, n)
     at_once = probes if probes * each <= HELD else max(1, int(HELD / (2 * each)))
@@ -309,13 +314,14 @@ def _seconds_of(work: Callable[[], object]) -> float:
     return least_seconds(work)
 
 
-def _pair_seconds(first: Jacobian) -> float:
-    """Of the kernel of two samples among many, of which it costs less than among few."""
-    few = _seconds_of(lambda: first.gram(first))
+def _pair_seconds(first: Jacobian, other: Jacobian) -> float:
+    """Of the kernel of two samples among many, of which it costs less than among few; ``other``: it or a copy of it."""
+    few = _seconds_of(lambda: first.gram(other))
     if few > 0.1:
         return few / first.n**2
     many = _many(first)
-    return _seconds_of(lambda: many.gram(many)) / many.n**2
+    other = many if other is first else _many(other)
+    return _seconds_of(lambda: many.gram(other)) / many.n**2
 
 
 def _many(first: Jacobian) -> Jacobian:
