@@ -31,9 +31,9 @@ from .loo import (
     make_filter,
     remove_from_spectrum,
 )
-from .losses import ROOTS, Goal
+from .losses import Goal, is_certain, name_of
 from .measures import feature_neighbours, information, kernel_neighbours, sgd_information
-from .parts import Merged, Part, open_parts
+from .parts import Merged, Part, begin_anew, open_parts, open_store
 from .planning import METHODS, return_memory
 from .probing import quality
 from .processes import Processes, Source
@@ -50,7 +50,6 @@ from .streaming import (
     collect,
     fit_map,
     moments_of,
-    open_store,
     run_fingerprint,
     warn_of_rank,
 )
@@ -200,11 +199,12 @@ class Run:
         )
         return values, details, reg, self.samples.ids if self.groups is None else blocks.labels
 
-    def agree(self, method: str, rank: int, loss) -> None:
-        """What must not differ among the processes of a run of low rank, or they would wait for each other."""
+    def agree(self, loss, **given) -> None:
+        """What must not differ among the processes of a run, or they would wait for each other, or mix two runs."""
         counts = {name: x and x.n for name, x in (("val", self.probes), ("candidates", self.candidates))}
-        given = dict(method=method, rank=rank, loss=getattr(loss, "__name__", loss), measures=self.wanted, reg=self.reg)
-        self.processes.agree(dict(given, train=self.samples.n, seed=self.seed, **counts, **self.training))
+        own = dict(measures=self.wanted, reg=self.reg, convention=self.convention, sigma=self.sigma, sketch=self.sketch)
+        own.update(given, loss=name_of(loss), train=self.samples.n, seed=self.seed, groups=self.groups is not None)
+        self.processes.agree({**own, **counts, **self.training})
 
     def low_rank(self, stages: Stages, common: dict[str, Any], method: str, rank: int, store, resume: bool):
         """A kernel of low rank, shard by shard; nothing where this run is but a part."""
@@ -230,6 +230,8 @@ class Run:
         stores = []
         try:
             with stages("features"):
+                if not resume and not merged:
+                    begin_anew(store, processes)
                 print_ = run_fingerprint(self.model, self.samples, about, _version())
                 processes.agree(print_)
                 stores.append(open_(store, print_, "train", processes, resume))
@@ -385,15 +387,6 @@ def _joined(columns: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 def _curve(regs: np.ndarray, errors: np.ndarray) -> dict[str, list[float]]:
     return {"reg": regs.tolist(), "loo_error": errors.tolist()}
-
-
-def is_certain(size: Tensor, r0: Tensor, goal: Goal) -> bool:
-    """Whether rows of the whitened kernel (diagonal: size) are so small, or residuals so large, that digits go."""
-    size = size.reshape(r0.shape).abs()
-    lost = (size < 1e-8 * size.max()) & (r0 != 0) & (size > 0)
-    if goal.kind in ("cross_entropy", "binary_cross_entropy"):
-        lost |= r0.abs() > 1e4
-    return goal.kind in ROOTS and bool(lost.any())
 
 
 def even_rows(cross: Tensor, m: int, rows: int) -> Tensor:

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,7 +62,7 @@ _ROUNDING = 2.0**-21  # of Theta_ii: what float32 features leave of a direction 
 _MISSED = 0.4  # leverage beyond the features over that in them; from 0.5 on scores correlated less than 0.98
 
 
-class _Memory(list):
+class Memory(list):
     """A store in memory."""
 
     rows = 0
@@ -133,7 +132,7 @@ def fit_map(
     return subspace_map(passes, rows, rank, seed, reduce)
 
 
-def collect(source: Source, fmap: FeatureMap, goal: Goal | None, store: Store | _Memory, progress: bool) -> None:
+def collect(source: Source, fmap: FeatureMap, goal: Goal | None, store: Store | Memory, progress: bool) -> None:
     """Pass 1: features [n, k, r] float32, residual [n, k] and the diagonal that the features miss [n, k, k]."""
     check_held(source, fmap, goal, getattr(store, "stores", [store]))
     for shard in features_of(source, fmap, goal, source.begin + store.rows, progress):
@@ -191,7 +190,7 @@ def _ahead(store: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
 
 
 def moments_of(
-    store: Store | _Memory, n: int, rank: int, device: torch.device, keep_rows: bool, processes: Processes
+    store: Store | Memory, n: int, rank: int, device: torch.device, keep_rows: bool, processes: Processes
 ) -> Moments:
     """Sums over n samples: those in the store, and those of the other processes."""
     sums = Moments(rank, device, keep_rows)
@@ -357,14 +356,6 @@ def warn_of_rank(kind: str, rank: int, edf: float, most: int, missed: float = 0.
         stacklevel=4,
     )
     return needed
-
-
-def open_store(path, fingerprint: dict[str, Any], name: str, processes: Processes, resume: bool) -> Store | _Memory:
-    """The store of this process, on disk where a path is given."""
-    if path is None:
-        return _Memory()
-    folder = Path(path) / f"{name}-{processes.number:04d}-of-{processes.count:04d}"
-    return Store(folder, fingerprint, resume=resume)
 
 
 def check_held(source: Source, fmap: FeatureMap, goal: Goal | None, stores: list[Store]) -> None:

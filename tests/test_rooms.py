@@ -16,7 +16,7 @@ ROOMS = [
     ["loo"],
     ["measures"],
     ["previews", "review"],
-    ["losses", "outputs", "targets", "scores", "showing"],
+    ["losses", "outputs", "targets", "scores", "showing", "runcard"],
     ["projections"],
     ["aims"],
     ["planning"],

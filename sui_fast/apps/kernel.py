@@ -25,8 +25,8 @@ from ..loo import (
     part_error_curve,
     remove_from_spectrum,
 )
-from ..losses import Goal, check_loss
-from ..runs import authors_definitions, even_rows, is_certain, projected_cross, projected_kernel
+from ..losses import Goal, check_loss, is_certain
+from ..runs import authors_definitions, even_rows, projected_cross, projected_kernel
 from ..spectra import Spectrum, dense_spectrum
 from ..targets import loss_targets
 
