@@ -111,11 +111,15 @@ def check_layout(path: Any, processes: Processes, resume: bool) -> None:
     seen = processes.objects({count for *_, count, _ in folders_of(path)})  # machines may have disks of their own
     others = sorted(set().union(*seen) - {processes.count})
     if others:
-        now, then = (f"{' and '.join(map(str, x))} process(es) or parts" for x in ([processes.count], others))
-        todo = (
-            f"Start {others[0]} again (torchrun, or part=(i, {others[0]})), name another folder, or pass resume=False."
+        then = " and ".join(map(str, others))
+        expected, got = (
+            f"a store written by {processes.count} process(es) or parts, as run now",
+            f"one by {then} in {path}",
         )
-        raise StoreError(complaint("store", f"a store of {now}, as run now", f"one of {then} in {path}", todo))
+        todo = (
+            f"Run with {others[0]} again (torchrun, or part=(i, {others[0]}); of 1 neither), name another folder, or "
+        )
+        raise StoreError(complaint("store", expected, got, todo + "pass resume=False to begin anew."))
 
 
 def begin_anew(path: Any, processes: Processes) -> None:

@@ -102,8 +102,11 @@ def score(
             faithful, and the slowest by far) or "two_sided" (the cheapest, and by far the least faithful).
         store: folder for the features of a method of low rank, so that memory does not grow with the samples
             (Datasets and DataLoaders are read again for every pass) and a run that was interrupted goes on
-            (resume=True) with the same scores; resume=False begins anew. Under torchrun a run of low rank shares the
-            samples among the processes, and each returns what one process of as many threads would.
+            (resume=True) with the same scores, with as many processes or parts; resume=False begins anew. Under torchrun
+            all processes make the same call: a run of low rank shares the samples among them, and each returns what one
+            process of as many threads would. What fails in one fails in all (ProcessError), from the beginning of
+            ``score`` on; of your own code before it they hear nothing. With method="dense" each runs for itself, and
+            one may alone.
         part: (i, count), i from 1: only the features of the i-th of ``count`` slices of the samples, into ``store``,
             without the other processes; returns None. ``merge`` scores from all parts ("sketch" and "nystrom").
         params: "trainable", "all", names, or a predicate: the parameters that count.
@@ -130,7 +133,8 @@ def score(
     Returns:
         Scores, one row per sample in the order of ``train``; None with ``part``.
     Raises:
-        ArgumentError, DataError, StabilityError, CoverageError, SpectrumError; each names the argument and the remedy.
+        ArgumentError, DataError, StabilityError, CoverageError, SpectrumError, StoreError, ProcessError; each names the
+        argument and the remedy.
     Source: Harutyunyan et al., ICLR 2021, Definitions 3.1 and 4.1, eqs. 5 and 16.
     """
     processes = processes_of(method, part)
@@ -308,7 +312,8 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
 
     Peak memory is the largest resident size of the process during ``score`` minus that just before the call, with the
     libraries imported and the model and the data in memory. Seconds come from a batch of the model, captured and
-    multiplied here; the model is left as found. With ``part=``, and under torchrun, they are those of this process.
+    multiplied here; the model is left as found. With ``part=``, and under torchrun, they are those of this process,
+    by its own free memory.
 
     Args:
         model, train, val, arguments: as in ``score``.

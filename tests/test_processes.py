@@ -288,3 +288,53 @@ def test_what_fails_early_on_one_process_fails_on_all_and_one_choice_is_made_for
     assert "process 0 has waited 0 s" in zero.pop() and one.pop() == "[]"
     assert zero.pop(2).startswith("dense None") and zero == one
     assert zero[0].split()[:2] == zero[1].split()[:2] == ["sketch", "1024"] and zero[2].startswith("sketch 32")
+
+
+STORES = textwrap.dedent(
+    """
+    import os, pickle
+    import torch
+    import sui_fast
+    from test_processes import problem
+
+    *data, _ = problem(3)
+    number, found, path = int(os.environ["RANK"]), [], "{out}-store"
+    for name, more in (("first", {}), ("first", dict(resume=False)), ("first", {}), ("three", {})):
+        settings = dict(method="sketch", rank=64, reg=0.01, progress=False, store=path + name)
+        try:
+            found.append(repr(sui_fast.score(*data, **settings, **more)["fsi"].sum()))
+        except sui_fast.SuiError as error:
+            found.append(f"{type(error).__name__} {error}")
+        found.append(str(sorted(x for x in os.listdir(path + name))))
+    with open("{out}" + str(number), "w") as file:
+        file.write("\\n".join(found))
+    torch.distributed.destroy_process_group()
+    """
+)
+
+
+def test_a_store_of_another_number_of_processes_is_refused_by_all(tmp_path, monkeypatch):
+    *data, _ = problem(3)
+    settings = dict(method="sketch", rank=64, progress=False)
+    first, three = (tmp_path / f"found-store{name}" for name in ("first", "three"))
+    want = sui_fast.score(*data, store=first, reg=0.01, **settings)["fsi"]
+    sui_fast.score(*data, store=three, part=(2, 3), **settings)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]))
+    zero, one = launch(STORES, tmp_path)
+    assert zero == one
+    for at, count, name in ((0, 1, "0000-of-0001"), (6, 3, "0001-of-0003")):
+        assert (
+            zero[at].startswith("StoreError")
+            and f"written by 2 process(es) or parts, as run now, got one by {count}" in zero[at]
+        )
+        assert zero[at + 1] == str([f"train-{name}", f"validation-{name}"])
+    assert zero[2] == zero[4] == repr(want.sum())
+    assert zero[3] == zero[5] == str([f"{x}-000{i}-of-0002" for x in ("train", "validation") for i in (0, 1)])
+    with pytest.raises(sui_fast.StoreError, match="written by 1 .*, as run now, got one by 2 "):
+        sui_fast.score(*data, store=first, reg=0.01, **settings)
+    held = {p: p.stat().st_mtime_ns for p in first.rglob("*.safetensors")}
+    assert (
+        sui_fast.score(*data, store=first, part=(1, 2), **settings) is None
+    )  # goes on with what the first process wrote
+    assert held == {p: p.stat().st_mtime_ns for p in first.rglob("*.safetensors")}
+    np.testing.assert_allclose(sui_fast.merge(*data, store=first, reg=0.01)["fsi"], want, rtol=1e-12)
