@@ -102,10 +102,10 @@ def score(
             faithful, and the slowest by far) or "two_sided" (the cheapest, and by far the least faithful).
         store: folder for the features of a method of low rank, so that memory does not grow with the samples
             (Datasets and DataLoaders are read again for every pass) and a run that was interrupted goes on
-            (resume=True) with the same scores, with as many processes or parts; resume=False begins anew. Under torchrun
-            all processes make the same call: a run of low rank shares the samples among them, and each returns what one
-            process of as many threads would. What fails in one fails in all (ProcessError), from the beginning of
-            ``score`` on; of your own code before it they hear nothing. With method="dense" each runs for itself, and
+            (resume=True) with the same scores, with as many processes or parts; resume=False begins anew. Under
+            torchrun all processes make the same call: a run of low rank shares the samples among them, and each returns
+            what one process of as many threads would. What fails in one fails in all (ProcessError), from the beginning
+            of ``score`` on; of your own code before it they hear nothing. With method="dense" each runs for itself, and
             one may alone.
         part: (i, count), i from 1: only the features of the i-th of ``count`` slices of the samples, into ``store``,
             without the other processes; returns None. ``merge`` scores from all parts ("sketch" and "nystrom").
