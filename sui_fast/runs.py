@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._errors import ArgumentError, complaint, one_of, whole
+from ._errors import ArgumentError, complaint
 from ._waiting import beat
 from .jacobians import jacobian
+from .jacobians.finite import check_squares
 from .loo import (
-    CONVENTIONS,
     Removal,
     WeightedProblem,
     WeightedRemoval,
@@ -34,11 +34,10 @@ from .loo import (
 from .losses import Goal, is_certain, name_of
 from .measures import feature_neighbours, information, kernel_neighbours, sgd_information
 from .parts import Merged, Part, begin_anew, open_parts, open_store
-from .planning import METHODS, return_memory
+from .planning import return_memory
 from .probing import quality
 from .processes import Processes, Source
 from .spectra import (
-    PROJECTIONS,
     dense_spectrum,
     feature_spectrum,
     fingerprint_of,
@@ -206,6 +205,15 @@ class Run:
         own.update(given, loss=name_of(loss), train=self.samples.n, seed=self.seed, groups=self.groups is not None)
         self.processes.agree({**own, **counts, **self.training})
 
+    def sources(self, common: dict[str, Any]) -> dict[str, Source]:
+        """The samples of this process by the name of their argument, with what they are captured by."""
+        found = {}
+        for name, samples in (("train", self.samples), ("val", self.probes), ("candidates", self.candidates)):
+            if samples is not None:
+                options = {**common, "outputs": self.probe_outputs if name == "val" else self.outputs}
+                found[name] = Source(self.model, samples, options, *self.processes.slice(samples.n))
+        return found
+
     def low_rank(self, stages: Stages, common: dict[str, Any], method: str, rank: int, store, resume: bool):
         """A kernel of low rank, shard by shard; nothing where this run is but a part."""
         n, processes = self.samples.n, self.processes
@@ -251,6 +259,7 @@ class Run:
                 device = source.device
                 k = self.goal.rows
                 moments = moments_of(stores[0], n, fmap.rank, device, n * k < fmap.rank, processes)
+                check_squares(moments.mean_square, common["dtype"] or next(self.model.parameters()).dtype)
                 spectrum = feature_spectrum(moments)
                 if self.probes is not None:
                     m = self.probes.n
@@ -346,23 +355,6 @@ class Run:
 
     def _measure(self, removal: Removal, goal: Goal, part: slice, shift: float):
         return _measure(removal, self.wanted, self.sigma, goal, part, shift=shift, **self.sgd)
-
-
-def authors_definitions(compat: str | None, convention: str, method: str, rank: int | None):
-    """(convention, method, rank, projection) that ``compat`` stands for."""
-    if compat is None:
-        return convention, method, rank, None
-    one_of("compat", compat, ("iclr2021",))
-    one_of("convention", convention, CONVENTIONS)
-    one_of("method", method, (*METHODS, *PROJECTIONS))
-    if convention not in ("sum", "iclr2021"):
-        got, todo = repr(convention), "Drop one of the two."
-        raise ArgumentError(complaint("convention", "the one that compat='iclr2021' brings", got, todo))
-    if method not in PROJECTIONS:
-        return "iclr2021", method, rank, None
-    if rank is not None:
-        whole("rank", rank, 1)
-    return "iclr2021", "dense", None, (method, rank)
 
 
 def projected_kernel(jac, projection, seed: int, progress: bool):

@@ -16,19 +16,21 @@ from torch.nn.parallel import DistributedDataParallel
 from ._errors import ArgumentError, complaint
 from .aims import aim, aim_at_few, check_mode, warn_of_rows
 from .aims import targets as targets_of
-from .checks import check_arguments
+from .checks import authors_definitions, check_arguments
+from .extremes import solvable
 from .jacobians import as_samples, jacobian, read_samples
 from .jacobians.engine import predict
+from .jacobians.finite import check_products
 from .loo import make_filter
 from .losses import name_of
 from .measures import UNITS
 from .parts import Part, check_layout, check_part
 from .planning import Plan, choose_method, free_memory, least_seconds, make_plan, return_memory
 from .probing import Probes, probed_dimension
-from .processes import Processes, processes_of
+from .processes import Processes, Source, processes_of
 from .projections import Signed
 from .runcard import dtypes, model_digest, peak_bytes, versions
-from .runs import Run, Stages, authors_definitions
+from .runs import Run, Stages
 from .scores import Scores
 from .showing import MOST_INPUTS, shown, small_inputs, texts_of
 from .targets import loss_targets
@@ -235,13 +237,14 @@ def score(
         if candidates is not None and projection is not None:
             got, todo = "candidates with a projection", "Use method='dense'."
             raise ArgumentError(complaint("candidates", "None with the authors' projections", got, todo))
-        if chosen == "dense":
-            found = run.dense(stages, common)
-        else:
-            found = run.low_rank(stages, common, chosen, rank, store, resume)
-            processes.leave()  # it is over for all
-            if found is None:
-                return None
+        with solvable(lambda: run.sources(common)):
+            if chosen == "dense":
+                found = run.dense(stages, common)
+            else:
+                found = run.low_rank(stages, common, chosen, rank, store, resume)
+        processes.leave()  # it is over for all
+        if found is None:
+            return None
         values, details, reg, ids = found
         if few and loss == "mse":
             values = {name: column * (k / output_rank) for name, column in values.items()}
@@ -370,6 +373,8 @@ def _dimension(model, samples, k: int, reg, training, options, seed: int) -> flo
     numbers = np.sort(np.random.default_rng(seed).choice(samples.n, count, replace=False))
     jac = jacobian(model, samples.pick(numbers), **options)
     exact = jac.gram().to("cpu", torch.float64)
+    with solvable(lambda: {"train": Source(model, samples, options, 0, samples.n)}):
+        check_products(exact)
     probes = Probes((jac.n, jac.k, jac.shape[1]), exact, numbers, exact[:0], numbers, jac.outputs)
     phi = make_filter(samples.n, reg=reg, **training)
     descends = phi.eta > 0 and phi.dynamics == "gd"

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from ._errors import StabilityError, StoreError, complaint
 from .jacobians import Jacobian, Sketch, portions
 from .jacobians.data import Samples
+from .jacobians.finite import check_products
 from .loo import (
     Addition,
     SpectralRemoval,
@@ -169,6 +170,8 @@ def _features(source: Source, fmap: FeatureMap, goal: Goal | None, begin: int, e
         part = source.last(begin, end)
         outputs, (features, own) = part.outputs, fmap.both(part, goal is not None)
     features = features.to(torch.float32)
+    for x in (features,) if own is None else (features, own):
+        check_products(x)
     found = {"features": features.cpu()}
     if goal is not None:
         found["residual"] = goal.residual(slice(begin, end), outputs).cpu()

@@ -22,7 +22,7 @@ ROOMS = [
     ["planning"],
     ["checks"],
     ["processes"],
-    ["probing", "streaming"],
+    ["extremes", "probing", "streaming"],
     ["parts"],
     ["runs"],
     ["scoring", "training"],

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._errors import ArgumentError, complaint, one_of, whole
 from ..aims import aim
+from ..checks import authors_definitions
 from ..jacobians import Jacobian, Samples, as_samples, jacobian
 from ..loo import (
     CONVENTIONS,
@@ -26,7 +27,7 @@ from ..loo import (
     remove_from_spectrum,
 )
 from ..losses import Goal, check_loss, is_certain
-from ..runs import authors_definitions, even_rows, projected_cross, projected_kernel
+from ..runs import even_rows, projected_cross, projected_kernel
 from ..spectra import Spectrum, dense_spectrum
 from ..targets import loss_targets
 
