@@ -12,7 +12,7 @@ from ._errors import DataError, SpectrumError, complaint
 from .jacobians.finite import range_of
 from .processes import Source, portion
 
-_NEAR = 2.0**20  # sums and products of many numbers leave their range before each of them does
+_NEAR = 2.0**20  # sums of products leave their range before each of them does
 
 
 @contextmanager
@@ -28,30 +28,32 @@ def solvable(sources: Callable[[], dict[str, Source]]) -> Iterator[None]:
         yield
     except (SpectrumError, torch.linalg.LinAlgError, np.linalg.LinAlgError) as error:
         for argument, source in sources().items():
-            _look_at_lengths(source, argument)
+            if not _look_at_lengths(source, argument):
+                break
         if isinstance(error, SpectrumError):
             raise
         todo = "Raise reg=, pass dtype=torch.float64, or scale the inputs."
         raise SpectrumError(complaint("train", "a kernel that can be solved with", error, todo)) from error
 
 
-def _look_at_lengths(source: Source, argument: str) -> None:
+def _look_at_lengths(source: Source, argument: str) -> bool:
+    """Raises DataError where gradients are out of range; False where all are zero, which is another reason."""
     most, where, total = 0.0, source.begin, 0.0
     for first in range(source.begin, source.end, portion(source.samples.n)):
         part = source.part(first, min(first + portion(source.samples.n), source.end))
-        squares = part.wide().own_blocks().diagonal(dim1=1, dim2=2).sum(1)
-        squares = torch.where(torch.isfinite(squares), squares, torch.inf)
+        known, squares = (x.own_blocks().diagonal(dim1=1, dim2=2).sum(1) for x in (part, part.wide()))
+        squares = torch.where(torch.isfinite(known) & torch.isfinite(squares), squares, torch.inf)
         total += float(squares.sum())
         if float(squares.max()) > most:
             most, where = float(squares.max()), first + int(squares.argmax())
-    if most == 0:
-        return
-    dtype = part.outputs.dtype
-    least, largest = range_of(dtype)
-    todo = "Scale the inputs or outputs" + ", or pass dtype=torch.float64." * (dtype != torch.float64)
-    expected, kind = "gradients whose squares stay within the range of numbers", f"{dtype} of length"
-    if most > largest / _NEAR:
-        raise DataError(complaint(argument, expected, f"one in {kind} {most**0.5:.1e}, that of sample {where}", todo))
-    if total < least * _NEAR * (source.end - source.begin):
-        got = f"at most one in {kind} {most**0.5:.1e}, that of sample {where}"
-        raise DataError(complaint(argument, expected, got, todo))
+    if most > 0:
+        dtype = part.outputs.dtype
+        (least, largest), wide = range_of(dtype), dtype == torch.float64
+        todo = "Scale the inputs or outputs." if wide else "Scale the inputs or outputs, or pass dtype=torch.float64."
+        expected = f"gradients whose squares are in the range of {dtype}" + ", and they in that of torch.float32" * wide
+        if most > largest / _NEAR:
+            raise DataError(complaint(argument, expected, f"an overflow at sample {where}", todo))
+        if total < least * _NEAR * (source.end - source.begin):
+            got = f"lengths of {most**0.5:.1e} (sample {where}) and less, which vanish"
+            raise DataError(complaint(argument, expected, got, todo))
+    return most > 0

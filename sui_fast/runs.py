@@ -51,6 +51,7 @@ from .streaming import (
     moments_of,
     run_fingerprint,
     warn_of_rank,
+    warn_of_rest,
 )
 
 
@@ -328,6 +329,8 @@ class Run:
                 # fewer columns than asked for explain all there is; no rank has more than rows or parameters
                 most = fmap.rank if fmap.rank < rank else min(n * self.goal.rows, found.parameters)
                 better = warn_of_rank(method, fmap.rank, found.asked, most, missed / kept if kept > 0 else 0.0)
+                if self.goal.kind == "mse":
+                    warn_of_rest(first_error, lost)
         finally:
             for held in stores:
                 held.close()

@@ -60,6 +60,7 @@ from .spectra import (
 _SHARD, _PORTION = SHARD, PORTION
 _MARGIN = 1.25  # of the rank that a warning names
 _ROUNDING = 2.0**-21  # of Theta_ii: what float32 features leave of a direction that they have
+_REST = 2.0**-36  # of the squared residuals: rounding has 2% of what is left
 _MISSED = 0.4  # leverage beyond the features over that in them; from 0.5 on scores correlated less than 0.98
 
 
@@ -359,6 +360,17 @@ def warn_of_rank(kind: str, rank: int, edf: float, most: int, missed: float = 0.
         stacklevel=4,
     )
     return needed
+
+
+def warn_of_rest(initial: float, left: float) -> None:
+    """A warning where less is left of the squared residuals than float32 features tell."""
+    if left < _REST * initial:
+        warnings.warn(
+            f"sui_fast: training without a sample leaves {left / initial:.0e} of the squared residuals, less than "
+            "float32 features tell: scores are too large. Use method='dense', raise reg=, or scale the outputs.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def check_held(source: Source, fmap: FeatureMap, goal: Goal | None, stores: list[Store]) -> None:

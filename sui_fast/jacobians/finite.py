@@ -29,12 +29,12 @@ def range_of(dtype: torch.dtype) -> tuple[float, float]:
 def check_products(x: Tensor) -> None:
     """SpectrumError where what came of products of gradients is not finite."""
     if not (torch.isfinite(x.sum(dtype=torch.float64)) or torch.isfinite(x).all()):
-        got, todo = f"an overflow of {x.dtype}", "Scale the inputs or outputs, or pass dtype=torch.float64."
+        got, todo = "NaN or infinity", "Scale the inputs or outputs, or pass dtype=torch.float64."
         raise SpectrumError(complaint("train", "gradients whose products are finite", got, todo))
 
 
 def check_squares(mean: float, dtype: torch.dtype) -> None:
     """SpectrumError where the mean squared length of gradients is not finite, or so small that it was rounded."""
     if not math.isfinite(mean) or 0 < mean < range_of(dtype)[0]:
-        got, todo = f"{mean:.1e} of {dtype}", "Scale the inputs or outputs, or pass dtype=torch.float64."
+        got, todo = f"{mean:.1e} on average", "Scale the inputs or outputs, or pass dtype=torch.float64."
         raise SpectrumError(complaint("train", "squares of gradients within the range of numbers", got, todo))

@@ -201,7 +201,10 @@ def subspace_map(
             part.add_vjp(left, total)
         # float64 sums in another order are the same in float32; weak directions, and what is rounded after them, hang
         # on the last bit
-        basis = reduce(total).to(torch.float32)
+        total = reduce(total)
+        # J^T J v may leave the range of float32; a power of two rounds nothing
+        total *= 2.0 ** -math.frexp(max(float(total.max()), -float(total.min())))[1]
+        basis = total.to(torch.float32)
         del total
         _even(basis, torch.float64 if last else torch.float32)
 
