@@ -28,7 +28,7 @@ def range_of(dtype: torch.dtype) -> tuple[float, float]:
 
 def check_products(x: Tensor) -> None:
     """SpectrumError where what came of products of gradients is not finite."""
-    if not (torch.isfinite(x.sum(dtype=torch.float64)) or torch.isfinite(x).all()):
+    if not (torch.isfinite(x.sum()) or torch.isfinite(x).all()):
         got, todo = "NaN or infinity", "Scale the inputs or outputs, or pass dtype=torch.float64."
         raise SpectrumError(complaint("train", "gradients whose products are finite", got, todo))
 
