@@ -114,3 +114,11 @@ def test_residuals_that_features_do_not_tell_are_warned_of(method):
     with warnings.catch_warnings(record=True) as heard:
         sui_fast.score(model, (x, y), method=method, rank=60, **COMMON)
     assert not any("features tell" in str(w.message) for w in heard)
+
+
+def test_a_regularisation_below_the_rounding_of_the_kernel_still_predicts():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    x, y = torch.randn(24, 6) * 1e10, torch.arange(24) % 3
+    found = sui_fast.summarize(model, (x, y), (x[:6], y[:6]), 5, reg=0.1, progress=False)
+    assert len(found.kept) == 5

@@ -150,11 +150,13 @@ class LinearProblem:
         phi = make_filter(self.n, reg=self.reg, **self.training)
         if kept is not None:
             phi = phi.without(self.n - len(kept), self.n, convention or self.convention)
+        alpha = None
         if phi.converged and phi.shift > 0:
             shifted = theta.clone()
             shifted.diagonal().add_(phi.shift)
-            alpha = torch.cholesky_solve(r0[:, None], torch.linalg.cholesky(shifted))[:, 0]
-        else:
+            factor, info = torch.linalg.cholesky_ex(shifted)
+            alpha = torch.cholesky_solve(r0[:, None], factor)[:, 0] if int(info) == 0 else None
+        if alpha is None:  # also where the shift is less than the rounding of the kernel
             spectrum = self.spectrum if kept is None else dense_spectrum(theta)
             gain = spectrum.u.T @ r0
             scale = torch.from_numpy(phi(spectrum.s.cpu().numpy())).to(gain)
