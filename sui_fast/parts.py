@@ -111,15 +111,11 @@ def check_layout(path: Any, processes: Processes, resume: bool) -> None:
     seen = processes.objects({count for *_, count, _ in folders_of(path)})  # machines may have disks of their own
     others = sorted(set().union(*seen) - {processes.count})
     if others:
-        then = " and ".join(map(str, others))
-        expected, got = (
-            f"a store written by {processes.count} process(es) or parts, as run now",
-            f"one by {then} in {path}",
-        )
-        todo = (
-            f"Run with {others[0]} again (torchrun, or part=(i, {others[0]}); of 1 neither), name another folder, or "
-        )
-        raise StoreError(complaint("store", expected, got, todo + "pass resume=False to begin anew."))
+        expected = f"a store written by {processes.count} process(es) or parts, as run now"
+        got = f"one by {' and '.join(map(str, others))} in {path}"
+        again = "in one process" if others[0] == 1 else f"with {others[0]} (torchrun, or part=(i, {others[0]}))"
+        todo = f"Run it {again} again, name another folder, or pass resume=False to begin anew."
+        raise StoreError(complaint("store", expected, got, todo))
 
 
 def begin_anew(path: Any, processes: Processes) -> None:

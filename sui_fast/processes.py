@@ -148,10 +148,8 @@ class Processes:
                 torch.distributed.all_gather_object(found, own)
         failed = [number for number, x in enumerate(found) if isinstance(x, _Failure)]
         if failed and not isinstance(own, _Failure):
-            got, todo = (
-                f"in process {failed[0]}: {found[failed[0]].error.rstrip('.')}",
-                "Mend that, and start all of them again.",
-            )
+            got = f"in process {failed[0]}: {found[failed[0]].error.rstrip('.')}"
+            todo = "Mend that, and start all of them again."
             raise ProcessError(complaint("processes", "none to fail", got, todo))
         return found
 
