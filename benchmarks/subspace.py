@@ -16,7 +16,7 @@ from sui_fast import jacobian
 from sui_fast.jacobians.data import as_samples
 from sui_fast.losses import Squared
 from sui_fast.spectra import subspace_columns
-from sui_fast.streaming import Processes, Source, _Memory, collect, fit_map
+from sui_fast.streaming import Memory, Processes, Source, collect, fit_map
 
 
 def floor(source: Source, wide: int) -> None:
@@ -29,7 +29,7 @@ def floor(source: Source, wide: int) -> None:
 
 def ours(source: Source, goal: Squared, rank: int) -> None:
     fmap = fit_map(source, goal, "subspace", rank, 0, Processes())
-    collect(source, fmap, goal, _Memory(), False)
+    collect(source, fmap, goal, Memory(), False)
 
 
 def timed(work, *arguments) -> float:

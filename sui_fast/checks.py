@@ -9,6 +9,7 @@ from .measures import MEASURES
 from .ops.sketching import KINDS
 from .planning import METHODS
 from .projections import MODES
+from .spectra import PROJECTIONS
 
 
 def check_arguments(
@@ -58,3 +59,20 @@ def check_arguments(
     for name, value in dict(sigma=sigma, sgd_batch_size=sgd_batch_size, sgd_lr=sgd_lr, sgd_jitter=sgd_jitter).items():
         number(name, value, positive=True)
     return tuple(dict.fromkeys(wanted))
+
+
+def authors_definitions(compat: str | None, convention: str, method: str, rank: int | None):
+    """(convention, method, rank, projection) that ``compat`` stands for."""
+    if compat is None:
+        return convention, method, rank, None
+    one_of("compat", compat, ("iclr2021",))
+    one_of("convention", convention, CONVENTIONS)
+    one_of("method", method, (*METHODS, *PROJECTIONS))
+    if convention not in ("sum", "iclr2021"):
+        got, todo = repr(convention), "Drop one of the two."
+        raise ArgumentError(complaint("convention", "the one that compat='iclr2021' brings", got, todo))
+    if method not in PROJECTIONS:
+        return "iclr2021", method, rank, None
+    if rank is not None:
+        whole("rank", rank, 1)
+    return "iclr2021", "dense", None, (method, rank)

@@ -261,6 +261,20 @@ def check_loss(loss: Any) -> None:
         raise ArgumentError(complaint("loss", f"{known} or a function", repr(loss), "Choose one."))
 
 
+def name_of(loss) -> str:
+    """Of a loss, given by name or as a function."""
+    return loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
+
+
+def is_certain(size: Tensor, r0: Tensor, goal: Goal) -> bool:
+    """Whether rows of the whitened kernel (diagonal: size) are so small, or residuals so large, that digits go."""
+    size = size.reshape(r0.shape).abs()
+    lost = (size < 1e-8 * size.max()) & (r0 != 0) & (size > 0)
+    if goal.kind in ("cross_entropy", "binary_cross_entropy"):
+        lost |= r0.abs() > 1e4
+    return goal.kind in ROOTS and bool(lost.any())
+
+
 def expand(function: Callable, f: Tensor, y: Tensor, step: int = 1024) -> tuple[Tensor, Tensor]:
     """R [n, k, k] with orthogonal rows and the residual r [n, k] of any convex loss.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from ._errors import ArgumentError, StoreError, complaint
 from .jacobians import Samples
 from .processes import Processes
 from .spectra import Store
-from .spectra.store import read_fingerprint
+from .spectra.store import is_store, read_fingerprint
+from .streaming import Memory
 
 ALONE = ("sketch", "nystrom")  # methods whose map every part fits by itself, the same one
-_FOLDER = re.compile(r"train-(\d{4,})-of-(\d{4,})")
+_FOLDER = re.compile(r"(train|validation)-(\d{4,})-of-(\d{4,})")
 
 
 class Part(Processes):
@@ -29,6 +30,10 @@ class Part(Processes):
     def objects(self, own: Any) -> list[Any]:
         """What this part has."""
         return [own]
+
+    def one_for_all(self, work: Callable[[], Any]) -> Any:
+        """Of this part."""
+        return work()
 
     def predict(self, model: Module, samples: Samples, **options) -> Tensor:
         """Of all samples: the map and the fingerprint hang on them."""
@@ -88,18 +93,58 @@ def check_part(part: Any, method: str, store: Any) -> Part | Merged | None:
     return apart
 
 
+def folders_of(path: Any) -> list[tuple[str, int, int, Path]]:
+    """(name, number, count, folder) of the stores in a folder, in order; of those with a manifest or shards."""
+    folder = Path(path)
+    try:
+        found = [(_FOLDER.fullmatch(x.name), x) for x in sorted(folder.iterdir())] if folder.is_dir() else []
+        return [(match[1], int(match[2]), int(match[3]), x) for match, x in found if match and is_store(x)]
+    except OSError as error:
+        got, todo = str(error), "Name a folder of its own."
+        raise StoreError(complaint("store", f"folders that can be read in {folder}", got, todo)) from error
+
+
+def check_layout(path: Any, processes: Processes, resume: bool) -> None:
+    """Raises StoreError, in every process, where the folder holds stores of another number of processes or parts."""
+    if path is None or not resume or isinstance(processes, Merged):
+        return
+    seen = processes.objects({count for *_, count, _ in folders_of(path)})  # machines may have disks of their own
+    others = sorted(set().union(*seen) - {processes.count})
+    if others:
+        expected = f"a store written by {processes.count} process(es) or parts, as run now"
+        got = f"one by {' and '.join(map(str, others))} in {path}"
+        again = "in one process" if others[0] == 1 else f"with {others[0]} (torchrun, or part=(i, {others[0]}))"
+        todo = f"Run it {again} again, name another folder, or pass resume=False to begin anew."
+        raise StoreError(complaint("store", expected, got, todo))
+
+
+def begin_anew(path: Any, processes: Processes) -> None:
+    """Deletes what the folder holds but the stores of other parts of this run, of which each begins by itself.
+
+    Processes do so in turn: machines may have disks of their own, or share one.
+    """
+    if path is None:
+        return
+    for turn in range(processes.count):
+        if turn == processes.number:
+            for _, number, count, folder in folders_of(path):
+                if not isinstance(processes, Part) or number == processes.number or count != processes.count:
+                    with Store(folder, {}, resume=False) as store:
+                        store.remove()
+        processes.objects(None)
+
+
 def settings_of_parts(path: Any) -> tuple[int, dict[str, Any]]:
     """(count, method, rank, seed and kind of sketch) of the parts in a folder, as the first of them tells."""
-    folder = Path(path)
-    found = [match for x in sorted(folder.glob("train-*-of-*")) if (match := _FOLDER.fullmatch(x.name))]
-    counts = sorted({int(match[2]) for match in found})
+    folder, found = Path(path), folders_of(path)
+    counts = sorted({count for *_, count, _ in found})
     if len(counts) != 1:
         got = f"parts of {' and of '.join(map(str, counts))}" if counts else "none"
         todo = "Start every part with the same count and store, or name another folder."
         raise StoreError(complaint("store", f"the parts of one run in {folder}", got, todo))
-    held = next((about for match in found if (about := read_fingerprint(folder / match[0])) is not None), None)
+    held = next((read_fingerprint(x) for name, *_, x in found if name == "train"), None)
     if held is None:
-        raise _missing(folder / found[0][0], int(found[0][1]), counts[0])
+        raise _missing(folder / f"train-0000-of-{counts[0]:04d}", 0, counts[0])
     try:
         settings = dict(method=held["method"], rank=held["rank_asked"], seed=held["seed"])
         if held["method"] == "sketch":
@@ -108,6 +153,14 @@ def settings_of_parts(path: Any) -> tuple[int, dict[str, Any]]:
     except KeyError as error:
         got, todo = f"no {error} in its fingerprint", "Name a folder that score(..., part=...) filled."
         raise StoreError(complaint("store", f"the parts of a run in {folder}", got, todo)) from None
+
+
+def open_store(path, fingerprint: dict[str, Any], name: str, processes: Processes, resume: bool) -> Store | Memory:
+    """The store of this process, on disk where a path is given."""
+    if path is None:
+        return Memory()
+    folder = Path(path) / f"{name}-{processes.number:04d}-of-{processes.count:04d}"
+    return Store(folder, fingerprint, resume=resume)
 
 
 def open_parts(path, fingerprint: dict[str, Any], name: str, merged: Merged, resume: bool) -> Joined:

@@ -80,15 +80,16 @@ def choose_method(
     method: str,
     rank: int | None,
     device: torch.device,
+    memory: int,
     stored: bool,
     dimension: Callable[[], float | None],
 ) -> tuple[str, int, str]:
     """(method, rank, reason) for n samples with k outputs.
 
-    dimension: about the effective one at the regularisation and time of the run, asked for where it decides; None where
-    nothing tells.
+    memory: bytes that the run may take. dimension: about the effective one at the regularisation and time of the run,
+    asked for where it decides; None where nothing tells.
     """
-    rows, memory = n * k, free_memory(device)
+    rows = n * k
     most = DENSE_ROWS["cuda" if device.type == "cuda" else "cpu"]
     if method == "dense" or method == "auto" and rank is None and rows <= most and 48 * rows * rows <= memory:
         reason = "asked for" if method == "dense" else f"{rows} rows (samples x outputs) have an exact kernel"

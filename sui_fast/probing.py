@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .jacobians.finite import check_products
 from .loo import TrainingFilter, loo_error_curve, make_blocks
 from .losses import Goal
 from .planning import ENOUGH, HELD, PROBES, probe_count
@@ -63,6 +64,7 @@ def drawn(source: Source, fmap: FeatureMap, seed: int, share: float = _SHARE) ->
             columns = slice(other * k, (other + step) * k)
             block = part.gram(source.some(numbers[other : other + step])).to(torch.float64)
             exact[rows, columns], exact[columns, rows] = block, block.T
+    check_products(exact)
     return Probes((count, k, one.shape[1]), exact, some, torch.cat(features), numbers, torch.cat(outputs))
 
 

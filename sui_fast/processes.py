@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import threading
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +18,8 @@ from tqdm.auto import tqdm
 from ._errors import ArgumentError, ProcessError, complaint
 from .jacobians import Jacobian, Samples, jacobian
 from .jacobians.engine import predict
+
+_PATIENCE = 30.0  # seconds that a run waits for the other processes to begin it, before it says so
 
 
 @dataclass
@@ -111,9 +115,10 @@ class Processes:
     def total(self, x: Tensor) -> Tensor:
         """Sum over processes."""
         if self.count > 1:
-            self.objects(None)
             x = x.clone()
-            torch.distributed.all_reduce(x)
+            self.objects(None)  # from here on none fails before the sum
+            with _named():
+                torch.distributed.all_reduce(x)
         return x
 
     def predict(self, model: torch.nn.Module, samples: Samples, *, progress: bool = False, **options) -> Tensor:
@@ -125,7 +130,9 @@ class Processes:
         for number, size in enumerate(self.objects(len(x))):
             held = x.contiguous() if number == self.number else x.new_empty(size, *x.shape[1:])
             if self.count > 1:
-                torch.distributed.broadcast(held, number)
+                self.objects(None)  # one may have failed with what came before, or for want of memory
+                with _named():
+                    torch.distributed.broadcast(held, number)
             yield held
 
     def gather(self, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -137,10 +144,12 @@ class Processes:
         """What each process has, in their order."""
         found = [own] * self.count
         if self.count > 1:
-            torch.distributed.all_gather_object(found, own)
+            with _named():
+                torch.distributed.all_gather_object(found, own)
         failed = [number for number, x in enumerate(found) if isinstance(x, _Failure)]
         if failed and not isinstance(own, _Failure):
-            got, todo = f"in process {failed[0]}: {found[failed[0]].error}", "Mend that, and start all of them again."
+            got = f"in process {failed[0]}: {found[failed[0]].error.rstrip('.')}"
+            todo = "Mend that, and start all of them again."
             raise ProcessError(complaint("processes", "none to fail", got, todo))
         return found
 
@@ -155,11 +164,53 @@ class Processes:
             got = f"others in some: {', '.join(differs)}"
             raise ArgumentError(complaint("processes", "the same call in each", got, todo))
 
-    def fail(self, error: Exception) -> None:
-        """Tell the others, who would wait, or take what this process sends in a later run for what they wait for."""
-        if not isinstance(error, ProcessError):
-            with contextlib.suppress(RuntimeError):  # the others may be gone
-                self.objects(_Failure(f"{type(error).__name__}: {error}"))
+    def one_for_all(self, work: Callable[[], Any]) -> Any:
+        """What the first process makes; the others wait for it."""
+        return self.objects(work() if self.number == 0 else None)[0]
+
+    def leave(self) -> None:
+        """From here on this process is alone, and tells the others nothing."""
+        self.number, self.count = 0, 1
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Tells the others what fails: they would wait, or take what comes in a later run for what they wait for."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, ProcessError):
+                with contextlib.suppress(ProcessError):  # the others may be gone
+                    self.objects(_Failure(f"{type(error).__name__}: {error}"))
+            raise
+
+
+def processes_of(method: Any, part: Any) -> Processes:
+    """Those that share a run, which all of them must begin; one alone with method="dense" or ``part``."""
+    found = Processes(meet=False)
+    if found.count == 1 or part is not None or method == "dense":
+        found.leave()
+        return found
+    message = f"sui_fast: process {found.number} has waited {_PATIENCE:.0f} s for the other {found.count - 1}: "
+    message += "all must make the same call; one alone can with method='dense', or part="
+    hint = threading.Timer(_PATIENCE, warnings.warn, (message, RuntimeWarning))
+    hint.daemon = True
+    hint.start()
+    try:
+        found = Processes()
+        found.objects(None)
+    finally:
+        hint.cancel()
+    return found
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """What torch.distributed says where another process is gone, as ProcessError."""
+    try:
+        yield
+    except RuntimeError as error:
+        todo = "Another one ended, or cannot be reached: see what it printed, and start all of them again."
+        raise ProcessError(complaint("processes", "all to answer", error, todo)) from error
 
 
 def _outputs(model: torch.nn.Module, samples: Samples, begin: int, end: int, progress: bool, **options) -> Tensor:

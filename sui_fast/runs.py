@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._errors import ArgumentError, complaint, one_of, whole
+from ._errors import ArgumentError, complaint
 from ._waiting import beat
 from .jacobians import jacobian
+from .jacobians.finite import check_squares
 from .loo import (
-    CONVENTIONS,
     Removal,
     WeightedProblem,
     WeightedRemoval,
@@ -31,14 +31,13 @@ from .loo import (
     make_filter,
     remove_from_spectrum,
 )
-from .losses import ROOTS, Goal
+from .losses import Goal, is_certain, name_of
 from .measures import feature_neighbours, information, kernel_neighbours, sgd_information
-from .parts import Merged, Part, open_parts
-from .planning import METHODS, return_memory
+from .parts import Merged, Part, begin_anew, open_parts, open_store
+from .planning import return_memory
 from .probing import quality
 from .processes import Processes, Source
 from .spectra import (
-    PROJECTIONS,
     dense_spectrum,
     feature_spectrum,
     fingerprint_of,
@@ -50,9 +49,9 @@ from .streaming import (
     collect,
     fit_map,
     moments_of,
-    open_store,
     run_fingerprint,
     warn_of_rank,
+    warn_of_rest,
 )
 
 
@@ -200,11 +199,21 @@ class Run:
         )
         return values, details, reg, self.samples.ids if self.groups is None else blocks.labels
 
-    def agree(self, method: str, rank: int, loss) -> None:
-        """What must not differ among the processes of a run of low rank, or they would wait for each other."""
+    def agree(self, loss, **given) -> None:
+        """What must not differ among the processes of a run, or they would wait for each other, or mix two runs."""
         counts = {name: x and x.n for name, x in (("val", self.probes), ("candidates", self.candidates))}
-        given = dict(method=method, rank=rank, loss=getattr(loss, "__name__", loss), measures=self.wanted, reg=self.reg)
-        self.processes.agree(dict(given, train=self.samples.n, seed=self.seed, **counts, **self.training))
+        own = dict(measures=self.wanted, reg=self.reg, convention=self.convention, sigma=self.sigma, sketch=self.sketch)
+        own.update(given, loss=name_of(loss), train=self.samples.n, seed=self.seed, groups=self.groups is not None)
+        self.processes.agree({**own, **counts, **self.training})
+
+    def sources(self, common: dict[str, Any]) -> dict[str, Source]:
+        """The samples of this process by the name of their argument, with what they are captured by."""
+        found = {}
+        for name, samples in (("train", self.samples), ("val", self.probes), ("candidates", self.candidates)):
+            if samples is not None:
+                options = {**common, "outputs": self.probe_outputs if name == "val" else self.outputs}
+                found[name] = Source(self.model, samples, options, *self.processes.slice(samples.n))
+        return found
 
     def low_rank(self, stages: Stages, common: dict[str, Any], method: str, rank: int, store, resume: bool):
         """A kernel of low rank, shard by shard; nothing where this run is but a part."""
@@ -230,6 +239,8 @@ class Run:
         stores = []
         try:
             with stages("features"):
+                if not resume and not merged:
+                    begin_anew(store, processes)
                 print_ = run_fingerprint(self.model, self.samples, about, _version())
                 processes.agree(print_)
                 stores.append(open_(store, print_, "train", processes, resume))
@@ -248,6 +259,7 @@ class Run:
             with stages("spectrum"):
                 device, k = source.device, self.goal.rows
                 moments = moments_of(stores[0], n, fmap.rank, device, n * k < fmap.rank, processes)
+                check_squares(moments.mean_square, common["dtype"] or next(self.model.parameters()).dtype)
                 spectrum = feature_spectrum(moments)
                 if self.probes is not None:
                     m = self.probes.n
@@ -301,6 +313,8 @@ class Run:
                 # fewer columns than asked for explain all there is; no rank has more than rows or parameters
                 most = fmap.rank if fmap.rank < rank else min(n * self.goal.rows, found.parameters)
                 better = warn_of_rank(method, fmap.rank, found.asked, most, missed / kept if kept > 0 else 0.0)
+                if self.goal.kind == "mse":
+                    warn_of_rest(first_error, lost)
         finally:
             for held in stores:
                 held.close()
@@ -347,23 +361,6 @@ class Run:
         return _measure(removal, self.wanted, self.sigma, goal, part, shift=shift, **self.sgd)
 
 
-def authors_definitions(compat: str | None, convention: str, method: str, rank: int | None):
-    """(convention, method, rank, projection) that ``compat`` stands for."""
-    if compat is None:
-        return convention, method, rank, None
-    one_of("compat", compat, ("iclr2021",))
-    one_of("convention", convention, CONVENTIONS)
-    one_of("method", method, (*METHODS, *PROJECTIONS))
-    if convention not in ("sum", "iclr2021"):
-        got, todo = repr(convention), "Drop one of the two."
-        raise ArgumentError(complaint("convention", "the one that compat='iclr2021' brings", got, todo))
-    if method not in PROJECTIONS:
-        return "iclr2021", method, rank, None
-    if rank is not None:
-        whole("rank", rank, 1)
-    return "iclr2021", "dense", None, (method, rank)
-
-
 def projected_kernel(jac, projection, seed: int, progress: bool):
     """Theta [N, N] and, with a projection, (its matrix, the projected rows)."""
     if projection is None:
@@ -386,15 +383,6 @@ def _joined(columns: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 def _curve(regs: np.ndarray, errors: np.ndarray) -> dict[str, list[float]]:
     return {"reg": regs.tolist(), "loo_error": errors.tolist()}
-
-
-def is_certain(size: Tensor, r0: Tensor, goal: Goal) -> bool:
-    """Whether rows of the whitened kernel (diagonal: size) are so small, or residuals so large, that digits go."""
-    size = size.reshape(r0.shape).abs()
-    lost = (size < 1e-8 * size.max()) & (r0 != 0) & (size > 0)
-    if goal.kind in ("cross_entropy", "binary_cross_entropy"):
-        lost |= r0.abs() > 1e4
-    return goal.kind in ROOTS and bool(lost.any())
 
 
 def even_rows(cross: Tensor, m: int, rows: int) -> Tensor:

@@ -7,37 +7,33 @@ import copy
 import functools
 import inspect
 import math
-import platform
-import sys
-from importlib import metadata
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from ._errors import ArgumentError, complaint
 from .aims import aim, aim_at_few, check_mode, warn_of_rows
 from .aims import targets as targets_of
-from .checks import check_arguments
+from .checks import authors_definitions, check_arguments
+from .extremes import solvable
 from .jacobians import as_samples, jacobian, read_samples
 from .jacobians.engine import predict
+from .jacobians.finite import check_products
 from .loo import make_filter
+from .losses import name_of
 from .measures import UNITS
-from .parts import Part, check_part
-from .planning import Plan, choose_method, least_seconds, make_plan, return_memory
+from .parts import Part, check_layout, check_part
+from .planning import Plan, choose_method, free_memory, least_seconds, make_plan, return_memory
 from .probing import Probes, probed_dimension
-from .processes import Processes
+from .processes import Processes, Source, processes_of
 from .projections import Signed
-from .runs import Run, Stages, authors_definitions
+from .runcard import dtypes, model_digest, peak_bytes, versions
+from .runs import Run, Stages
 from .scores import Scores
 from .showing import MOST_INPUTS, shown, small_inputs, texts_of
-from .spectra import fingerprint_of
 from .targets import loss_targets
-
-try:
-    import resource
-except ImportError:  # not on Windows
-    resource = None
 
 _FEW = 1024  # rows of the kernel that tell the effective dimension before a run, of 128 samples at most
 
@@ -108,8 +104,11 @@ def score(
             faithful, and the slowest by far) or "two_sided" (the cheapest, and by far the least faithful).
         store: folder for the features of a method of low rank, so that memory does not grow with the samples
             (Datasets and DataLoaders are read again for every pass) and a run that was interrupted goes on
-            (resume=True) with the same scores; resume=False begins anew. Under torchrun a run of low rank shares the
-            samples among the processes, and each returns what one process of as many threads would.
+            (resume=True) with the same scores, with as many processes or parts; resume=False begins anew. Under
+            torchrun all processes make the same call: a run of low rank shares the samples among them, and each returns
+            what one process of as many threads would. What fails in one fails in all (ProcessError), from the beginning
+            of ``score`` on; of your own code before it they hear nothing. With method="dense" each runs for itself, and
+            one may alone.
         part: (i, count), i from 1: only the features of the i-th of ``count`` slices of the samples, into ``store``,
             without the other processes; returns None. ``merge`` scores from all parts ("sketch" and "nystrom").
         params: "trainable", "all", names, or a predicate: the parameters that count.
@@ -136,34 +135,36 @@ def score(
     Returns:
         Scores, one row per sample in the order of ``train``; None with ``part``.
     Raises:
-        ArgumentError, DataError, StabilityError, CoverageError, SpectrumError; each names the argument and the remedy.
+        ArgumentError, DataError, StabilityError, CoverageError, SpectrumError, StoreError, ProcessError; each names the
+        argument and the remedy.
     Source: Harutyunyan et al., ICLR 2021, Definitions 3.1 and 4.1, eqs. 5 and 16.
     """
-    apart = check_part(part, method, store)
-    convention, method, rank, projection = authors_definitions(compat, convention, method, rank)
-    wanted = check_arguments(
-        measures=measures, loss=loss, sigma=sigma, method=method, rank=rank, reg=reg, time=time, lr=lr,
-        dynamics=dynamics, convention=convention, batch_size=batch_size, seed=seed, store=store, resume=resume,
-        progress=progress, output_mode=output_mode, output_rank=output_rank, sgd_batch_size=sgd_batch_size,
-        sgd_lr=sgd_lr, sgd_jitter=sgd_jitter, sketch=sketch,
-    )  # fmt: skip
-    if candidates is not None and "si_sgd" in wanted:
-        got, todo = "'si_sgd', whose noise depends on the sample", "Score them in two calls."
-        raise ArgumentError(complaint("measures", "measures that candidates have", got, todo))
-    if "fsi" in wanted and val is None:
-        todo = "Pass val=..., or measures=('si',)."
-        raise ArgumentError(complaint("val", "validation samples for the measure 'fsi'", None, todo))
-    reg = reg if isinstance(reg, str) else float(reg)
-    sgd_lr = sgd_lr if sgd_lr is not None else (lr or 1.0)
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        model = model.module
-    model = _placed(model, device)
+    processes = processes_of(method, part)
+    with processes.together(), contextlib.ExitStack() as held:
+        apart = check_part(part, method, store)
+        convention, method, rank, projection = authors_definitions(compat, convention, method, rank)
+        wanted = check_arguments(
+            measures=measures, loss=loss, sigma=sigma, method=method, rank=rank, reg=reg, time=time, lr=lr,
+            dynamics=dynamics, convention=convention, batch_size=batch_size, seed=seed, store=store, resume=resume,
+            progress=progress, output_mode=output_mode, output_rank=output_rank, sgd_batch_size=sgd_batch_size,
+            sgd_lr=sgd_lr, sgd_jitter=sgd_jitter, sketch=sketch,
+        )  # fmt: skip
+        if candidates is not None and "si_sgd" in wanted:
+            got, todo = "'si_sgd', whose noise depends on the sample", "Score them in two calls."
+            raise ArgumentError(complaint("measures", "measures that candidates have", got, todo))
+        if "fsi" in wanted and val is None:
+            todo = "Pass val=..., or measures=('si',)."
+            raise ArgumentError(complaint("val", "validation samples for the measure 'fsi'", None, todo))
+        reg = reg if isinstance(reg, str) else float(reg)
+        sgd_lr = sgd_lr if sgd_lr is not None else (lr or 1.0)
+        model = _placed(model.module if isinstance(model, DistributedDataParallel) else model, device)
 
-    stages = Stages(7 + ("fsi" in wanted) * 2, progress)
-    run = Run(model, wanted, reg, dict(time=time, lr=lr, dynamics=dynamics), convention, groups, sigma, seed, progress)
-    run.projection, run.sketch = projection, sketch
-    run.sgd = dict(lr=sgd_lr, batch_size=sgd_batch_size, jitter=sgd_jitter)
-    try:
+        stages, training = Stages(7 + ("fsi" in wanted) * 2, progress), dict(time=time, lr=lr, dynamics=dynamics)
+        held.callback(return_memory)
+        held.callback(stages.close)
+        run = Run(model, wanted, reg, training, convention, groups, sigma, seed, progress)
+        run.projection, run.sketch, run.processes = projection, sketch, apart or processes
+        run.sgd = dict(lr=sgd_lr, batch_size=sgd_batch_size, jitter=sgd_jitter)
         with stages("data"):
             own = getattr(outputs, "target", None)  # language models predict their inputs
             need = True if own is None else None
@@ -187,21 +188,30 @@ def score(
             rows = output_rank if few else k - (loss == "cross_entropy")
             if few:
                 check_mode(output_mode, loss, labels, wanted, candidates)
-            chosen, rank, reason = choose_method(
-                run.samples.n, rows, first.shape[1], method=method, rank=rank, device=first.device,
-                stored=store is not None,
-                dimension=lambda: (
-                    None if few else _dimension(model, run.samples, k, reg, run.training, dict(look, dtype=dtype), seed)
-                ),
+            run.agree(
+                loss, method=method, rank=rank, outputs=k, parameters=first.shape[1], output_mode=output_mode,
+                output_rank=output_rank, batch_size=batch_size, dtype=str(dtype), store=store is not None,
+                resume=resume,
             )  # fmt: skip
+            memory = min(run.processes.objects(free_memory(first.device)))
+            chosen, rank, reason = run.processes.one_for_all(
+                lambda: choose_method(
+                    run.samples.n, rows, first.shape[1], method=method, rank=rank, device=first.device, memory=memory,
+                    stored=store is not None,
+                    dimension=lambda: (
+                        None if few else _dimension(model, run.samples, k, reg, training, dict(look, dtype=dtype), seed)
+                    ),
+                )
+            )  # fmt: skip
+            if chosen == "dense":
+                processes.leave()
+            else:
+                check_layout(store, run.processes, resume)
             if "loo_margin" in wanted:
                 _check_labels(labels, groups)
         common["dtype"] = dtype or torch.float64 if chosen == "dense" else dtype
         with stages("outputs"):
-            run.processes = None if chosen == "dense" else apart or Processes()
-            if run.processes:
-                run.agree(chosen, rank, loss)
-            sees = run.processes.predict if run.processes else predict
+            sees = predict if chosen == "dense" else run.processes.predict
             if few:
                 run.goal, run.samples, run.outputs = aim_at_few(
                     model, loss, run.samples, targets, first.device, common, progress, output_mode, output_rank, seed,
@@ -227,28 +237,23 @@ def score(
         if candidates is not None and projection is not None:
             got, todo = "candidates with a projection", "Use method='dense'."
             raise ArgumentError(complaint("candidates", "None with the authors' projections", got, todo))
-        if chosen == "dense":
-            found = run.dense(stages, common)
-        else:
-            found = run.low_rank(stages, common, chosen, rank, store, resume)
-            if found is None:
-                return None
+        with solvable(lambda: run.sources(common)):
+            if chosen == "dense":
+                found = run.dense(stages, common)
+            else:
+                found = run.low_rank(stages, common, chosen, rank, store, resume)
+        processes.leave()  # it is over for all
+        if found is None:
+            return None
         values, details, reg, ids = found
         if few and loss == "mse":
             values = {name: column * (k / output_rank) for name, column in values.items()}
         elif few and output_mode == "random" and rows < k - (loss == "cross_entropy"):
             warn_of_rows(rows, run.samples.n, details.get("effective_dimension", 0.0))
-    except Exception as error:
-        if run.processes is not None:
-            run.processes.fail(error)
-        raise
-    finally:
-        stages.close()
-        return_memory()
 
     settings = dict(
         measures=list(wanted),
-        loss=loss if isinstance(loss, str) else getattr(loss, "__name__", repr(loss)),
+        loss=name_of(loss),
         reg=reg,
         time=time,
         lr=lr,
@@ -262,7 +267,7 @@ def score(
         params=params if isinstance(params, str) else repr(params),
         batch_size=batch_size,
         dtype=str(details["dtype"]).removeprefix("torch."),
-        dtypes=_dtypes(details.pop("dtype"), chosen),
+        dtypes=dtypes(details.pop("dtype"), chosen),
         seed=seed,
         convention=convention,
         output_mode=output_mode if few else "all",
@@ -277,8 +282,8 @@ def score(
         **details,
         seconds=stages.seconds,
         versions=versions(),
-        model_sha256=_fingerprint(model),
-        peak_bytes=_peak_bytes(first.device),
+        model_sha256=model_digest(model),
+        peak_bytes=peak_bytes(first.device),
     )
     special = dict(zip(("loo_residual", "loo_margin"), run.goal.units, strict=True))
     units = {name: special.get(name, UNITS[name]) for name in values}
@@ -310,7 +315,8 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
 
     Peak memory is the largest resident size of the process during ``score`` minus that just before the call, with the
     libraries imported and the model and the data in memory. Seconds come from a batch of the model, captured and
-    multiplied here; the model is left as found. With ``part=``, and under torchrun, they are those of this process.
+    multiplied here; the model is left as found. With ``part=``, and under torchrun, they are those of this process,
+    by its own free memory.
 
     Args:
         model, train, val, arguments: as in ``score``.
@@ -337,8 +343,8 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     first = jacobian(model, few, **options)  # which also proves the capture
     k = first.k
     method, rank, reason = choose_method(
-        samples.n, k, first.shape[1], method=method, rank=rank,
-        device=first.device, stored=stored,
+        samples.n, k, first.shape[1], method=method, rank=rank, device=first.device,
+        memory=free_memory(first.device), stored=stored,
         dimension=lambda: _dimension(model, samples, k, asked["reg"], training, options, asked["seed"]),
     )  # fmt: skip
     if method == "dense":
@@ -367,6 +373,8 @@ def _dimension(model, samples, k: int, reg, training, options, seed: int) -> flo
     numbers = np.sort(np.random.default_rng(seed).choice(samples.n, count, replace=False))
     jac = jacobian(model, samples.pick(numbers), **options)
     exact = jac.gram().to("cpu", torch.float64)
+    with solvable(lambda: {"train": Source(model, samples, options, 0, samples.n)}):
+        check_products(exact)
     probes = Probes((jac.n, jac.k, jac.shape[1]), exact, numbers, exact[:0], numbers, jac.outputs)
     phi = make_filter(samples.n, reg=reg, **training)
     descends = phi.eta > 0 and phi.dynamics == "gd"
@@ -386,13 +394,6 @@ def _check_labels(labels, groups) -> None:
         )
 
 
-def _dtypes(model: torch.dtype, method: str) -> dict[str, str]:
-    """In what the model runs, features (or the kernel) are kept, sums over samples add up, and systems are solved."""
-    name = str(model).removeprefix("torch.")
-    features = name if method == "dense" else "float32"
-    return dict(model=name, features=features, accumulation="float64", solve="float64")
-
-
 def _placed(model, device):
     """The model, or a copy of it on the device asked for."""
     if device is None or not isinstance(model, torch.nn.Module):
@@ -408,29 +409,3 @@ def _placed(model, device):
 def _device_of(model: torch.nn.Module) -> torch.device:
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device
-
-
-def versions() -> dict[str, str]:
-    """What a run depends on, for its run card."""
-    found = {"python": platform.python_version()}
-    for name in ("sui-fast", "torch", "numpy"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
-def _fingerprint(model: torch.nn.Module, most: int = 1 << 30) -> str | None:
-    """The first digits of the hash of the weights and buffers, for the run card; None for models too large or odd."""
-    with contextlib.suppress(RuntimeError, TypeError, ValueError, AttributeError):
-        tensors = {name: x for name, x in model.state_dict().items() if isinstance(x, torch.Tensor)}
-        if sum(x.numel() * x.element_size() for x in tensors.values()) <= most:
-            return fingerprint_of(tensors)[:16]
-    return None
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    if resource is None:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -15,7 +15,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from tqdm.auto import tqdm
 from ._errors import StabilityError, StoreError, complaint
 from .jacobians import Jacobian, Sketch, portions
 from .jacobians.data import Samples
+from .jacobians.finite import check_products
 from .loo import (
     Addition,
     SpectralRemoval,
@@ -59,10 +59,11 @@ from .spectra import (
 _SHARD, _PORTION = SHARD, PORTION
 _MARGIN = 1.25  # of the rank that a warning names
 _ROUNDING = 2.0**-21  # of Theta_ii: what float32 features leave of a direction that they have
+_REST = 2.0**-36  # of the squared residuals: rounding has 2% of what is left
 _MISSED = 0.4  # leverage beyond the features over that in them; from 0.5 on scores correlated less than 0.98
 
 
-class _Memory(list):
+class Memory(list):
     """A store in memory."""
 
     rows = 0
@@ -132,7 +133,7 @@ def fit_map(
     return subspace_map(passes, rows, rank, seed, reduce)
 
 
-def collect(source: Source, fmap: FeatureMap, goal: Goal | None, store: Store | _Memory, progress: bool) -> None:
+def collect(source: Source, fmap: FeatureMap, goal: Goal | None, store: Store | Memory, progress: bool) -> None:
     """Pass 1: features [n, k, r] float32, residual [n, k] and the diagonal that the features miss [n, k, k]."""
     check_held(source, fmap, goal, getattr(store, "stores", [store]))
     for shard in features_of(source, fmap, goal, source.begin + store.rows, progress):
@@ -169,6 +170,8 @@ def _features(source: Source, fmap: FeatureMap, goal: Goal | None, begin: int, e
         part = source.last(begin, end)
         outputs, (features, own) = part.outputs, fmap.both(part, goal is not None)
     features = features.to(torch.float32)
+    for x in (features,) if own is None else (features, own):
+        check_products(x)
     found = {"features": features.cpu()}
     if goal is not None:
         found["residual"] = goal.residual(slice(begin, end), outputs).cpu()
@@ -186,7 +189,7 @@ def _in_turn(store: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
 
 
 def moments_of(
-    store: Store | _Memory, n: int, rank: int, device: torch.device, keep_rows: bool, processes: Processes
+    store: Store | Memory, n: int, rank: int, device: torch.device, keep_rows: bool, processes: Processes
 ) -> Moments:
     """Sums over n samples: those in the store, and those of the other processes."""
     sums = Moments(rank, device, keep_rows)
@@ -354,12 +357,15 @@ def warn_of_rank(kind: str, rank: int, edf: float, most: int, missed: float = 0.
     return needed
 
 
-def open_store(path, fingerprint: dict[str, Any], name: str, processes: Processes, resume: bool) -> Store | _Memory:
-    """The store of this process, on disk where a path is given."""
-    if path is None:
-        return _Memory()
-    folder = Path(path) / f"{name}-{processes.number:04d}-of-{processes.count:04d}"
-    return Store(folder, fingerprint, resume=resume)
+def warn_of_rest(initial: float, left: float) -> None:
+    """A warning where less is left of the squared residuals than float32 features tell."""
+    if left < _REST * initial:
+        warnings.warn(
+            f"sui_fast: training without a sample leaves {left / initial:.0e} of the squared residuals, less than "
+            "float32 features tell: scores are too large. Use method='dense', raise reg=, or scale the outputs.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def check_held(source: Source, fmap: FeatureMap, goal: Goal | None, stores: list[Store]) -> None:

@@ -398,7 +398,7 @@ def test_auto_looks_at_the_regularisation(monkeypatch, fits):
     """The rank that it takes does: no warning, and more of it for less regularisation."""
     monkeypatch.setitem(planning.DENSE_ROWS, "cpu", 100)
     if not fits:
-        monkeypatch.setattr(planning, "free_memory", lambda device: 0)
+        monkeypatch.setattr("sui_fast.scoring.free_memory", lambda device: 0)
     train, val = digits(600, 50, 1, False)
     ranks = []
     for training in (dict(reg=0.3), dict(reg=0.01), dict(time=200, lr=0.1)):

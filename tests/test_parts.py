@@ -9,6 +9,7 @@ from torch import nn
 
 import sui_fast
 from sui_fast.cli import main
+from sui_fast.spectra.store import read_fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore:sui_fast")
 MEASURES = ("si", "fsi", "loo_margin")
@@ -140,7 +141,7 @@ def test_a_part_missing_incomplete_or_of_another_run_is_named(tmp_path):
         pass
     with pytest.raises(sui_fast.StoreError, match="part 2 of 4, complete, got 0 of 16"):
         merge(measures=("si",))
-    run_parts(tmp_path, 2, (1,), **settings)
+    shutil.copytree(folder, tmp_path / "train-0001-of-0002")
     with pytest.raises(sui_fast.StoreError, match="parts of 2 and of 4"):
         merge()
 
@@ -216,3 +217,54 @@ def test_plan_under_torchrun_is_that_of_the_process_and_meets_no_other(monkeypat
             monkeypatch.setenv(name, value)
         found.append(sui_fast.plan(*problem(), method="subspace", rank=8).disk_bytes)
     assert sum(found) == whole.disk_bytes and len(set(found)) > 1
+
+
+def folders(path):
+    return sorted(p.name for p in path.iterdir())
+
+
+def test_stores_of_another_number_of_parts_are_refused_or_begun_anew(tmp_path):
+    settings = dict(method="sketch", rank=40)
+    about = dict(reg=0.05, progress=False, store=tmp_path, **settings)
+    whole = sui_fast.score(*problem(), **about)
+    first = folders(tmp_path)
+    for part in ((1, 2), (1, 4)):  # one process finished, parts then
+        with pytest.raises(sui_fast.StoreError, match=rf"written by {part[1]} .*, got one by 1 in .*resume=False"):
+            run_parts(tmp_path, part[1], part[:1], **settings)
+    assert folders(tmp_path) == first
+    run_parts(tmp_path, 2, (2,), **settings, resume=False)  # nothing of before is left, also no validation samples
+    assert folders(tmp_path) == ["train-0001-of-0002", "validation-0001-of-0002"]
+    with pytest.raises(sui_fast.StoreError, match="written by 1 .*got one by 2 "):  # parts begun, others then
+        sui_fast.score(*problem(), **about)
+    with pytest.raises(sui_fast.StoreError, match="written by 4 .*got one by 2 "):
+        run_parts(tmp_path, 4, (3,), **settings)
+    (tmp_path / "train-0001-of-0002" / "notes.txt").write_text("mine")
+    run_parts(tmp_path, 4, (1,), **settings, resume=False)
+    run_parts(tmp_path, 4, (2,), **settings, resume=False)  # leaves the first of this run alone
+    run_parts(tmp_path, 4, (3, 4), **settings)
+    assert [p.name for p in tmp_path.rglob("*-of-0002/*")] == ["notes.txt"]
+    merged = sui_fast.merge(*problem(), store=tmp_path, reg=0.05)
+    np.testing.assert_allclose(merged["fsi"], whole["fsi"], rtol=1e-12)
+    again = sui_fast.score(*problem(), **about, resume=False)
+    assert np.array_equal(again["fsi"], whole["fsi"])
+    assert [name for name in folders(tmp_path) if "0002" not in name] == first
+    np.testing.assert_array_equal(sui_fast.merge(*problem(), store=tmp_path, reg=0.05)["fsi"], whole["fsi"])
+
+
+def test_a_store_that_another_process_writes_is_not_deleted(tmp_path):
+    run_parts(tmp_path, 2, (2,), method="sketch", rank=40)
+    held = read_fingerprint(tmp_path / "train-0001-of-0002")
+    with sui_fast.spectra.Store(tmp_path / "train-0001-of-0002", held):
+        with pytest.raises(sui_fast.StoreError, match="one process writing .*train-0001-of-0002"):
+            sui_fast.score(*problem(), method="sketch", rank=40, store=tmp_path, resume=False)
+    assert read_fingerprint(tmp_path / "train-0001-of-0002") == held
+
+
+def test_shards_without_a_manifest_are_begun_anew_where_that_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(sui_fast.streaming, "_SHARD", 1 << 11)
+    about = dict(method="sketch", rank=40, reg=0.05, progress=False, store=tmp_path)
+    whole = sui_fast.score(*problem(), **about)
+    (tmp_path / "train-0000-of-0001" / "manifest.json").unlink()
+    with pytest.raises(sui_fast.StoreError, match="shards and no manifest. .*resume=False"):
+        sui_fast.score(*problem(), **about)
+    np.testing.assert_array_equal(sui_fast.score(*problem(), **about, resume=False)["fsi"], whole["fsi"])

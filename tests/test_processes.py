@@ -136,6 +136,17 @@ def test_samples_in_messages_are_numbered_as_in_the_data(loss):
         )
 
 
+def launch(script, folder, count=2):
+    """Lines that each process writes to {out}."""
+    (folder / "run.py").write_text(script.replace("{out}", str(folder / "found")))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", folder / "run.py"],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [(folder / f"found{number}").read_text().splitlines() for number in range(count)]
+
+
 FAIL = textwrap.dedent(
     """
     import os
@@ -173,7 +184,7 @@ FAIL = textwrap.dedent(
     found.append(attempt(model, (x, y), rank=40 + number))
     found.append(attempt(model, (x, y), (x[:3], y[:3]) if number else None, measures=("si", "fsi")[: 1 + number]))
     found.append(attempt(model, (x, y)))
-    with open({out!r} + str(number), "w") as file:
+    with open("{out}" + str(number), "w") as file:
         file.write("\\n".join(found))
     torch.distributed.destroy_process_group()
     """
@@ -181,13 +192,7 @@ FAIL = textwrap.dedent(
 
 
 def test_what_fails_on_one_process_fails_on_all_and_leaves_the_next_run_alone(tmp_path):
-    (tmp_path / "run.py").write_text(FAIL.replace("{out!r}", repr(str(tmp_path / "found"))))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "run.py"],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    zero, one = ((tmp_path / f"found{number}").read_text().splitlines() for number in range(2))
+    zero, one = launch(FAIL, tmp_path)
     for first, second in zip(zero[:2], one[:2], strict=True):
         assert second.startswith("DataError") and "sample 700" in second
         assert first.startswith("ProcessError") and "in process 1: DataError" in first and "sample 700" in first
@@ -195,3 +200,141 @@ def test_what_fails_on_one_process_fails_on_all_and_leaves_the_next_run_alone(tm
         for text, what in zip(found[3:7], ("inputs, targets", "weights", "rank", "measures, val"), strict=True):
             assert text.startswith("ArgumentError processes: expected the same call") and f"some: {what}." in text
         assert found[2] == found[7] == zero[2] and "Error" not in found[2]
+
+
+EARLY = textwrap.dedent(
+    """
+    import os, time, warnings
+    import torch
+    from torch import nn
+    import sui_fast
+    from sui_fast import planning, processes, scoring
+
+    class Gone(torch.utils.data.Dataset):
+        def __len__(self):
+            return 300
+
+        def __getitem__(self, i):
+            raise FileNotFoundError("no such folder")
+
+    class Broken(nn.Linear):
+        def forward(self, x):
+            raise RuntimeError("no such layer")
+
+    torch.manual_seed(0)
+    number, found = int(os.environ["RANK"]), []
+    model, x, y = nn.Linear(6, 2), torch.randn(300, 6), torch.arange(300) % 2
+
+    def attempt(*data, of=sui_fast.score, **more):
+        settings = dict(method="sketch", rank=32, reg=0.01, measures=("si",), progress=False)
+        try:
+            scores = of(*(data or (model, (x, y))), **{**settings, **more})
+            found.append(f"{scores.settings['method']} {scores.settings['rank']} {scores['si'].sum()!r}")
+        except Exception as error:
+            found.append(f"{type(error).__name__} {error}")
+
+    attempt(model, Gone() if number else (x, y))
+    attempt(model, Gone() if number else (x, y), method="auto", rank=None)
+    attempt(Broken(6, 2) if number else model, (x, y))
+    for more in (dict(reg=-1), dict(method="skech"), dict(device="nowhere"), dict(store=3)):
+        attempt(**more if number else {})
+    attempt(of=sui_fast.find_mislabeled, error_rate=2 if number else 0.2)
+    attempt(params=["weight"] if number else "trainable")
+    try:
+        all_ = processes.Processes()
+        with all_.together():
+            for turn, part in enumerate(all_.every(torch.ones(3))):
+                if number and not turn:
+                    raise MemoryError("no room for the sum")
+        found.append("not told")
+    except Exception as error:
+        found.append(f"{type(error).__name__} {error}")
+
+    if number:  # less memory, and another dimension by the last bits of another machine
+        scoring.free_memory = lambda device: 0
+        scoring._dimension = lambda *_: 50.0
+    planning.DENSE_ROWS["cpu"] = 900
+    attempt(method="auto", rank=None)
+    planning.DENSE_ROWS["cpu"] = 100
+    attempt(method="auto", rank=None)
+    if not number:
+        attempt(method="dense", rank=None)  # one alone, which meets no other
+    attempt()
+    processes._PATIENCE = 0.2
+    time.sleep(number)
+    with warnings.catch_warnings(record=True) as heard:
+        attempt()
+    found.append(str([str(w.message)[:40] for w in heard if "has waited" in str(w.message)]))
+    with open("{out}" + str(number), "w") as file:
+        file.write("\\n".join(found))
+    torch.distributed.destroy_process_group()
+    """
+)
+
+
+def test_what_fails_early_on_one_process_fails_on_all_and_one_choice_is_made_for_all(tmp_path):
+    zero, one = launch(EARLY, tmp_path)
+    kinds = [
+        "FileNotFoundError", "FileNotFoundError", "ModelError", "ArgumentError", "ArgumentError", "ArgumentError",
+        "ArgumentError", "ArgumentError", "ArgumentError", "MemoryError",
+    ]  # fmt: skip
+    for first, second, kind in zip(zero, one, kinds, strict=False):
+        assert second.startswith(kind), second
+        if "same call" in second:
+            assert "some: parameters." in second and first == second
+        else:
+            assert first.startswith(f"ProcessError processes: expected none to fail, got in process 1: {kind}: ")
+    zero, one = zero[len(kinds) :], one[len(kinds) :]
+    assert "process 0 has waited 0 s" in zero.pop() and one.pop() == "[]"
+    assert zero.pop(2).startswith("dense None") and zero == one
+    assert zero[0].split()[:2] == zero[1].split()[:2] == ["sketch", "1024"] and zero[2].startswith("sketch 32")
+
+
+STORES = textwrap.dedent(
+    """
+    import os, pickle
+    import torch
+    import sui_fast
+    from test_processes import problem
+
+    *data, _ = problem(3)
+    number, found, path = int(os.environ["RANK"]), [], "{out}-store"
+    for name, more in (("first", {}), ("first", dict(resume=False)), ("first", {}), ("three", {})):
+        settings = dict(method="sketch", rank=64, reg=0.01, progress=False, store=path + name)
+        try:
+            found.append(repr(sui_fast.score(*data, **settings, **more)["fsi"].sum()))
+        except sui_fast.SuiError as error:
+            found.append(f"{type(error).__name__} {error}")
+        found.append(str(sorted(x for x in os.listdir(path + name))))
+    with open("{out}" + str(number), "w") as file:
+        file.write("\\n".join(found))
+    torch.distributed.destroy_process_group()
+    """
+)
+
+
+def test_a_store_of_another_number_of_processes_is_refused_by_all(tmp_path, monkeypatch):
+    *data, _ = problem(3)
+    settings = dict(method="sketch", rank=64, progress=False)
+    first, three = (tmp_path / f"found-store{name}" for name in ("first", "three"))
+    want = sui_fast.score(*data, store=first, reg=0.01, **settings)["fsi"]
+    sui_fast.score(*data, store=three, part=(2, 3), **settings)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]))
+    zero, one = launch(STORES, tmp_path)
+    assert zero == one
+    for at, count, name in ((0, 1, "0000-of-0001"), (6, 3, "0001-of-0003")):
+        assert (
+            zero[at].startswith("StoreError")
+            and f"written by 2 process(es) or parts, as run now, got one by {count}" in zero[at]
+        )
+        assert zero[at + 1] == str([f"train-{name}", f"validation-{name}"])
+    assert zero[2] == zero[4] == repr(want.sum())
+    assert zero[3] == zero[5] == str([f"{x}-000{i}-of-0002" for x in ("train", "validation") for i in (0, 1)])
+    with pytest.raises(sui_fast.StoreError, match="written by 1 .*, as run now, got one by 2 "):
+        sui_fast.score(*data, store=first, reg=0.01, **settings)
+    held = {p: p.stat().st_mtime_ns for p in first.rglob("*.safetensors")}
+    assert (
+        sui_fast.score(*data, store=first, part=(1, 2), **settings) is None
+    )  # goes on with what the first process wrote
+    assert held == {p: p.stat().st_mtime_ns for p in first.rglob("*.safetensors")}
+    np.testing.assert_allclose(sui_fast.merge(*data, store=first, reg=0.01)["fsi"], want, rtol=1e-12)

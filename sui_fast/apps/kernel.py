@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._errors import ArgumentError, complaint, one_of, whole
 from ..aims import aim
+from ..checks import authors_definitions
 from ..jacobians import Jacobian, Samples, as_samples, jacobian
 from ..loo import (
     CONVENTIONS,
@@ -25,8 +26,8 @@ from ..loo import (
     part_error_curve,
     remove_from_spectrum,
 )
-from ..losses import Goal, check_loss
-from ..runs import authors_definitions, even_rows, is_certain, projected_cross, projected_kernel
+from ..losses import Goal, check_loss, is_certain
+from ..runs import even_rows, projected_cross, projected_kernel
 from ..spectra import Spectrum, dense_spectrum
 from ..targets import loss_targets
 
@@ -149,11 +150,13 @@ class LinearProblem:
         phi = make_filter(self.n, reg=self.reg, **self.training)
         if kept is not None:
             phi = phi.without(self.n - len(kept), self.n, convention or self.convention)
+        alpha = None
         if phi.converged and phi.shift > 0:
             shifted = theta.clone()
             shifted.diagonal().add_(phi.shift)
-            alpha = torch.cholesky_solve(r0[:, None], torch.linalg.cholesky(shifted))[:, 0]
-        else:
+            factor, info = torch.linalg.cholesky_ex(shifted)
+            alpha = torch.cholesky_solve(r0[:, None], factor)[:, 0] if int(info) == 0 else None
+        if alpha is None:  # also where the shift is less than the rounding of the kernel
             spectrum = self.spectrum if kept is None else dense_spectrum(theta)
             gain = spectrum.u.T @ r0
             scale = torch.from_numpy(phi(spectrum.s.cpu().numpy())).to(gain)

@@ -11,6 +11,7 @@ import torch
 
 from .._errors import ArgumentError, complaint
 from .._waiting import waited_for
+from ..processes import processes_of
 from ..scores import Scores
 from ..scoring import score
 from .results import NAMES, Result, auroc, average_precision, check_truth, count_axis
@@ -140,15 +141,16 @@ def find_mislabeled(
         As ``score``; ArgumentError where there are no classes.
     Source: docs/math.md, section 5 (leave-one-out residual); Northcutt et al. 2021 for the noise model.
     """
-    if isinstance(error_rate, bool) or not isinstance(error_rate, int | float) or not 0 <= error_rate < 1:
-        raise ArgumentError(complaint("error_rate", "a share in [0, 1)", repr(error_rate), "Pass 0.1, say."))
-    if isinstance(model, Scores):
-        scores = model
-        if train is not None or val is not None or arguments:
+    given = isinstance(model, Scores)
+    with processes_of("dense" if given else arguments.get("method"), arguments.get("part")).together():
+        if isinstance(error_rate, bool) or not isinstance(error_rate, int | float) or not 0 <= error_rate < 1:
+            raise ArgumentError(complaint("error_rate", "a share in [0, 1)", repr(error_rate), "Pass 0.1, say."))
+        if given and (train is not None or val is not None or arguments):
             raise ArgumentError(complaint("train", "nothing beside Scores", "more", "Pass the scores alone."))
-    else:
-        if train is None:
+        if not given and train is None:
             raise ArgumentError(complaint("train", "the training data", None, "Pass (inputs, targets)."))
+    scores = model
+    if not given:
         measures = ("loo_margin", "si" if val is None else "fsi")
         more = arguments.get("measures", ())
         arguments["measures"] = (*measures, *(more if isinstance(more, list | tuple | set) else [more]))

@@ -9,12 +9,13 @@ linear and unbiased.
 
 from __future__ import annotations
 
-from math import log2
+from math import frexp, log2
 
 import torch
 from torch import Tensor
 
 from ..jacobians import Anchors, Jacobian, goes_by_kernel, make_anchors, project, sketched_anchors
+from ..jacobians.finite import check_squares
 from ..jacobians.layers import Outer
 from ..ops.sketching._random import signs
 from .maps import FeatureMap, sketch_map, sketch_rank
@@ -56,7 +57,7 @@ def anchored_sketch_map(pool: Jacobian, residual: Tensor, rank: int, seed: int =
         return sketch_map(sketch_rank(rank, kind), seed, kind)
     rows = pool.rows() if _explicit(pool, pool.shape[0]) else None
     theta = (pool.gram() if rows is None else rows @ rows.T).to(torch.float64)
-    chosen = _directions(theta, residual, count)
+    chosen = _directions(theta, residual, count, pool.dtype)
     if chosen is None:
         return sketch_map(sketch_rank(rank, kind), seed, kind)
     columns = sketch_rank(rank - chosen.shape[1], kind)
@@ -92,7 +93,7 @@ def reduced_sketch_map(pool: Tensor, residual: Tensor, rank: int, seed: int = 0)
     Source: docs/math.md, section 10.
     """
     plain, rows = sketch_map(INNER, seed), pool.flatten(0, 1).to(torch.float64)
-    chosen = _directions(rows @ rows.T, residual, min(ANCHORS, rank // 4, len(rows) - 1))
+    chosen = _directions(rows @ rows.T, residual, min(ANCHORS, rank // 4, len(rows) - 1), pool.dtype)
     if chosen is None:
         return sketch_map(sketch_rank(rank, "tensor"), seed)
     known = rows.T @ chosen
@@ -108,17 +109,24 @@ def reduced_sketch_map(pool: Tensor, residual: Tensor, rank: int, seed: int = 0)
     return FeatureMap("sketch", rank, both, {"turn": turn}, plain.portion, reduce)
 
 
-def _directions(theta: Tensor, residual: Tensor, count: int) -> Tensor | None:
-    """[p k, q] of a pool with kernel theta: B = chosen^T J is orthonormal; None where all gradients are zero."""
-    s, u = torch.linalg.eigh((theta + theta.T) / 2)
-    if not float(s[-1]) > 0:
+def _directions(theta: Tensor, residual: Tensor, count: int, dtype: torch.dtype) -> Tensor | None:
+    """[p k, q] of a pool with kernel theta: B = chosen^T J is orthonormal; None where all gradients are zero.
+
+    dtype: of the products of gradients.
+    """
+    check_squares(float(theta.diagonal().mean()), dtype)
+    top = float(theta.diagonal().max())
+    if not top > 0:
         return None
+    unit = 4.0 ** (frexp(top)[1] // 2)  # so that nothing below leaves the range of numbers, whatever the scale
+    theta = theta / unit
+    s, u = torch.linalg.eigh((theta + theta.T) / 2)
     pull = u.T @ residual.reshape(-1).to(s)
     solved = torch.stack([u @ (pull / (s.clamp_min(0) + share * s[-1])) for share in _SOLUTIONS], 1)
     lead = u[:, len(_SOLUTIONS) - count :].flip(1)
     chosen = torch.cat([lead * lead.gather(0, lead.abs().argmax(0, keepdim=True)).sign(), solved], 1)
     chosen = chosen / torch.einsum("nq,nm,mq->q", chosen, theta, chosen).clamp_min(1e-300).sqrt()
-    return chosen @ _orthonormal(chosen.T @ theta @ chosen)
+    return chosen @ _orthonormal(chosen.T @ theta @ chosen) * unit**-0.5
 
 
 def _orthonormal(gram: Tensor, least: float = 1e-6) -> Tensor:

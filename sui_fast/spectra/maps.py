@@ -16,13 +16,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .._errors import ArgumentError, complaint
+from .._errors import ArgumentError, SpectrumError, complaint
 from ..jacobians import Jacobian, Sketch
+from ..jacobians.finite import check_squares
 from ..ops.sketching._random import signs
 from .moments import BLOCK, add_upper, mirrored
 
 _FEW = 128  # samples whose factors are float64 at a time
 _WIDE = 1 << 21  # float64 numbers of one intermediate
+_ZEROS = "gradients that are all zero"
 RANK_FOR = {"sketch": 40.0, "nystrom": 5.0, "subspace": 2.0}  # ranks per effective dimension, measured (docs/math.md)
 
 
@@ -118,6 +120,9 @@ def _nystrom(pool: Jacobian, rank: int, seed: int, kernel: Callable, dtype: torc
     wanted = min(n, max(rank, min(8 * rank, 256 * k, 2048)) // k)
     rng = torch.Generator().manual_seed(seed)
     diagonal = pool.own_blocks().diagonal(dim1=1, dim2=2).to(torch.float64)
+    check_squares(float(diagonal.sum()) / n, pool.dtype)
+    if not float(diagonal.sum()) > 0:
+        raise SpectrumError(complaint("model", "parameters that act on the outputs", _ZEROS, "Check params=."))
     floor = 1e-12 * float(diagonal.sum())
     chosen: list[int] = []
     factor = torch.zeros(n * k, wanted * k, dtype=torch.float64, device=pool.device)
@@ -196,7 +201,10 @@ def subspace_map(
             part.add_vjp(left, total)
         # float64 sums in another order are the same in float32; weak directions, and what is rounded after them, hang
         # on the last bit
-        basis = reduce(total).to(torch.float32)
+        total = reduce(total)
+        # J^T J v may leave the range of float32; a power of two rounds nothing
+        total *= 2.0 ** -math.frexp(max(float(total.max()), -float(total.min())))[1]
+        basis = total.to(torch.float32)
         del total
         _even(basis, torch.float64 if last else torch.float32)
 
@@ -221,9 +229,9 @@ def _even(rows: Tensor, dtype: torch.dtype) -> None:
     for begin in range(0, rows.shape[1], step):
         add_upper(gram, rows[:, begin : begin + step].to(torch.float64).T)
     size = float(gram.diagonal().sum())
-    if not 0 < size < math.inf:
-        got = "gradients that are all zero" if size == 0 else "gradients that are not finite"
-        raise ArgumentError(complaint("model", "parameters that act on the outputs", got, "Check params=."))
+    check_squares(size, torch.float64)
+    if size == 0:
+        raise ArgumentError(complaint("model", "parameters that act on the outputs", _ZEROS, "Check params=."))
     gram = mirrored(gram)
     gram.diagonal().add_(len(rows) * 1e-15 * size)
     root = torch.linalg.cholesky(gram)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._errors import SpectrumError, complaint
+from ..jacobians.finite import check_products
 from .dense import Spectrum
 
 BLOCK = 128  # columns of a block of a symmetric product
@@ -82,6 +83,12 @@ class Moments:
         return float(self._lines.sum(0)[-1])
 
     @property
+    def mean_square(self) -> float:
+        """||z||^2, the mean over samples."""
+        total = self._upper.sum(0).trace() if self.rows is None else sum(x.square().sum() for x in self.rows)
+        return float(total) / max(self.samples, 1)
+
+    @property
     def gram(self) -> Tensor:
         """Z^T Z [r, r]."""
         if self.rows is not None:
@@ -152,6 +159,7 @@ class FeatureSpectrum:
             values, vectors = torch.linalg.eigh(seen.gram)
             keep = values > 1e-16 * values[-1].clamp_min(0)
             root = (vectors[:, keep] * values[keep].sqrt()).T
+        check_products(root)
         root = root @ (self.turn * self.s) / seen.samples**0.5
         return torch.linalg.qr(root, mode="r").R.contiguous()
 

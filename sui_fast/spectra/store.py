@@ -83,11 +83,12 @@ class Store:
                 raise StoreError(
                     complaint("store", "an empty folder or a store", f"{self.path} with {stray[0]!r}", "Name another.")
                 )
-            if len(stray) > 1:
+            if resume and len(stray) > 1:
                 raise _damage(self.path, f"{len(stray)} shards and no manifest")
-            if self._lock is not None:
-                self._commit()
-            return
+            if resume:
+                if self._lock is not None:
+                    self._commit()
+                return
         if not resume:
             self._check_writable()
             for entry in self.path.iterdir():
@@ -171,6 +172,15 @@ class Store:
     def nbytes(self) -> int:
         """Bytes of the shards on disk."""
         return sum(shard["bytes"] for shard in self.shards)
+
+    def remove(self) -> None:
+        """Delete the store, and its folder where nothing else is in it."""
+        self._check_writable()
+        for name in ("manifest.json", *(shard["name"] for shard in self.shards), "lock"):
+            (self.path / name).unlink(missing_ok=True)
+        self.close()
+        with suppress(OSError):
+            self.path.rmdir()
 
     def close(self) -> None:
         """Give the lock back."""
@@ -279,6 +289,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damage(path.parent, f"a manifest that cannot be trusted ({error})") from error
     return about
+
+
+def is_store(path: Path) -> bool:
+    """Whether a folder holds a store, or what is left of one."""
+    return path.is_dir() and any(x.name == "manifest.json" or _NAME.fullmatch(x.name) for x in path.iterdir())
 
 
 def read_fingerprint(path: str | os.PathLike) -> dict[str, Any] | None:
