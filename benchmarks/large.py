@@ -83,7 +83,7 @@ def bookkeeping(store: Store, samples: int) -> None:
     """Samples a second of what is not arithmetic: fingerprint of the ids, manifest, blocks, table, file of scores."""
     ids, values = np.arange(samples), {name: np.zeros(samples) for name in ("si", "fsi")}
     held = SimpleNamespace(ids=ids, n=samples, digest=str)
-    units, results = dict.fromkeys(values, "nats"), store.path.parent / "scores.parquet"
+    units, results = dict.fromkeys(values, "nats"), store.path / "scores.parquet"
     portions = max(1, samples * store.read(0)["features"][0].numel() // _PORTION)
     jobs = {
         "fingerprint of ids": lambda: run_fingerprint(nn.Linear(1, 1), held, {}, "1"),

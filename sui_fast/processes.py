@@ -108,7 +108,7 @@ class Processes:
 
     def slice(self, n: int) -> tuple[int, int]:
         """First and last sample of this process."""
-        step = min(grain(n), power(n // self.count))
+        step = max(portion(n), min(grain(n), power(n // self.count)))
         cut = lambda i: min(n, -(-n * i // (self.count * step)) * step)  # noqa: E731
         return cut(self.number), cut(self.number + 1)
 

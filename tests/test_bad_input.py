@@ -129,6 +129,7 @@ SCORE = {
     "one float target for two outputs": (dict(train=(X, torch.zeros(N))), ["train"]),
     "fewer targets than inputs": (dict(train=(X, LABELS[:-1])), ["train"]),
     "no targets": (dict(train=X), ["train"]),
+    "inputs under the name of names": (dict(train={"ids": X, "label": LABELS}), ["train", "'ids'", "Names"]),
     "no samples": (dict(train=(X[:0], LABELS[:0])), ["train"]),
     "an empty list": (dict(train=[]), ["train"]),
     "no validation samples": (dict(val=X[:0]), ["val"]),

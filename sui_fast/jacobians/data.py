@@ -345,7 +345,8 @@ def split(batch: Any, with_targets: bool | None, argument: str) -> tuple[Any, Te
     ids = target = None
     batch = _named(batch)
     if isinstance(batch, Mapping):
-        batch = {key: value for key, value in batch.items() if value is not None}
+        given = {key: value for key, value in batch.items() if value is not None}
+        batch = dict(given)
         for key in _ID_KEYS:
             if key in batch:
                 ids = batch.pop(key)
@@ -358,7 +359,9 @@ def split(batch: Any, with_targets: bool | None, argument: str) -> tuple[Any, Te
                     batch["labels"] = target  # of every token: the outputs of a language model need them
         inputs: Any = {key: value for key, value in batch.items() if not is_text(value)}
         if not inputs:
-            got, todo = f"only {', '.join(map(repr, batch))}", "Encode text as numbers first."
+            got, todo = f"only {', '.join(map(repr, given)) or 'nothing'}", "Encode text as numbers first."
+            if not batch:
+                todo = "Names and targets of samples are no inputs: call these otherwise."
             raise DataError(complaint(argument, "inputs", got, todo))
     elif isinstance(batch, tuple | list) and with_targets is not False and len(batch) >= 2:
         *inputs, target = batch

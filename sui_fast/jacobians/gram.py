@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,12 +71,25 @@ class _Scratch:
 def _tile(left: Jacobian, right: Jacobian, memory: int) -> int:
     """Samples per tile: a tile of a few hundred rows stays in the cache; explicit rows amortise over larger tiles."""
     positions = any(g.ndim > 3 for _, g in left._uses) or bool(left._rows)
-    widest = max([1, *(shape.numel() for shape in left._shapes.values())])
-    per_sample = 4 * left.k * widest * left.outputs.element_size()
+    k, item = max(left.k, right.k), left.outputs.element_size()
     rows = 2048 if positions else 640
     if left.outputs.device.type != "cpu":  # as many as keep a GPU busy
-        rows = max(rows, min(4096, int((memory / (4 * left.outputs.element_size())) ** 0.5)))
-    return int(max(1, min(rows // max(left.k, right.k), memory // per_sample if positions else rows)))
+        rows = max(rows, min(4096, int((memory / (4 * item)) ** 0.5)))
+    most = rows // k
+    if positions and left.n:
+        numbers = memory // (4 * k * item)
+        most = min([most, *(_samples(factor, numbers, left) for factor in left.factors(0, 1))])
+    return max(1, most)
+
+
+def _samples(factor: Factor, numbers: int, jac: Jacobian) -> int:
+    """Samples whose rows of a layer, as a product forms them, are about so many numbers."""
+    if isinstance(factor, Rows):
+        return numbers // max(1, factor.rows[0, 0].numel())
+    (s, o), table = factor.g.shape[2:], sum(jac._shapes[name].numel() for name in factor.names.values())
+    if isinstance(factor, Index):  # rows of the tokens that two tiles hold, of the whole table at most
+        return max(numbers // max(1, table), math.isqrt(numbers // max(1, 2 * s * o)))
+    return numbers // max(1, o * factor.a.shape[2]) if s > 1 else numbers
 
 
 def _product(mine: list[Factor], theirs: list[Factor], tile: Tensor, scratch: _Scratch) -> Tensor:
@@ -128,7 +142,7 @@ def _by_rows(one: Outer) -> Tensor | None:
     if 0 in (n, s, i, o) or not by_rows(one):
         return None
     rows = torch.bmm(one.g.transpose(2, 3).reshape(n, k * o, s), one.a).view(n * k, o * i)
-    block = rows @ rows.T
+    block = long_product(rows, rows)
     if "bias" in one.names:
         bias = one.g.sum(2).view(n * k, o)
         block.addmm_(bias, bias.T)

@@ -47,6 +47,7 @@ class SpectralRemoval(Removal):
         self._reached = s > 0
         self._gain = u.T @ residual.reshape(-1) if gain is None else gain
         self._missed = self.missed_leverage = u.new_zeros(())
+        self._unseen: Tensor | None = None
         self._left_out = torch.full_like(residual.reshape(-1), float("nan"))
         self._held = u.new_empty(0, len(s))
         # where the sums over the changes are known without them (no closures: cycles would keep the rows alive):
@@ -257,8 +258,8 @@ class SpectralRemoval(Removal):
         """Count what a kernel of low rank leaves out of ||dw||^2.
 
         Outside the kept eigenvectors removal takes away the sample's own dual weights and, to first order, nothing
-        else: ||dw_i||^2 gains alpha_i^T missed_i alpha_i, and the leverage phi(0) tr(missed_i). Where this takes away
-        more than half (rows of a sketch that are too long), half of what scaling by the true length gives is kept.
+        else: ||dw_i||^2 gains alpha_i^T missed_i alpha_i. Where this takes away more than half
+        (rows of a sketch that are too long), half of what scaling by the true length gives is kept.
 
         Args:
             missed: Theta_ii minus its low-rank form, [n, k, k]; single samples only.
@@ -270,8 +271,8 @@ class SpectralRemoval(Removal):
         weights = weights.reshape(self.residual.shape)
         self._missed = torch.einsum("nk,nkl,nl->n", weights, missed, weights)
         self._weights = weights
-        trace = missed.diagonal(dim1=1, dim2=2).sum(1)
-        self.missed_leverage = trace * (beyond if np.isfinite(beyond) else 0.0)
+        self.missed_leverage = missed.diagonal(dim1=1, dim2=2).sum(1) * (beyond if np.isfinite(beyond) else 0.0)
+        self._unseen = missed if np.isfinite(beyond) and beyond > 0 else None
 
     @cached_property
     def coordinates(self) -> Tensor:
@@ -326,7 +327,20 @@ class SpectralRemoval(Removal):
     def _leverage(self) -> Tensor:
         weight = (self._scale * self.spectrum.s)[:, None]
         rows = _dots(self.spectrum.u, self.spectrum.u, weight).reshape(self.residual.shape).sum(1)
-        return (self.sum_over_blocks(rows) + self.missed_leverage).clamp_min(0)
+        found = self.sum_over_blocks(rows)
+        return found if self._unseen is None else self._leverage_beyond(found)
+
+    def _leverage_beyond(self, found: Tensor) -> Tensor:
+        """The leverage h with what features miss: h + (1 - h) s phi(s) for positive eigenvalues s of that, as if each
+        were a direction of the sample's own; rows that are too long by c^-1/2 have c h / (1 - h + c h).
+        """
+        u, k, missed = self.spectrum.u, self.residual.shape[1], self._unseen
+        s = (missed[:, 0] if k == 1 else torch.linalg.eigvalsh(missed)).clamp_max(self.spectrum.top)
+        length = _dots(u, u, self.spectrum.s[:, None]).reshape(self.residual.shape).sum(1)
+        c, h = (1 + s.clamp_max(0).sum(1) / length.clamp_min(1e-300)).clamp(0, 1), found / k
+        h = torch.where(h < 1, c * h / (1 - h + c * h).clamp_min(1e-300), h)
+        s = s.clamp_min(0)
+        return k * h + (1 - h).clamp_min(0) * (s * _on(s, self._phi(s.cpu().numpy()))).sum(1)
 
     def trained_residual(self) -> Tensor:
         """Y - f at the end of the training on all samples, [n, k]."""

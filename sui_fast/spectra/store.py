@@ -36,6 +36,7 @@ except ImportError:  # not on Windows: there the lock is advisory in name only
 
 _FORMAT = 4
 _NAME = re.compile(r"shard-\d{6}\.safetensors")
+_PART = re.compile(r"\.(shard-\d{6}\.safetensors|manifest\.json)\.part")
 _MOST_MANIFEST = 1 << 28  # bytes; a manifest larger than this is not ours
 _KEYS = {"format", "fingerprint", "shards", "checksum"}
 _SHARD_KEYS = {"name", "first", "rows", "bytes", "crc32"}
@@ -206,11 +207,17 @@ class Store:
     def _write(self, name: str, data: bytes) -> None:
         temporary = self.path / f".{name}.part"
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
-        with open(os.open(temporary, flags, 0o644), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path / name)
+        try:
+            with open(os.open(temporary, flags, 0o644), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path / name)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
+            got, todo = f"{error} at {name}", "Make room, or name another folder; the same call goes on from here."
+            raise StoreError(complaint("store", f"to write {len(data)} bytes to {self.path}", got, todo)) from error
         with suppress(OSError):  # a folder cannot be flushed everywhere
             folder = os.open(self.path, os.O_RDONLY)
             try:
@@ -224,7 +231,7 @@ def _name(number: int) -> str:
 
 
 def _temporary(name: str) -> bool:
-    return name.startswith(".") and name.endswith(".part")
+    return _PART.fullmatch(name) is not None
 
 
 def _checksum(about: dict[str, Any]) -> str:
@@ -252,8 +259,8 @@ def _read(path: Path, most: int) -> bytes:
     try:
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
             return file.read(most + 1)
-    except OSError as error:
-        raise _damage(path.parent, f"{path.name} ({error})") from error
+    except (OSError, MemoryError) as error:
+        raise _damage(path.parent, f"{path.name} ({error or 'larger than memory'})") from error
 
 
 def _fetch(path: Path) -> None:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointFunction
 import sui_fast
 from sui_fast import ArgumentError, CoverageError, DataError, jacobian, ntk
 from sui_fast.jacobians import as_samples, portions
+from sui_fast.jacobians import gram as kernels
 from sui_fast.jacobians.quiet import modules_as_they_are
 
 
@@ -500,3 +501,19 @@ def test_a_batch_is_let_go_without_a_collection_of_cycles(name):
         assert len(seen) >= 6 and all(ref() is None for ref in seen)
     finally:
         gc.enable()
+
+
+def test_large_tables_do_not_shrink_the_tiles_of_a_kernel(monkeypatch):
+    """Only the tokens at hand are formed, not the table."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50_000, 64), nn.Linear(64, 32), nn.Tanh(), nn.Flatten(), nn.Linear(160, 2))
+    tokens = torch.randint(0, 50_000, (40, 5))
+    jac, tiles = jacobian(model, tokens, dtype=torch.float64), []
+    product = kernels._product
+    monkeypatch.setattr(kernels, "_product", lambda one, *rest: tiles.append(one) or product(one, *rest))
+    theta = jac.gram(memory=1 << 23)
+    assert len(tiles) <= 10
+    rows = jac.rows()
+    torch.testing.assert_close(theta, rows @ rows.T)
+    torch.testing.assert_close(jac.gram(memory=1), theta)
+    assert len(tiles) > 800  # tiles of one sample
