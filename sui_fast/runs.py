@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ._errors import ArgumentError, complaint
 from ._waiting import beat
 from .jacobians import jacobian
+from .jacobians.capture import choose_parameters
 from .jacobians.finite import check_squares
 from .loo import (
     Removal,
@@ -232,6 +233,7 @@ class Run:
         about = dict(options, method=method, rank=fmap.rank, rank_asked=int(rank), seed=self.seed)
         if method == "sketch":
             about["sketch"] = self.sketch
+        about["parameters"] = ", ".join(choose_parameters(self.model, common["params"]))
         about["rows"], about["targets"] = self.goal.rows, fingerprint_of({"targets": self.goal.y})
         if self.goal.kind != "mse":
             known = {"outputs": self.goal.f0, "residual": self.goal.residual(slice(None), self.goal.f0)}

@@ -535,3 +535,19 @@ def test_probes_with_large_factors_are_captured_in_parts(monkeypatch):
     assert (whole.some == parts.some).all()
     torch.testing.assert_close(parts.exact, whole.exact, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(parts.features, whole.features, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method, rank", [("sketch", 64), ("sketch", 400), ("nystrom", 40), ("subspace", 40)])
+@pytest.mark.parametrize("reg", [1e-6, 1e-2])
+@pytest.mark.parametrize("k", [1, 2])
+def test_leverage_is_near_the_exact_one_and_within_the_outputs_whatever_features_miss(method, rank, reg, k):
+    """To first order it was up to 150,000 for one sample of two outputs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, k))
+    train = torch.randn(200, 20), torch.randn(200, k)
+    exact, found = (
+        sui_fast.score(model, train, measures=("leverage",), reg=reg, progress=False, **options)["leverage"]
+        for options in (dict(method="dense"), dict(method=method, rank=rank))
+    )
+    assert 0 <= found.min() and found.max() <= k * (1 + 1e-9)
+    assert 0.6 < found.sum() / exact.sum() < 1.4

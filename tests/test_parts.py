@@ -66,6 +66,21 @@ def test_single_precision_rounds_alike_in_parts_and_whole(tmp_path, monkeypatch,
     np.testing.assert_allclose(merged["si"], sui_fast.score(model, train, reg=0.05, **common)["si"], rtol=1e-10)
 
 
+@pytest.mark.parametrize("n, count", [(300, 7), (501, 9), (5, 4)])
+def test_many_parts_of_few_samples_are_one_process_bit_by_bit(tmp_path, n, count):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 1))
+    data = (torch.randn(n, 5), torch.randn(n, 1)), torch.randn(n // 3 + 2, 5)
+    common = dict(method="sketch", rank=40, progress=False)
+    for number in range(1, count + 1):
+        sui_fast.score(model, *data, store=tmp_path, part=(number, count), **common)
+    merged, whole = (
+        sui_fast.merge(model, *data, store=tmp_path, reg=0.01),
+        sui_fast.score(model, *data, reg=0.01, **common),
+    )
+    assert all(np.array_equal(merged[name], whole[name]) for name in ("si", "fsi"))
+
+
 def test_more_parts_than_samples_and_other_settings_at_the_end(tmp_path):
     model, (x, y), _ = problem()
     few = (x[:3], y[:3])

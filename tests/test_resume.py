@@ -79,8 +79,30 @@ def test_what_weights_and_ids_do_not_tell(tmp_path, change, method):
     first, other = CHANGES[change]
     held = run(**first)
     np.testing.assert_array_equal(run(**first), held)
-    with pytest.raises(sui_fast.StoreError, match="what this model gives|loss was"):
+    with pytest.raises(sui_fast.StoreError, match="what this model gives|loss was|parameters was"):
         run(**other)
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.one, self.other, self.head = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 1)
+
+    def forward(self, x):
+        gate = x[:, :1]
+        return self.head(torch.tanh(gate * self.one(x[:, 1:]) + (1 - gate) * self.other(x[:, 1:])))
+
+
+def test_a_frozen_layer_that_the_first_samples_do_not_reach(tmp_path):
+    """Features of the first samples are the same without it."""
+    (x, y), model = data(400), Experts()
+    x[:, 0] = (torch.arange(400) < 200).float()
+    options = dict(COMMON, rank=16, measures=("si",), store=tmp_path)
+    sui_fast.score(model, (x, y.float()), **options)
+    model.other.weight.requires_grad_(False)
+    with pytest.raises(sui_fast.StoreError, match="parameters was .*other.weight"):
+        sui_fast.score(model, (x, y.float()), **options)
 
 
 def test_what_differs_is_in_sight_also_at_the_end_of_a_long_list(tmp_path):

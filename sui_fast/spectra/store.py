@@ -60,14 +60,14 @@ class Store:
     ):
         self.path, self._lock = Path(path), None
         self.fingerprint = json.loads(json.dumps(fingerprint))
-        if self.path.is_symlink() or self.path.exists() and not self.path.is_dir():
-            raise StoreError(complaint("store", "a folder", str(self.path), "Name a folder of its own."))
         try:
+            if self.path.is_symlink() or self.path.exists() and not self.path.is_dir():
+                raise StoreError(complaint("store", "a folder", str(self.path), "Name a folder of its own."))
             self.path.mkdir(parents=True, exist_ok=True)
             if write:
                 self._lock = _take_lock(self.path / "lock")
             self._open(resume)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             self.close()
             todo = "Name a folder of its own that can be written."
             raise StoreError(complaint("store", f"plain files in {self.path}", str(error), todo)) from error
@@ -239,7 +239,7 @@ def _checksum(about: dict[str, Any]) -> str:
 
 
 def _damage(path: Path, what: str) -> StoreError:
-    todo = "Delete the folder, or pass resume=False to begin anew."
+    todo = "Delete the folder (of a part: start that part again), or pass resume=False to begin anew."
     return StoreError(complaint("store", f"an undamaged store in {path}", what, todo))
 
 
@@ -260,7 +260,7 @@ def _read(path: Path, most: int) -> bytes:
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
             return file.read(most + 1)
     except (OSError, MemoryError) as error:
-        raise _damage(path.parent, f"{path.name} ({error or 'larger than memory'})") from error
+        raise _damage(path.parent, f"{path.name} ({str(error) or 'larger than memory'})") from error
 
 
 def _fetch(path: Path) -> None:

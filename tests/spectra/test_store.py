@@ -1,5 +1,7 @@
 """The store: what it holds survives anything or is refused by name."""
 
+import builtins
+import errno
 import json
 import os
 import random
@@ -12,6 +14,7 @@ import torch
 from benchmarks.reliability import kill
 from sui_fast import StoreError
 from sui_fast.spectra import Store
+from sui_fast.spectra import store as stores
 
 PRINT = {"weights": "abc", "seed": 0}
 
@@ -219,3 +222,52 @@ def test_links_and_folders_in_the_place_of_files_are_named(tmp_path, name):
         read(path)
     with pytest.raises(StoreError, match="plain files in"):
         Store(path / "manifest.json" / "s", PRINT)
+
+
+def test_a_full_disk_is_a_store_error_and_the_store_goes_on(tmp_path, monkeypatch):
+    shard = {"features": torch.randn(5, 3)}
+    with Store(tmp_path / "s", PRINT) as store:
+        store.append(shard)
+        with monkeypatch.context() as full:
+            full.setattr(
+                os, "fsync", lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+            )
+            with pytest.raises(StoreError, match="store: expected to write .* No space left on device.*Make room"):
+                store.append(shard)
+    assert sorted(x.name for x in (tmp_path / "s").iterdir()) == ["lock", "manifest.json", "shard-000000.safetensors"]
+    with Store(tmp_path / "s", PRINT) as store:
+        store.append(shard)
+    assert len(read(tmp_path / "s")) == 2
+
+
+def test_a_shard_larger_than_memory_is_damage(tmp_path, monkeypatch):
+    fill(tmp_path / "s")
+
+    class Huge:
+        def __init__(self, number, mode):
+            self.file = builtins.open(number, mode)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def read(self, most):
+            raise MemoryError
+
+    with Store(tmp_path / "s", PRINT) as store:
+        monkeypatch.setattr(stores, "open", Huge, raising=False)
+        with pytest.raises(StoreError, match=r"shard-000000.*larger than memory"):
+            store.read(0)
+
+
+def test_files_of_others_stay_and_names_that_no_file_can_have_are_refused(tmp_path):
+    fill(tmp_path / "s")
+    for name in (".mine.part", ".shard-000009.safetensors.part"):
+        (tmp_path / "s" / name).write_text("x")
+    read(tmp_path / "s")
+    assert (tmp_path / "s" / ".mine.part").exists() and not (tmp_path / "s" / ".shard-000009.safetensors.part").exists()
+    for path in (tmp_path / ("n" * 300), f"{tmp_path}/\0x"):
+        with pytest.raises(StoreError, match="store"):
+            Store(path, PRINT)
