@@ -15,7 +15,7 @@ from .jacobians import Jacobian, goes_by_kernel
 from .jacobians.arriving import LARGE, held_batch
 from .jacobians.gram import by_rows
 from .jacobians.layers import Outer
-from .spectra import ANCHORS, INNER, RANK_FOR, pool_size, subspace_columns
+from .spectra import INNER, RANK_FOR, pool_size, subspace_columns
 
 DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs up to which an eigendecomposition is worth its time
 DEFAULT_RANK = 1024
@@ -152,8 +152,8 @@ def make_plan(
     work = 2.0 * rows * wide**2 * (1.8 + 0.5 * (m > 0)) + m_own * k * wide**2 + 15.0 * wide**3 * (1 + (m > 0))
     work = 0.0 if alone else work
     if method == "sketch":
-        pool, anchored = pool_size(first, n, rank, sketch)
-        columns = INNER if pool and not anchored else rank
+        pool, anchors = pool_size(first, n, rank, sketch)
+        columns = INNER if pool and not anchors else rank
         each_map = _seconds_of(lambda: first.sketch(columns, 0, sketch)) / first.n
         fit = pool * (capture + each_map)
     elif method == "nystrom":
@@ -229,11 +229,11 @@ def _stage_bytes(
     twice = max((x.a.shape[2] * x.g.shape[3] for x in layers if x.a.shape[1] > 1 and not by_rows(x)), default=0)
     worked = 2 * each + patches + max(formed, 2 * item * k * twice)
     capture = part * each + first.n * each * 2
-    pool, anchored = pool_size(first, n, rank, sketch) if method == "sketch" else (0, False)
-    if anchored:
-        by_kernel = len(layers) == len(first.factors()) and all(goes_by_kernel(x, pool, ANCHORS) for x in layers)
-        held = 0 if by_kernel else ANCHORS * item * d
-        widest = 0 if by_kernel else ANCHORS * item * max((x.a.shape[2] + 1) * x.g.shape[3] for x in layers)
+    pool, anchors = pool_size(first, n, rank, sketch) if method == "sketch" else (0, 0)
+    if anchors:
+        by_kernel = len(layers) == len(first.factors()) and all(goes_by_kernel(x, pool, anchors) for x in layers)
+        held = 0 if by_kernel else anchors * item * d
+        widest = 0 if by_kernel else anchors * item * max((x.a.shape[2] + 1) * x.g.shape[3] for x in layers)
         written = item * k * d if formed else 0
         fit = pool * (1.3 * each + 8 * k * rank + min(written, 1 << 20)) + max(48 * (pool * k) ** 2, 1.5 * widest)
         compute = first.n * (2 * each + patches + 10 * k * rank) + min(first.n * formed, item << 24)

@@ -99,7 +99,8 @@ def quality(
             smaller = probed_regularisation(some, goal, training)
             if smaller < open_reg:
                 asked = max(edf, probed_dimension(n, some, replace(phi, shift=n * smaller), top, seed))
-        enough = fmap.rank >= min(ENOUGH * RANK_FOR[fmap.kind] * asked, n * some.shape[1])
+        most = math.inf if fmap.kind == "sketch" else n * some.shape[1]
+        enough = fmap.rank >= min(ENOUGH * RANK_FOR[fmap.kind] * asked, most)
         if enough or probe_count(source.part(0, 1), n, _MORE) == some.shape[0]:
             break
     return Quality(error, edf, asked, some.shape[2])

@@ -97,11 +97,11 @@ def fit_map(
     """
     n = source.samples.n
     if kind == "sketch":
-        size, anchored = pool_size(source.part(0, 1), n, rank, sketch)
+        size, anchors = pool_size(source.part(0, 1), n, rank, sketch)
         if not size:
             return sketch_map(sketch_rank(rank, sketch), seed, sketch)
         numbers = np.sort(np.random.default_rng(seed).choice(n, size, replace=False))
-        if not anchored:
+        if not anchors:
             outputs, pool = portions(
                 source.model, source.samples.pick(numbers), Sketch(INNER, seed, "tensor"), **source.options
             )

@@ -512,7 +512,7 @@ def test_a_run_reduces_a_sketch_where_anchors_cost_too_much(monkeypatch):
     model, (train, val) = network(1, True), digits(200, 40, 1, True)
     exact = sui_fast.score(model, train, val, reg=0.1, method="dense", progress=False)
     options = dict(reg=0.1, method="sketch", rank=128, progress=False)
-    monkeypatch.setattr("sui_fast.spectra.anchors._worth_it", lambda *arguments: False)
+    monkeypatch.setattr("sui_fast.spectra.anchors._burden", lambda *arguments: 2.0)
     found = sui_fast.score(model, train, val, **options)
     monkeypatch.setattr("sui_fast.streaming.pool_size", lambda *arguments: (0, False))
     plain = sui_fast.score(model, train, val, **options)

@@ -9,7 +9,7 @@ linear and unbiased.
 
 from __future__ import annotations
 
-from math import log2
+import math
 
 import torch
 from torch import Tensor
@@ -19,28 +19,41 @@ from ..jacobians.layers import Outer
 from ..ops.sketching._random import signs
 from .maps import FeatureMap, sketch_map, sketch_rank
 
-_POOL, _POOL_ROWS = 256, 1024  # samples that the directions are taken from, and rows of these
-ANCHORS = 32
+_POOL, _POOL_ROWS = 256, 1024  # samples that the directions are taken from, and rows of these; more of a large rank
+ANCHORS = 32  # at least, or none
+_SHARE = 4  # of the columns that may be anchors: one in so many
 _SOLUTIONS = (1e-1, 1e-2, 1e-3, 1e-4)  # ridge of the pool's solutions, in units of its largest eigenvalue
 _MOMENTS = {False: 2.0, True: 6.0}  # operations that anchors may add, in those of Z^T Z; True: no layer has positions
+_NOISE, _LEAST = 0.5, 1e-6  # eigenvalues, and squares of what a solution adds, that are rounding
 INNER = 1024  # columns of a sketch without anchors, brought down to fewer
 _MOST = 1 << 28  # bytes of B; of the explicit rows of a pool
 
 
-def pool_size(first: Jacobian, n: int, rank: int, kind: str = "tensor") -> tuple[int, bool]:
-    """(samples of a pool, whether for ``anchored_sketch_map``).
+def pool_size(first: Jacobian, n: int, rank: int, kind: str = "tensor") -> tuple[int, int]:
+    """(samples of a pool, anchors for ``anchored_sketch_map``).
 
-    Else for ``reduced_sketch_map``; 0 samples for a plain sketch.
+    Without anchors the pool is for ``reduced_sketch_map``; 0 samples for a plain sketch.
 
     Args:
         first: Jacobian of one sample or more. n: samples to draw from. rank, kind: columns and kind of the sketch.
     """
-    size = min(n, _POOL, max(16, _POOL_ROWS // first.k))
-    count = min(ANCHORS, rank // 4, size * first.k - 1)
-    if count <= len(_SOLUTIONS):
-        return 0, False
-    anchored = _worth_it(first, rank, count, size)
-    return (size if anchored or rank < INNER and kind == "tensor" else 0), anchored
+    rows = rank // _SHARE
+    size = min(n, max(16, min(_POOL, _POOL_ROWS // first.k), -(-rows // first.k)))
+    if min(rows, size * first.k - 1) <= len(_SOLUTIONS):
+        return 0, 0
+    count = anchor_count(first, rank, size)
+    return (size if count or rank < INNER and kind == "tensor" else 0), count
+
+
+def anchor_count(first: Jacobian, rank: int, pool: int) -> int:
+    """Anchors from a pool of so many samples: ANCHORS where they are worth it, more where they cost little."""
+    most = min(rank // _SHARE, pool * first.k - 1)
+    count = min(ANCHORS, most)
+    if count <= len(_SOLUTIONS) or _burden(first, rank, count, pool) > 1:
+        return 0
+    while count < most and _burden(first, rank, min(2 * count, most), pool) <= 0.5:
+        count = min(2 * count, most)
+    return count
 
 
 def anchored_sketch_map(pool: Jacobian, residual: Tensor, rank: int, seed: int = 0, kind: str = "tensor") -> FeatureMap:
@@ -51,12 +64,12 @@ def anchored_sketch_map(pool: Jacobian, residual: Tensor, rank: int, seed: int =
         rank, seed, kind: as in ``sketch_map``.
     Source: docs/math.md, section 10; anchors are a control variate (Nystrom part exact, remainder sketched).
     """
-    count = min(ANCHORS, rank // 4, pool.shape[0] - 1)
-    if count <= len(_SOLUTIONS) or not _worth_it(pool, rank, count, pool.n):
+    count = anchor_count(pool, rank, pool.n)
+    if not count:
         return sketch_map(sketch_rank(rank, kind), seed, kind)
     rows = pool.rows() if _explicit(pool, pool.shape[0]) else None
     theta = (pool.gram() if rows is None else rows @ rows.T).to(torch.float64)
-    chosen = _directions(theta, residual, count)
+    chosen = _directions(theta, residual, count, torch.finfo(pool.dtype).eps, seed)
     if chosen is None:
         return sketch_map(sketch_rank(rank, kind), seed, kind)
     columns = sketch_rank(rank - chosen.shape[1], kind)
@@ -92,7 +105,8 @@ def reduced_sketch_map(pool: Tensor, residual: Tensor, rank: int, seed: int = 0)
     Source: docs/math.md, section 10.
     """
     plain, rows = sketch_map(INNER, seed), pool.flatten(0, 1).to(torch.float64)
-    chosen = _directions(rows @ rows.T, residual, min(ANCHORS, rank // 4, len(rows) - 1))
+    count, eps = min(ANCHORS, rank // _SHARE, len(rows) - 1), torch.finfo(pool.dtype).eps
+    chosen = _directions(rows @ rows.T, residual, count, eps, seed)
     if chosen is None:
         return sketch_map(sketch_rank(rank, "tensor"), seed)
     known = rows.T @ chosen
@@ -108,33 +122,34 @@ def reduced_sketch_map(pool: Tensor, residual: Tensor, rank: int, seed: int = 0)
     return FeatureMap("sketch", rank, both, {"turn": turn}, plain.portion, reduce)
 
 
-def _directions(theta: Tensor, residual: Tensor, count: int) -> Tensor | None:
-    """[p k, q] of a pool with kernel theta: B = chosen^T J is orthonormal; None where all gradients are zero."""
+def _directions(theta: Tensor, residual: Tensor, count: int, rounding: float, seed: int) -> Tensor | None:
+    """[p k, q] of a pool with kernel theta: B = chosen^T J is orthonormal; None where all gradients are zero.
+
+    Eigenvectors of nearly equal eigenvalues turn with the last bit, so their span alone is taken from them, and a basis
+    of it from random signs: a run that goes on with other threads or batches must find the same features.
+
+    Args:
+        rounding: of theta; eigenvalues which it may hide are left out.
+    """
     s, u = torch.linalg.eigh((theta + theta.T) / 2)
     if not float(s[-1]) > 0:
         return None
     pull = u.T @ residual.reshape(-1).to(s)
     solved = torch.stack([u @ (pull / (s.clamp_min(0) + share * s[-1])) for share in _SOLUTIONS], 1)
-    lead = u[:, len(_SOLUTIONS) - count :].flip(1)
-    chosen = torch.cat([lead * lead.gather(0, lead.abs().argmax(0, keepdim=True)).sign(), solved], 1)
-    chosen = chosen / torch.einsum("nq,nm,mq->q", chosen, theta, chosen).clamp_min(1e-300).sqrt()
-    return chosen @ _orthonormal(chosen.T @ theta @ chosen)
-
-
-def _orthonormal(gram: Tensor, least: float = 1e-6) -> Tensor:
-    """T [q, r], T^T gram T = 1, column after column, without those that depend on earlier ones.
-
-    Gram and Schmidt, as eigenvectors of equal eigenvalues would turn with the last bit: a run that goes on with other
-    threads or batches must find the same features.
-    """
-    turn = gram.new_zeros(len(gram), 0)
-    for column in torch.eye(len(gram)).to(gram):
+    keep = s > _NOISE * rounding * s[-1]
+    keep[: len(s) + len(_SOLUTIONS) - count] = False
+    lead = u[:, keep]
+    q, r = torch.linalg.qr(lead.T @ signs(len(s), lead.shape[1], 9, 0, seed, s.device, s.dtype))
+    chosen = (lead / s[keep].sqrt()) @ (q * r.diagonal().sign())
+    for column in solved.T:  # Gram and Schmidt
+        size = (column @ theta @ column).clamp_min(1e-300).sqrt()
+        column = column / size
         for _ in range(2):
-            column = column - turn @ (turn.T @ (gram @ column))
-        size = column @ gram @ column
-        if float(size) > least:
-            turn = torch.cat([turn, (column / size.sqrt())[:, None]], 1)
-    return turn
+            column = column - chosen @ (chosen.T @ (theta @ column))
+        size = column @ theta @ column
+        if float(size) > _LEAST:
+            chosen = torch.cat([chosen, (column / size.sqrt())[:, None]], 1)
+    return chosen
 
 
 def _explicit(jac: Jacobian, rows: int) -> bool:
@@ -147,17 +162,17 @@ def _layers(jac: Jacobian) -> list[Outer]:
     return [factor for factor in jac.select(range(1)).factors() if isinstance(factor, Outer)]
 
 
-def _worth_it(first: Jacobian, rank: int, count: int, pool: int) -> bool:
-    """Whether the operations that anchors add are few against those of the moment of a rank of 1024 or more."""
+def _burden(first: Jacobian, rank: int, count: int, pool: int) -> float:
+    """Operations that anchors add over those that they may: some times the moment's, of a rank of 1024 or more."""
     rank, layers = max(rank, 1024), _layers(first)
     explicit = _explicit(first, pool * first.k)
     kernel = lambda layer: not explicit and goes_by_kernel(layer, pool, count)  # noqa: E731
     if not all(map(kernel, layers)) and 4 * count * first.shape[1] > _MOST:
-        return False
+        return math.inf
     flat, added = True, 0.0  # a sample; operations of a transform count three times
     for layer in layers:
         (_, k, positions, o), i = layer.g.shape, layer.a.shape[2]
-        transforms, rows = 6.0 * k * positions * rank * log2(rank), 2.0 * k * o * i * (positions + 2)
+        transforms, rows = 6.0 * k * positions * rank * math.log2(rank), 2.0 * k * o * i * (positions + 2)
         if positions > 1:  # rows are formed for all, and scattered
             flat = False
             added += rows + 2.0 * k * o * i * count - min(transforms, rows)
@@ -165,4 +180,4 @@ def _worth_it(first: Jacobian, rank: int, count: int, pool: int) -> bool:
             added += 2.0 * pool * (i + k * k * o)
         else:
             added += 2.0 * k * o * i * count
-    return added <= _MOMENTS[flat] * 2 * first.k * rank**2
+    return added / (_MOMENTS[flat] * 2 * first.k * rank**2)
