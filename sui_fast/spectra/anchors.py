@@ -20,7 +20,7 @@ from ..ops.sketching._random import signs
 from .maps import FeatureMap, sketch_map, sketch_rank
 
 _POOL, _POOL_ROWS = 256, 1024  # samples that the directions are taken from, and rows of these; more of a large rank
-ANCHORS = 32  # at least, or none
+ANCHORS, _MANY = 32, 512  # at least, or none; at most
 _SHARE = 4  # of the columns that may be anchors: one in so many
 _SOLUTIONS = (1e-1, 1e-2, 1e-3, 1e-4)  # ridge of the pool's solutions, in units of its largest eigenvalue
 _MOMENTS = {False: 2.0, True: 6.0}  # operations that anchors may add, in those of Z^T Z; True: no layer has positions
@@ -37,7 +37,7 @@ def pool_size(first: Jacobian, n: int, rank: int, kind: str = "tensor") -> tuple
     Args:
         first: Jacobian of one sample or more. n: samples to draw from. rank, kind: columns and kind of the sketch.
     """
-    rows = rank // _SHARE
+    rows = min(rank // _SHARE, _POOL_ROWS)
     size = min(n, max(16, min(_POOL, _POOL_ROWS // first.k), -(-rows // first.k)))
     if min(rows, size * first.k - 1) <= len(_SOLUTIONS):
         return 0, 0
@@ -47,7 +47,7 @@ def pool_size(first: Jacobian, n: int, rank: int, kind: str = "tensor") -> tuple
 
 def anchor_count(first: Jacobian, rank: int, pool: int) -> int:
     """Anchors from a pool of so many samples: ANCHORS where they are worth it, more where they cost little."""
-    most = min(rank // _SHARE, pool * first.k - 1)
+    most = min(rank // _SHARE, pool * first.k - 1, _MANY)
     count = min(ANCHORS, most)
     if count <= len(_SOLUTIONS) or _burden(first, rank, count, pool) > 1:
         return 0
