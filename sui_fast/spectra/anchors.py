@@ -123,7 +123,8 @@ def reduced_sketch_map(pool: Tensor, residual: Tensor, rank: int, seed: int = 0)
 
 
 def _directions(theta: Tensor, residual: Tensor, count: int, rounding: float, seed: int) -> Tensor | None:
-    """[p k, q] of a pool with kernel theta: B = chosen^T J is orthonormal; None where all gradients are zero.
+    """[p k, count] of a pool with kernel theta: B = chosen^T J is orthonormal, but for zeros at its end where the pool
+    has fewer directions; None where all gradients are zero.
 
     Eigenvectors of nearly equal eigenvalues turn with the last bit, so their span alone is taken from them, and a basis
     of it from random signs: a run that goes on with other threads or batches must find the same features.
@@ -138,9 +139,10 @@ def _directions(theta: Tensor, residual: Tensor, count: int, rounding: float, se
     solved = torch.stack([u @ (pull / (s.clamp_min(0) + share * s[-1])) for share in _SOLUTIONS], 1)
     keep = s > _NOISE * rounding * s[-1]
     keep[: len(s) + len(_SOLUTIONS) - count] = False
-    lead = u[:, keep]
-    q, r = torch.linalg.qr(lead.T @ signs(len(s), lead.shape[1], 9, 0, seed, s.device, s.dtype))
-    chosen = (lead / s[keep].sqrt()) @ (q * r.diagonal().sign())
+    root, lead = s[keep].sqrt(), u[:, keep]
+    drawn = signs(len(s), len(root), 9, 0, seed, s.device, s.dtype)  # weak directions come last, whatever their number
+    q, r = torch.linalg.qr(root[:, None] * (lead.T @ drawn))
+    chosen = (lead / root) @ (q * r.diagonal().sign())
     for column in solved.T:  # Gram and Schmidt
         size = (column @ theta @ column).clamp_min(1e-300).sqrt()
         column = column / size
@@ -149,7 +151,7 @@ def _directions(theta: Tensor, residual: Tensor, count: int, rounding: float, se
         size = column @ theta @ column
         if float(size) > _LEAST:
             chosen = torch.cat([chosen, (column / size.sqrt())[:, None]], 1)
-    return chosen
+    return torch.nn.functional.pad(chosen, (0, count - chosen.shape[1]))  # rounding must not decide on the columns
 
 
 def _explicit(jac: Jacobian, rows: int) -> bool:
