@@ -108,7 +108,7 @@ def fit_map(
             return reduced_sketch_map(pool, goal.residual(torch.from_numpy(numbers), outputs), rank, seed)
         pool = source.some(numbers)
         residual = goal.residual(torch.from_numpy(numbers), pool.outputs)
-        return anchored_sketch_map(pool, residual, rank, seed, sketch)
+        return anchored_sketch_map(pool, residual, rank, seed, sketch, anchors)
     if kind == "nystrom":
         first = source.part(0, 1)
         pool = np.arange(n)

@@ -25,6 +25,7 @@ _SHARE = 4  # of the columns that may be anchors: one in so many
 _SOLUTIONS = (1e-1, 1e-2, 1e-3, 1e-4)  # ridge of the pool's solutions, in units of its largest eigenvalue
 _MOMENTS = {False: 2.0, True: 6.0}  # operations that anchors may add, in those of Z^T Z; True: no layer has positions
 _NOISE, _LEAST = 0.5, 1e-6  # eigenvalues, and squares of what a solution adds, that are rounding
+_SECOND = 2e10  # operations
 INNER = 1024  # columns of a sketch without anchors, brought down to fewer
 _MOST = 1 << 28  # bytes of B; of the explicit rows of a pool
 
@@ -41,30 +42,33 @@ def pool_size(first: Jacobian, n: int, rank: int, kind: str = "tensor") -> tuple
     size = min(n, max(16, min(_POOL, _POOL_ROWS // first.k), -(-rows // first.k)))
     if min(rows, size * first.k - 1) <= len(_SOLUTIONS):
         return 0, 0
-    count = anchor_count(first, rank, size)
+    count = anchor_count(first, n, rank, size)
     return (size if count or rank < INNER and kind == "tensor" else 0), count
 
 
-def anchor_count(first: Jacobian, rank: int, pool: int) -> int:
-    """Anchors from a pool of so many samples: ANCHORS where they are worth it, more where they cost little."""
+def anchor_count(first: Jacobian, n: int, rank: int, pool: int) -> int:
+    """Anchors from a pool of so many of n samples: ANCHORS where they are worth it, more where they cost little."""
+    few = n if 2 * rank >= 3 * n * first.k else None
     most = min(rank // _SHARE, pool * first.k - 1, _MANY)
     count = min(ANCHORS, most)
-    if count <= len(_SOLUTIONS) or _burden(first, rank, count, pool) > 1:
+    if count <= len(_SOLUTIONS) or _burden(first, rank, count, pool, few) > 1:
         return 0
-    while count < most and _burden(first, rank, min(2 * count, most), pool) <= 0.5:
+    while count < most and _burden(first, rank, min(2 * count, most), pool, few) <= 0.5:
         count = min(2 * count, most)
     return count
 
 
-def anchored_sketch_map(pool: Jacobian, residual: Tensor, rank: int, seed: int = 0, kind: str = "tensor") -> FeatureMap:
+def anchored_sketch_map(
+    pool: Jacobian, residual: Tensor, rank: int, seed: int = 0, kind: str = "tensor", count: int | None = None
+) -> FeatureMap:
     """Sketch of ``rank`` columns with anchors among them, or without where they would cost more than they are worth.
 
     Args:
         pool: Jacobian of some samples. residual: targets minus outputs of these [p, k].
-        rank, seed, kind: as in ``sketch_map``.
+        rank, seed, kind: as in ``sketch_map``. count: anchors, else by what they cost.
     Source: docs/math.md, section 10; anchors are a control variate (Nystrom part exact, remainder sketched).
     """
-    count = anchor_count(pool, rank, pool.n)
+    count = anchor_count(pool, pool.n, rank, pool.n) if count is None else count
     if not count:
         return sketch_map(sketch_rank(rank, kind), seed, kind)
     rows = pool.rows() if _explicit(pool, pool.shape[0]) else None
@@ -164,8 +168,11 @@ def _layers(jac: Jacobian) -> list[Outer]:
     return [factor for factor in jac.select(range(1)).factors() if isinstance(factor, Outer)]
 
 
-def _burden(first: Jacobian, rank: int, count: int, pool: int) -> float:
-    """Operations that anchors add over those that they may: some times the moment's, of a rank of 1024 or more."""
+def _burden(first: Jacobian, rank: int, count: int, pool: int, few: int | None) -> float:
+    """Operations that anchors add over those that they may: some times the moment's, of a rank of 1024 or more.
+
+    few: samples in all where they are so few for the rank that a sketch has little to say; a second is then allowed.
+    """
     rank, layers = max(rank, 1024), _layers(first)
     explicit = _explicit(first, pool * first.k)
     kernel = lambda layer: not explicit and goes_by_kernel(layer, pool, count)  # noqa: E731
@@ -182,4 +189,5 @@ def _burden(first: Jacobian, rank: int, count: int, pool: int) -> float:
             added += 2.0 * pool * (i + k * k * o)
         else:
             added += 2.0 * k * o * i * count
-    return added / (_MOMENTS[flat] * 2 * first.k * rank**2)
+    most = _MOMENTS[flat] * 2 * first.k * rank**2
+    return added / (most if few is None else max(most, _SECOND / few))
