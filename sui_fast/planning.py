@@ -16,7 +16,7 @@ from .jacobians.arriving import LARGE, held_batch
 from .jacobians.gram import by_rows
 from .jacobians.layers import Outer
 from .processes import grain, power
-from .spectra import ANCHORS, INNER, RANK_FOR, pool_size, subspace_columns
+from .spectra import INNER, RANK_FOR, pool_size, subspace_columns
 
 DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs up to which an eigendecomposition is worth its time
 DEFAULT_RANK = 1024
@@ -154,13 +154,13 @@ def make_plan(
     work = 2.0 * rows * wide**2 * (1.8 + 0.5 * (m > 0)) + m_own * k * wide**2 + 15.0 * wide**3 * (1 + (m > 0))
     work = 0.0 if alone else work
     if method == "sketch":
-        pool, anchored = pool_size(first, n, rank, sketch)
-        columns = INNER if pool and not anchored else rank
+        pool, anchors = pool_size(first, n, rank, sketch)
+        columns = INNER if pool and not anchors else rank
         sketched = lambda: first.sketch(columns, 0, sketch)  # noqa: E731
-        if anchored:
+        if anchors:
             many = _many(first)
-            anchors = make_anchors(many, many.outputs.new_ones(many.n * k, ANCHORS, dtype=torch.float64))
-            sketched = lambda: project(first, anchors, columns, 0, sketch, True)  # noqa: E731
+            along = make_anchors(many, many.outputs.new_ones(many.n * k, anchors, dtype=torch.float64))
+            sketched = lambda: project(first, along, columns, 0, sketch, True)  # noqa: E731
         each_map = _seconds_of(sketched) / first.n
         fit = pool * (capture + each_map)
     elif method == "nystrom":
@@ -177,7 +177,7 @@ def make_plan(
         again = 1 if n_own * each < HELD else 2
         fit = n_own * (again * capture + wide * (forward + 2 * back)) + 6.0 * d * wide**2 * product
     probes = 0 if alone else probe_count(first, n)
-    total = fit + (n_own + m_own) * (capture + each_map) + work * product + 0.2 + 2 * probes * capture
+    total = fit + (n_own + m_own) * (capture + each_map) + work * product + 0.2 + probes * (3 * capture + each_map)
     return Plan(method, rank, reason, passes, disk, size, total, sketch if method == "sketch" else None, stored)
 
 
@@ -236,11 +236,11 @@ def _stage_bytes(
     twice = max((x.a.shape[2] * x.g.shape[3] for x in layers if x.a.shape[1] > 1 and not by_rows(x)), default=0)
     worked = 2 * patches + max(formed, 2 * item * k * twice)
     capture = part * each + first.n * each * 2
-    pool, anchored = pool_size(first, n, rank, sketch) if method == "sketch" else (0, False)
-    if anchored:
-        by_kernel = len(layers) == len(first.factors()) and all(goes_by_kernel(x, pool, ANCHORS) for x in layers)
-        held = 0 if by_kernel else ANCHORS * item * d
-        widest = 0 if by_kernel else ANCHORS * item * max((x.a.shape[2] + 1) * x.g.shape[3] for x in layers)
+    pool, anchors = pool_size(first, n, rank, sketch) if method == "sketch" else (0, 0)
+    if anchors:
+        by_kernel = len(layers) == len(first.factors()) and all(goes_by_kernel(x, pool, anchors) for x in layers)
+        held = 0 if by_kernel else anchors * item * d
+        widest = 0 if by_kernel else anchors * item * max((x.a.shape[2] + 1) * x.g.shape[3] for x in layers)
         written = item * k * d if formed else 0
         fit = pool * (1.3 * each + 8 * k * rank + min(written, 1 << 20)) + max(48 * (pool * k) ** 2, 1.5 * widest)
         compute = first.n * (2 * each + patches + 10 * k * rank) + 2 * min(first.n * formed, item << 24)

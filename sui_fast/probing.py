@@ -94,17 +94,27 @@ def quality(
         some = drawn(source, fmap, seed, share)
         error = kernel_error(n, some) if error is None else error
         edf = max(kept, probed_dimension(n, some, phi, top, seed))
-        if fmap.kind != "sketch":  # features that lie below the kernel: the truth is between these two
+        if fmap.kind == "sketch":
+            beyond = _sketched(n, fmap, some, phi)
+            edf = kept if beyond < 0.2 * kept else min(edf, kept + beyond)
+        else:  # features that lie below the kernel: the truth is between these two
             edf = kept + missed if missed < 0.2 * kept else min(edf, kept + missed)
         asked = edf
         if open_reg is not None:
             smaller = probed_regularisation(some, goal, training)
             if smaller < open_reg:
                 asked = max(edf, probed_dimension(n, some, replace(phi, shift=n * smaller), top, seed))
-        enough = fmap.rank >= min(ENOUGH * RANK_FOR[fmap.kind] * asked, n * some.shape[1])
+        most = math.inf if fmap.kind == "sketch" else n * some.shape[1]
+        enough = fmap.rank >= min(ENOUGH * RANK_FOR[fmap.kind] * asked, most)
         if enough or probe_count(source.part(0, 1), n, _MORE) == some.shape[0]:
             break
     return Quality(error, edf, asked, some.shape[2])
+
+
+def _sketched(n: int, fmap: FeatureMap, probes: Probes, phi: TrainingFilter) -> float:
+    """About the most leverage that there can be beyond the anchors of a sketch."""
+    rest = probes.features[:, :, fmap.state["anchors"].shape[1] if "anchors" in fmap.state else 0 :]
+    return float(rest.square().sum()) * n / len(rest) * float(phi(np.zeros(1))[0])
 
 
 def kernel_error(n: int, probes: Probes) -> float:

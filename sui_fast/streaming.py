@@ -97,18 +97,18 @@ def fit_map(
     """
     n = source.samples.n
     if kind == "sketch":
-        size, anchored = pool_size(source.part(0, 1), n, rank, sketch)
+        size, anchors = pool_size(source.part(0, 1), n, rank, sketch)
         if not size:
             return sketch_map(sketch_rank(rank, sketch), seed, sketch)
         numbers = np.sort(np.random.default_rng(seed).choice(n, size, replace=False))
-        if not anchored:
+        if not anchors:
             outputs, pool = portions(
                 source.model, source.samples.pick(numbers), Sketch(INNER, seed, "tensor"), **source.options
             )
             return reduced_sketch_map(pool, goal.residual(torch.from_numpy(numbers), outputs), rank, seed)
         pool = source.some(numbers)
         residual = goal.residual(torch.from_numpy(numbers), pool.outputs)
-        return anchored_sketch_map(pool, residual, rank, seed, sketch)
+        return anchored_sketch_map(pool, residual, rank, seed, sketch, anchors)
     if kind == "nystrom":
         first = source.part(0, 1)
         pool = np.arange(n)

@@ -21,7 +21,7 @@ class Anchors:
     """Directions B [q, d] = chosen^T J(pool) of weight space, for each layer in the form that costs least.
 
     Attributes:
-        chosen: [p k, q], float64. rows: B [q, d]; None where no layer wants it.
+        chosen: [p k, q], float64. rows: B [q, d], of the layers that want it; None where none does.
         near: factors of the pool, by ``layer_order``; those of layers which take their coordinates from the kernel with
             the pool, else None. Empty where none does.
     """
@@ -35,7 +35,8 @@ def make_anchors(pool: Jacobian, chosen: Tensor) -> Anchors:
     """Anchors from the Jacobian of a pool and [p k, q]."""
     factors = sorted(pool.factors(), key=layer_order)
     near = [factor if goes_by_kernel(factor, pool.n, chosen.shape[1]) else None for factor in factors]
-    return Anchors(chosen, None if all(near) else pool.vjp(chosen.to(pool.dtype)), near)
+    formed = [factor for factor, other in zip(factors, near, strict=True) if other is None]
+    return Anchors(chosen, pool.vjp(chosen.to(pool.dtype), formed) if formed else None, near)
 
 
 def sketched_anchors(jac: Jacobian, rows: Tensor, rank: int, seed: int) -> Tensor:

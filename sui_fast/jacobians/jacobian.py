@@ -198,17 +198,17 @@ class Jacobian:
             own[part] += rows @ rows.transpose(1, 2)
 
     @_unrounded
-    def vjp(self, cotangent: Tensor) -> Tensor:
-        """J^T c: [d] for a cotangent [N], [r, d] for cotangents [N, r]."""
+    def vjp(self, cotangent: Tensor, factors: list[Factor] | None = None) -> Tensor:
+        """J^T c: [d] for a cotangent [N], [r, d] for cotangents [N, r]; of these factors alone where some are given."""
         flat = self.outputs.new_zeros(1 if cotangent.ndim == 1 else cotangent.shape[1], self.shape[1])
-        self.add_vjp(cotangent, flat)
+        self.add_vjp(cotangent, flat, factors)
         return flat[0] if cotangent.ndim == 1 else flat
 
     @_unrounded
-    def add_vjp(self, cotangent: Tensor, flat: Tensor) -> None:
+    def add_vjp(self, cotangent: Tensor, flat: Tensor, factors: list[Factor] | None = None) -> None:
         """flat [r, d] += J^T c, layer by layer; sums over samples that are held in a wider dtype stay in it."""
         c = cotangent.to(self.outputs).reshape(self.n, self.k, -1)
-        for factor in self._apart():
+        for factor in self._apart() if factors is None else factors:
             self._add_vjp(flat, factor, c)
 
     def _add_vjp(self, flat: Tensor, factor: Factor, c: Tensor) -> None:

@@ -1,6 +1,6 @@
 """The kernel matrix seen as a spectrum."""
 
-from .anchors import ANCHORS, INNER, anchored_sketch_map, pool_size, reduced_sketch_map
+from .anchors import INNER, anchored_sketch_map, pool_size, reduced_sketch_map
 from .dense import Spectrum, dense_spectrum
 from .maps import RANK_FOR, FeatureMap, nystrom_map, sketch_map, sketch_rank, subspace_columns, subspace_map
 from .moments import FeatureSpectrum, Moments, feature_spectrum
@@ -8,7 +8,6 @@ from .projections import PROJECTIONS, project, projection_matrix
 from .store import Store, fingerprint_of
 
 __all__ = [
-    "ANCHORS",
     "INNER",
     "PROJECTIONS",
     "RANK_FOR",

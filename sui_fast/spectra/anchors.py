@@ -9,7 +9,7 @@ linear and unbiased.
 
 from __future__ import annotations
 
-from math import frexp, log2
+import math
 
 import torch
 from torch import Tensor
@@ -20,44 +20,61 @@ from ..jacobians.layers import Outer
 from ..ops.sketching._random import signs
 from .maps import FeatureMap, sketch_map, sketch_rank
 
-_POOL, _POOL_ROWS = 256, 1024  # samples that the directions are taken from, and rows of these
-ANCHORS = 32
+_POOL, _POOL_ROWS = 256, 1024  # samples that the directions are taken from, and rows of these; more of a large rank
+ANCHORS, _MANY = 32, 512  # at least, or none; at most
+_SHARE = 4  # of the columns that may be anchors: one in so many
 _SOLUTIONS = (1e-1, 1e-2, 1e-3, 1e-4)  # ridge of the pool's solutions, in units of its largest eigenvalue
 _MOMENTS = {False: 2.0, True: 6.0}  # operations that anchors may add, in those of Z^T Z; True: no layer has positions
+_NOISE, _LEAST = 0.5, 1e-6  # eigenvalues, and squares of what a solution adds, that are rounding
+_SECOND = 2e10  # operations
 INNER = 1024  # columns of a sketch without anchors, brought down to fewer
 _MOST = 1 << 28  # bytes of B; of the explicit rows of a pool
 
 
-def pool_size(first: Jacobian, n: int, rank: int, kind: str = "tensor") -> tuple[int, bool]:
-    """(samples of a pool, whether for ``anchored_sketch_map``).
+def pool_size(first: Jacobian, n: int, rank: int, kind: str = "tensor") -> tuple[int, int]:
+    """(samples of a pool, anchors for ``anchored_sketch_map``).
 
-    Else for ``reduced_sketch_map``; 0 samples for a plain sketch.
+    Without anchors the pool is for ``reduced_sketch_map``; 0 samples for a plain sketch.
 
     Args:
         first: Jacobian of one sample or more. n: samples to draw from. rank, kind: columns and kind of the sketch.
     """
-    size = min(n, _POOL, max(16, _POOL_ROWS // first.k))
-    count = min(ANCHORS, rank // 4, size * first.k - 1)
-    if count <= len(_SOLUTIONS):
-        return 0, False
-    anchored = _worth_it(first, rank, count, size)
-    return (size if anchored or rank < INNER and kind == "tensor" else 0), anchored
+    rows = min(rank // _SHARE, _POOL_ROWS)
+    size = min(n, max(16, min(_POOL, _POOL_ROWS // first.k), -(-rows // first.k)))
+    if min(rows, size * first.k - 1) <= len(_SOLUTIONS):
+        return 0, 0
+    count = anchor_count(first, n, rank, size)
+    return (size if count or rank < INNER and kind == "tensor" else 0), count
 
 
-def anchored_sketch_map(pool: Jacobian, residual: Tensor, rank: int, seed: int = 0, kind: str = "tensor") -> FeatureMap:
+def anchor_count(first: Jacobian, n: int, rank: int, pool: int) -> int:
+    """Anchors from a pool of so many of n samples: ANCHORS where they are worth it, more where they cost little."""
+    few = n if 2 * rank >= 3 * n * first.k else None
+    most = min(rank // _SHARE, pool * first.k - 1, _MANY)
+    count = min(ANCHORS, most)
+    if count <= len(_SOLUTIONS) or _burden(first, rank, count, pool, few) > 1:
+        return 0
+    while count < most and _burden(first, rank, min(2 * count, most), pool, few) <= 0.5:
+        count = min(2 * count, most)
+    return count
+
+
+def anchored_sketch_map(
+    pool: Jacobian, residual: Tensor, rank: int, seed: int = 0, kind: str = "tensor", count: int | None = None
+) -> FeatureMap:
     """Sketch of ``rank`` columns with anchors among them, or without where they would cost more than they are worth.
 
     Args:
         pool: Jacobian of some samples. residual: targets minus outputs of these [p, k].
-        rank, seed, kind: as in ``sketch_map``.
+        rank, seed, kind: as in ``sketch_map``. count: anchors, else by what they cost.
     Source: docs/math.md, section 10; anchors are a control variate (Nystrom part exact, remainder sketched).
     """
-    count = min(ANCHORS, rank // 4, pool.shape[0] - 1)
-    if count <= len(_SOLUTIONS) or not _worth_it(pool, rank, count, pool.n):
+    count = anchor_count(pool, pool.n, rank, pool.n) if count is None else count
+    if not count:
         return sketch_map(sketch_rank(rank, kind), seed, kind)
     rows = pool.rows() if _explicit(pool, pool.shape[0]) else None
     theta = (pool.gram() if rows is None else rows @ rows.T).to(torch.float64)
-    chosen = _directions(theta, residual, count, pool.dtype)
+    chosen = _directions(theta, residual, count, pool.dtype, seed)
     if chosen is None:
         return sketch_map(sketch_rank(rank, kind), seed, kind)
     columns = sketch_rank(rank - chosen.shape[1], kind)
@@ -93,7 +110,8 @@ def reduced_sketch_map(pool: Tensor, residual: Tensor, rank: int, seed: int = 0)
     Source: docs/math.md, section 10.
     """
     plain, rows = sketch_map(INNER, seed), pool.flatten(0, 1).to(torch.float64)
-    chosen = _directions(rows @ rows.T, residual, min(ANCHORS, rank // 4, len(rows) - 1), pool.dtype)
+    count = min(ANCHORS, rank // _SHARE, len(rows) - 1)
+    chosen = _directions(rows @ rows.T, residual, count, pool.dtype, seed)
     if chosen is None:
         return sketch_map(sketch_rank(rank, "tensor"), seed)
     known = rows.T @ chosen
@@ -109,40 +127,41 @@ def reduced_sketch_map(pool: Tensor, residual: Tensor, rank: int, seed: int = 0)
     return FeatureMap("sketch", rank, both, {"turn": turn}, plain.portion, reduce)
 
 
-def _directions(theta: Tensor, residual: Tensor, count: int, dtype: torch.dtype) -> Tensor | None:
-    """[p k, q] of a pool with kernel theta: B = chosen^T J is orthonormal; None where all gradients are zero.
+def _directions(theta: Tensor, residual: Tensor, count: int, dtype: torch.dtype, seed: int) -> Tensor | None:
+    """[p k, count] of a pool with kernel theta: B = chosen^T J is orthonormal, but for zeros at its end where the pool
+    has fewer directions; None where all gradients are zero.
 
-    dtype: of the products of gradients.
+    Eigenvectors of nearly equal eigenvalues turn with the last bit, so their span alone is taken from them, and a basis
+    of it from random signs: a run that goes on with other threads or batches must find the same features.
+
+    Args:
+        dtype: of the products of gradients; eigenvalues which its rounding may hide are left out.
     """
     check_squares(float(theta.diagonal().mean()), dtype)
     top = float(theta.diagonal().max())
     if not top > 0:
         return None
-    unit = 4.0 ** (frexp(top)[1] // 2)  # so that nothing below leaves the range of numbers, whatever the scale
+    unit = 4.0 ** (math.frexp(top)[1] // 2)  # so that nothing below leaves the range of numbers, whatever the scale
     theta = theta / unit
     s, u = torch.linalg.eigh((theta + theta.T) / 2)
     pull = u.T @ residual.reshape(-1).to(s)
     solved = torch.stack([u @ (pull / (s.clamp_min(0) + share * s[-1])) for share in _SOLUTIONS], 1)
-    lead = u[:, len(_SOLUTIONS) - count :].flip(1)
-    chosen = torch.cat([lead * lead.gather(0, lead.abs().argmax(0, keepdim=True)).sign(), solved], 1)
-    chosen = chosen / torch.einsum("nq,nm,mq->q", chosen, theta, chosen).clamp_min(1e-300).sqrt()
-    return chosen @ _orthonormal(chosen.T @ theta @ chosen) * unit**-0.5
-
-
-def _orthonormal(gram: Tensor, least: float = 1e-6) -> Tensor:
-    """T [q, r], T^T gram T = 1, column after column, without those that depend on earlier ones.
-
-    Gram and Schmidt, as eigenvectors of equal eigenvalues would turn with the last bit: a run that goes on with other
-    threads or batches must find the same features.
-    """
-    turn = gram.new_zeros(len(gram), 0)
-    for column in torch.eye(len(gram)).to(gram):
+    keep = s > _NOISE * torch.finfo(dtype).eps * s[-1]
+    keep[: len(s) + len(_SOLUTIONS) - count] = False
+    root, lead = s[keep].sqrt(), u[:, keep]
+    drawn = signs(len(s), len(root), 9, 0, seed, s.device, s.dtype)  # weak directions come last, whatever their number
+    q, r = torch.linalg.qr(root[:, None] * (lead.T @ drawn))
+    chosen = (lead / root) @ (q * r.diagonal().sign())
+    for column in solved.T:  # Gram and Schmidt
+        size = (column @ theta @ column).clamp_min(1e-300).sqrt()
+        column = column / size
         for _ in range(2):
-            column = column - turn @ (turn.T @ (gram @ column))
-        size = column @ gram @ column
-        if float(size) > least:
-            turn = torch.cat([turn, (column / size.sqrt())[:, None]], 1)
-    return turn
+            column = column - chosen @ (chosen.T @ (theta @ column))
+        size = column @ theta @ column
+        if float(size) > _LEAST:
+            chosen = torch.cat([chosen, (column / size.sqrt())[:, None]], 1)
+    chosen = chosen * unit**-0.5
+    return torch.nn.functional.pad(chosen, (0, count - chosen.shape[1]))  # rounding must not decide on the columns
 
 
 def _explicit(jac: Jacobian, rows: int) -> bool:
@@ -155,17 +174,20 @@ def _layers(jac: Jacobian) -> list[Outer]:
     return [factor for factor in jac.select(range(1)).factors() if isinstance(factor, Outer)]
 
 
-def _worth_it(first: Jacobian, rank: int, count: int, pool: int) -> bool:
-    """Whether the operations that anchors add are few against those of the moment of a rank of 1024 or more."""
+def _burden(first: Jacobian, rank: int, count: int, pool: int, few: int | None) -> float:
+    """Operations that anchors add over those that they may: some times the moment's, of a rank of 1024 or more.
+
+    few: samples in all where they are so few for the rank that a sketch has little to say; a second is then allowed.
+    """
     rank, layers = max(rank, 1024), _layers(first)
     explicit = _explicit(first, pool * first.k)
     kernel = lambda layer: not explicit and goes_by_kernel(layer, pool, count)  # noqa: E731
     if not all(map(kernel, layers)) and 4 * count * first.shape[1] > _MOST:
-        return False
+        return math.inf
     flat, added = True, 0.0  # a sample; operations of a transform count three times
     for layer in layers:
         (_, k, positions, o), i = layer.g.shape, layer.a.shape[2]
-        transforms, rows = 6.0 * k * positions * rank * log2(rank), 2.0 * k * o * i * (positions + 2)
+        transforms, rows = 6.0 * k * positions * rank * math.log2(rank), 2.0 * k * o * i * (positions + 2)
         if positions > 1:  # rows are formed for all, and scattered
             flat = False
             added += rows + 2.0 * k * o * i * count - min(transforms, rows)
@@ -173,4 +195,5 @@ def _worth_it(first: Jacobian, rank: int, count: int, pool: int) -> bool:
             added += 2.0 * pool * (i + k * k * o)
         else:
             added += 2.0 * k * o * i * count
-    return added <= _MOMENTS[flat] * 2 * first.k * rank**2
+    most = _MOMENTS[flat] * 2 * first.k * rank**2
+    return added / (most if few is None else max(most, _SECOND / few))
