@@ -238,11 +238,11 @@ def _stage_bytes(
     capture = part * each + first.n * each * 2
     pool, anchors = pool_size(first, n, rank, sketch) if method == "sketch" else (0, 0)
     if anchors:
-        by_kernel = len(layers) == len(first.factors()) and all(goes_by_kernel(x, pool, anchors) for x in layers)
-        held = 0 if by_kernel else anchors * item * d
-        widest = 0 if by_kernel else anchors * item * max((x.a.shape[2] + 1) * x.g.shape[3] for x in layers)
+        formed_of = [x for x in layers if not goes_by_kernel(x, pool, anchors)]
+        held = anchors * item * d if formed_of or len(layers) < len(first.factors()) else 0
+        widest = anchors * item * max(((x.a.shape[2] + 1) * x.g.shape[3] for x in formed_of), default=0)
         written = item * k * d if formed else 0
-        fit = pool * (1.3 * each + 8 * k * rank + min(written, 1 << 20)) + max(48 * (pool * k) ** 2, 1.5 * widest)
+        fit = pool * (1.3 * each + 8 * k * rank + min(written, 1 << 20)) + max(56 * (pool * k) ** 2, 1.5 * widest)
         compute = first.n * (2 * each + patches + 10 * k * rank) + 2 * min(first.n * formed, item << 24)
     elif method == "sketch":  # layers are sketched as the backward pass reaches them
         columns = INNER if pool else rank
