@@ -18,7 +18,7 @@ from .processes import Source
 from .spectra import RANK_FOR, FeatureMap, Spectrum
 
 _SHARE, _MORE = 0.15, 8.0  # of the time of a run, for the kernel of the probes; more of few samples to name a rank
-_FEW = 1024
+_FEW, _FITS = 1024, HELD // 8  # samples, and bytes of their factors, of which more probes are drawn
 
 
 @dataclass
@@ -48,8 +48,7 @@ def drawn(source: Source, fmap: FeatureMap, seed: int, share: float = _SHARE) ->
     count, k = probe_count(one, n, share), one.k
     numbers = np.sort(np.random.default_rng(seed + 1).choice(n, count, replace=False))
     some = np.sort(np.random.default_rng(seed + 3).choice(count, min(count, PROBES), replace=False))
-    most = HELD if share == _SHARE else HELD // 8
-    step = count if count * one.nbytes <= most else max(1, most // (2 * one.nbytes))
+    step = count if count * one.nbytes <= HELD else max(1, HELD // (2 * one.nbytes))
     exact = torch.empty(count * k, count * k, dtype=torch.float64, device=source.device)
     features, outputs = [], []
     for begin in range(0, count, step):
@@ -89,8 +88,9 @@ def quality(
         open_reg: what reg="auto" took with these features, which with more of them may be smaller; else None.
         training: of the run, its convention among them.
     """
-    n, error = source.samples.n, None
-    for share in (_SHARE, _MORE) if n <= _FEW else (_SHARE,):
+    n, error, one = source.samples.n, None, source.part(0, 1)
+    few = n <= _FEW and n * one.nbytes <= _FITS  # of a larger model their kernel would take many times the run
+    for share in (_SHARE, _MORE) if few else (_SHARE,):
         some = drawn(source, fmap, seed, share)
         error = kernel_error(n, some) if error is None else error
         edf = max(kept, probed_dimension(n, some, phi, top, seed))
@@ -106,7 +106,7 @@ def quality(
                 asked = max(edf, probed_dimension(n, some, replace(phi, shift=n * smaller), top, seed))
         most = math.inf if fmap.kind == "sketch" else n * some.shape[1]
         enough = fmap.rank >= min(ENOUGH * RANK_FOR[fmap.kind] * asked, most)
-        if enough or probe_count(source.part(0, 1), n, _MORE) == some.shape[0]:
+        if enough or probe_count(one, n, _MORE) == some.shape[0]:
             break
     return Quality(error, edf, asked, some.shape[2])
 
