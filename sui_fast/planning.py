@@ -265,7 +265,7 @@ def _stage_bytes(
         spread = max((x.a.shape[2] * x.g.shape[3] for x in layers if k > x.a.shape[1]), default=0)
         fit = kept + wide * d * (8.2 + item) + turned + 2 * wide * spread * item + part * (each + d * item)
         compute = capture + turned + part * (d * item + 16 * k * wide)
-    seen = 0 if m == 0 else 2 if m * k < wide else 8  # squares of the moment of the validation samples
+    seen = 0 if m == 0 else 1 if m * k < wide else 6.5  # squares of the moment of the validation samples
     after = (3.0 + 0.4 * seen) * square  # with what a product of float64 keeps
     probes = probe_count(first, n)
     at_once = probes if probes * each <= HELD else max(1, int(HELD / (2 * each)))
@@ -273,7 +273,7 @@ def _stage_bytes(
         "map": fit + held,
         "features": held + max(kept, features) + compute + (5 if stored else 1) * shard,
         "sums": held + features + 3.0 * square + 3 * shard * stored + 8 * min(piece, 1 << 20),
-        "spectrum": held + features + (7.5 + seen) * square + 2 * shard * stored,
+        "spectrum": held + features + (9.0 + seen) * square,
         "leave one out": held
         + features
         + after
