@@ -141,7 +141,7 @@ def make_plan(
         held = 1.2 * (n + m) * each + 8 * rows * m * k
         solve = 8 * rows * rows * (5.2 if spectral else 4.0) + 30_000_000 * (not spectral)
         peak = int(_LIBRARIES + held + max(solve, 8 * rows * rows + _tile_bytes(first, n)))
-        gram = _pair_seconds(first, first) * (n * n / 2 + n * m)
+        gram = _pair_seconds(first) * (n * n / 2 + n * m)
         return Plan(
             method, rows, reason, 1, 0, peak, capture * (n + m) + gram + (12 if spectral else 2) * rows**3 * product
         )
@@ -165,7 +165,7 @@ def make_plan(
         fit = pool * (capture + each_map)
     elif method == "nystrom":
         pool, landmarks = min(n, max(2000, 4 * rank // k)), _landmarks(n, k, rank)
-        each_map = _pair_seconds(first, first.select(range(first.n))) * landmarks
+        each_map = _pair_seconds(first) * landmarks
         fit = pool * (capture + each_map) + 2.0 * k**2 * pool * landmarks**2 * product
         work += 2.0 * (rows + m_own * k) * landmarks * k * rank
     else:
@@ -315,14 +315,13 @@ def _seconds_of(work: Callable[[], object]) -> float:
     return least_seconds(work)
 
 
-def _pair_seconds(first: Jacobian, other: Jacobian) -> float:
-    """Of the kernel of two samples among many, of which it costs less than among few; ``other``: it or a copy of it."""
-    few = _seconds_of(lambda: first.gram(other))
+def _pair_seconds(first: Jacobian) -> float:
+    """Of the kernel of two samples among many, of which it costs less than among few."""
+    few = _seconds_of(lambda: first.gram(first))
     if few > 0.1:
         return few / first.n**2
     many = _many(first)
-    other = many if other is first else _many(other)
-    return _seconds_of(lambda: many.gram(other)) / many.n**2
+    return _seconds_of(lambda: many.gram(many)) / many.n**2
 
 
 def _many(first: Jacobian) -> Jacobian:

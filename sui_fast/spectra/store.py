@@ -84,9 +84,9 @@ class Store:
                 raise StoreError(
                     complaint("store", "an empty folder or a store", f"{self.path} with {stray[0]!r}", "Name another.")
                 )
-            if resume and len(stray) > 1:
-                raise _damage(self.path, f"{len(stray)} shards and no manifest")
             if resume:
+                if len(stray) > 1:
+                    raise _damage(self.path, f"{len(stray)} shards and no manifest")
                 if self._lock is not None:
                     self._commit()
                 return
