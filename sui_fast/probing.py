@@ -14,7 +14,7 @@ from .jacobians.finite import check_products
 from .loo import TrainingFilter, loo_error_curve, make_blocks
 from .losses import Goal
 from .planning import ENOUGH, HELD, PROBES, probe_count
-from .processes import Source
+from .processes import Ahead, Source
 from .spectra import RANK_FOR, FeatureMap, Spectrum
 
 _SHARE, _MORE = 0.15, 8.0  # of the time of a run, for the kernel of the probes; more of few samples to name a rank
@@ -28,7 +28,7 @@ class Probes:
     Attributes:
         shape: (samples p, outputs k, parameters d). exact: their kernel [p k, p k], float64.
         some: which of them have features [m], sorted. features: [m, k, r], float64.
-        numbers, outputs: their numbers [p] and outputs [p, k].
+        numbers, outputs: their numbers [p] and outputs [p, k]. ahead: what pass 1 need not capture again, or None.
     """
 
     shape: tuple[int, int, int]
@@ -37,12 +37,17 @@ class Probes:
     features: Tensor
     numbers: np.ndarray
     outputs: Tensor
+    ahead: Ahead | None = None
 
 
-def drawn(source: Source, fmap: FeatureMap, seed: int, share: float = _SHARE) -> Probes:
+def drawn(
+    source: Source, fmap: FeatureMap, seed: int, share: float = _SHARE, *, ahead: bool = False, kernel: bool = True
+) -> Probes:
     """Probes of a run; where their factors are large they are captured in parts, two of them in memory at a time.
 
-    share: of the time of a run that their kernel may take, about.
+    Args:
+        share: of the time of a run that their kernel may take, about. ahead: whether pass 1 follows; it is told of all.
+        kernel: whether it is wanted.
     """
     n, one = source.samples.n, source.part(0, 1)
     count, k = probe_count(one, n, share), one.k
@@ -50,21 +55,31 @@ def drawn(source: Source, fmap: FeatureMap, seed: int, share: float = _SHARE) ->
     some = np.sort(np.random.default_rng(seed + 3).choice(count, min(count, PROBES), replace=False))
     step = count if count * one.nbytes <= HELD else max(1, HELD // (2 * one.nbytes))
     exact = torch.empty(count * k, count * k, dtype=torch.float64, device=source.device)
-    features, outputs = [], []
+    features, outputs, own = [], [], []
     for begin in range(0, count, step):
         part, rows = source.some(numbers[begin : begin + step]), slice(begin * k, (begin + step) * k)
         outputs.append(part.outputs)
-        exact[rows, rows] = part.gram().to(torch.float64)
-        here = some[(some >= begin) & (some < begin + step)] - begin
+        here = np.arange(part.n) if ahead else some[(some >= begin) & (some < begin + step)] - begin
         if len(here):
             chosen = part if len(here) == part.n else part.select(here.tolist())
-            features.append(fmap.features(chosen).to(torch.float64))
+            found, blocks = fmap.both(chosen, ahead)
+            features.append(found if ahead else found.to(torch.float64))
+            own.append(blocks)
+        if not kernel:
+            continue
+        exact[rows, rows] = part.gram().to(torch.float64)
         for other in range(begin + step, count, step):
             columns = slice(other * k, (other + step) * k)
             block = part.gram(source.some(numbers[other : other + step])).to(torch.float64)
             exact[rows, columns], exact[columns, rows] = block, block.T
-    check_products(exact)
-    return Probes((count, k, one.shape[1]), exact, some, torch.cat(features), numbers, torch.cat(outputs))
+    features, outputs = torch.cat(features), torch.cat(outputs)
+    known = None
+    if ahead:
+        known = Ahead(numbers, outputs, features, None if own[0] is None else torch.cat(own))
+        features = features[some].to(torch.float64)
+    if kernel:
+        check_products(exact)
+    return Probes((count, k, one.shape[1]), exact, some, features, numbers, outputs, known)
 
 
 @dataclass(frozen=True)
@@ -78,20 +93,21 @@ class Quality:
 
 
 def quality(
-    source: Source, fmap: FeatureMap, goal: Goal, phi: TrainingFilter, seed: int, top: float, kept: float,
-    missed: float, open_reg: float | None, training: dict[str, Any],
+    source: Source, fmap: FeatureMap, probes: Probes | None, goal: Goal, phi: TrainingFilter, seed: int, top: float,
+    kept: float, missed: float, open_reg: float | None, training: dict[str, Any],
 ) -> Quality:  # fmt: skip
     """What the probes tell of a run; of few samples more of them where the rank will not do, for the one that would.
 
     Args:
-        phi: the training. top: largest eigenvalue. kept, missed: leverage in the features, and beyond them.
+        probes: as ``drawn`` gave them, or None. phi: the training.
+        top: largest eigenvalue. kept, missed: leverage in the features, and beyond them.
         open_reg: what reg="auto" took with these features, which with more of them may be smaller; else None.
         training: of the run, its convention among them.
     """
     n, error, one = source.samples.n, None, source.part(0, 1)
     few = n <= _FEW and n * one.nbytes <= _FITS  # of a larger model their kernel would take many times the run
     for share in (_SHARE, _MORE) if few else (_SHARE,):
-        some = drawn(source, fmap, seed, share)
+        some, probes = probes or drawn(source, fmap, seed, share), None
         error = kernel_error(n, some) if error is None else error
         edf = max(kept, probed_dimension(n, some, phi, top, seed))
         if fmap.kind == "sketch":

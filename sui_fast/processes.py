@@ -22,6 +22,17 @@ from .jacobians.engine import predict
 _PATIENCE = 30.0  # seconds that a run waits for the other processes to begin it, before it says so
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """Samples that pass 1 need not capture: numbers [p], outputs [p, k], features [p, k, r], own blocks [p, k, k] or
+    None."""
+
+    numbers: np.ndarray
+    outputs: Tensor
+    features: Tensor
+    own: Tensor | None
+
+
 @dataclass
 class Source:
     """Samples, and how their Jacobian is captured.
@@ -29,7 +40,7 @@ class Source:
     Attributes:
         model, samples, options: as ``jacobian`` takes them.
         begin, end: the slice of this process.
-        kept: Jacobians of whole portions that stay in memory for the next pass, by their bounds.
+        kept: Jacobians of whole portions that stay in memory for the next pass, by their bounds. ahead: see there.
     """
 
     model: torch.nn.Module
@@ -38,6 +49,7 @@ class Source:
     begin: int
     end: int
     kept: dict[tuple[int, int], Jacobian] = field(default_factory=dict)
+    ahead: Ahead | None = None
 
     @property
     def device(self) -> torch.device:

@@ -36,7 +36,7 @@ from .losses import Goal, is_certain, name_of
 from .measures import feature_neighbours, information, kernel_neighbours, sgd_information
 from .parts import Merged, Part, begin_anew, open_parts, open_store
 from .planning import return_memory
-from .probing import quality
+from .probing import drawn, quality
 from .processes import Processes, Source
 from .spectra import (
     dense_spectrum,
@@ -229,6 +229,11 @@ class Run:
             )
         with stages(f"{method} map"):
             fmap = fit_map(source, self.goal, method, rank, self.seed, processes, self.sketch)
+        some = None
+        if fmap.portion is not None:
+            with stages("error estimate"):
+                some = drawn(source, fmap, self.seed, ahead=True, kernel=not alone)
+                source.ahead = some.ahead
         options = {name: re.sub(r" at 0x[0-9a-fA-F]+", "", repr(x)) for name, x in common.items()}  # the same tomorrow
         about = dict(options, method=method, rank=fmap.rank, rank_asked=int(rank), seed=self.seed)
         if method == "sketch":
@@ -308,7 +313,7 @@ class Run:
                     self.new_values = processes.gather(_joined(columns))
             with stages("error estimate"):
                 found = quality(
-                    source, fmap, self.goal, phi, self.seed, float(spectrum.s[-1]), kept, missed,
+                    source, fmap, some, self.goal, phi, self.seed, float(spectrum.s[-1]), kept, missed,
                     reg if isinstance(self.reg, str) else None, dict(self.training, convention=self.convention),
                 )  # fmt: skip
                 details["effective_dimension"] = found.dimension

@@ -161,11 +161,7 @@ def features_of(
 
 def _features(source: Source, fmap: FeatureMap, goal: Goal | None, begin: int, end: int) -> dict[str, Tensor]:
     if fmap.portion is not None:
-        function = fmap.portion(goal is not None)
-        outputs, features, *own = portions(source.model, source.samples.slice(begin, end), function, **source.options)
-        own = own[0] if own else None
-        if fmap.reduce is not None:
-            features, own = fmap.reduce(features, goal is not None)
+        outputs, features, own = _sketched(source, fmap, goal is not None, begin, end)
     else:
         part = source.last(begin, end)
         outputs, (features, own) = part.outputs, fmap.both(part, goal is not None)
@@ -180,6 +176,32 @@ def _features(source: Source, fmap: FeatureMap, goal: Goal | None, begin: int, e
             share, counts, basis = _beyond_rounding(own.to(torch.float64) - wide @ wide.transpose(1, 2), features)
             found["missed"] = _matrix(basis, share * counts).cpu()
     return found
+
+
+def _sketched(
+    source: Source, fmap: FeatureMap, own: bool, begin: int, end: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(outputs, features, own blocks or None), where what was captured ahead is put among the others."""
+    samples, ahead = source.samples.slice(begin, end), source.ahead
+    places, rest, known = np.arange(0), np.arange(end - begin), ()
+    if ahead is not None:
+        there = slice(*np.searchsorted(ahead.numbers, (begin, end)))
+        places = ahead.numbers[there] - begin
+        rest = np.setdiff1d(rest, places)
+        known = [x[there] for x in (ahead.outputs, ahead.features, ahead.own) if x is not None]
+    if len(rest):
+        if len(places):
+            chunks = list(samples.batches(end - begin))
+            samples = Samples(chunks, None, samples.ids, samples.argument, samples.first).pick(rest)
+        found = portions(source.model, samples, fmap.portion(own), **source.options)
+        if fmap.reduce is not None:
+            found = (found[0], *(x for x in fmap.reduce(found[1], own) if x is not None))
+        if len(places):
+            order = torch.from_numpy(np.concatenate([rest, places]).argsort()).to(source.device)
+            known = [torch.cat(pair)[order] for pair in zip(found, known, strict=True)]
+        else:
+            known = found
+    return (*known, None)[:3]
 
 
 def _in_turn(store: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

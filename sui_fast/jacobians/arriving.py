@@ -18,7 +18,7 @@ from .joining import apart, by_map, ways
 from .layers import Factor, Rows, Use, make_factors
 from .recorder import Recorder, Replay
 from .recurrent import own_body
-from .streams import add_sketch, as_read, streams_of
+from .streams import add_factor, add_sketch, as_read, layer_order, streams_of
 
 LARGE = 1 << 23  # numbers that a batch would hold
 _HELD, _LEAST = 1 << 25, 32  # numbers that are held at a time on a CPU; samples all the same
@@ -28,10 +28,13 @@ _grad = own_body(torch.autograd.grad)
 
 @dataclass
 class Ways:
-    """What is known of the factors before they exist: keys of the uses, how each factor is mapped, all streams."""
+    """What is known of the factors before they exist: keys of the uses, how each factor is mapped, all streams.
+
+    maps: of each use its factors: "joined", or "alone" or "apart" and the streams of its parts.
+    """
 
     keys: list[tuple]
-    ways: list[list[str]]
+    maps: list[list[tuple[str, list[int]]]]
     order: list
     numbers: int  # held for one sample
 
@@ -54,12 +57,18 @@ def ways_of(jac: Jacobian) -> Ways:
     found = [factor for factors in per_use for factor in factors]
     known = ways([*found, *general], jac._shapes)
     held = sum(use.saved.numel() + g.numel() for use, g in jac._uses) // jac.n
-    return Ways(
-        [use.key for use, _ in jac._uses],
-        [[known[id(factor)] for factor in factors] for factors in per_use],
-        streams_of(by_map([*found, *general], jac._shapes)),
-        held,
-    )
+    order = streams_of(by_map([*found, *general], jac._shapes))
+
+    def map_of(factor: Factor) -> tuple[str, list[int]]:
+        way = known[id(factor)]
+        return way, [] if way == "joined" else [order.index(layer_order(part)) for part in _parts(factor, way)]
+
+    maps = [[map_of(factor) for factor in factors] for factors in per_use]
+    return Ways([use.key for use, _ in jac._uses], maps, order, held)
+
+
+def _parts(factor: Factor, way: str) -> list[Factor]:
+    return apart(factor) if way == "apart" else [factor]
 
 
 def sketch_arriving(
@@ -77,14 +86,13 @@ def sketch_arriving(
         use, uses[number] = uses[number], None
         if gradient is None:
             return
-        for factor, way in zip(
-            make_factors(*as_read(use, gradient[:, None], jac.dtype)), known.ways[number], strict=True
-        ):
+        factors = make_factors(*as_read(use, gradient[:, None], jac.dtype))
+        for factor, (way, streams) in zip(factors, known.maps[number], strict=True):
             if way == "joined":
                 waiting.append(factor)
                 continue
-            for part in apart(factor) if way == "apart" else [factor]:
-                add_sketch(sums, part, known.order, jac._shapes)
+            for part, stream in zip(_parts(factor, way), streams, strict=True):
+                add_factor(sums, part, stream, jac._shapes)
 
     backward(take)
     for factor in by_map(waiting, jac._shapes):

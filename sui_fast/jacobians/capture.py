@@ -119,8 +119,8 @@ class Evaluator:
                     )
                 )
 
-    def __call__(self, batch: Any, first: int = 0) -> Tensor:
-        """Outputs [b, k], checked."""
+    def __call__(self, batch: Any, number: Callable[[int], int] = int) -> Tensor:
+        """Outputs [b, k], checked; number: of the sample at a place of the batch, in the whole data set."""
         try:
             out = self._forward(batch)
         except _FAILURES as error:
@@ -154,7 +154,7 @@ class Evaluator:
                     complaint(
                         "model",
                         "finite outputs",
-                        f"NaN or infinity for sample {first + int(bad[0])}",
+                        f"NaN or infinity for sample {number(int(bad[0]))}",
                         "Check that sample and the weights of the model.",
                     )
                 )
@@ -198,17 +198,19 @@ class Evaluator:
         return recorder, out
 
     def capture(
-        self, batch: Any, first: int, plan: list[Call], general: set[str], project: Tensor | None = None
-    ) -> Captured:
+        self, batch: Any, plan: list[Call], general: set[str], project: Tensor | None = None,
+        number: Callable[[int], int] = int,
+    ) -> Captured:  # fmt: skip
         """Forward pass of a batch with every use of the ruled parameters recorded; backward passes follow on demand.
 
         Args:
+            number: as in ``__call__``.
             project: [k, m]: outputs become outputs @ project.
         """
         ruled = {name: p for name, p in self.parameters.items() if name not in general}
         recorder = Recorder(ruled, batch_length(batch), plan=plan)
         with recorder:
-            out = self(batch, first)
+            out = self(batch, number)
         out = out if project is None else out @ project.to(out)
         overwritten = {name for use in recorder.spoiled() for name in use.parameters}
         unruled = recorder.unruled | dict.fromkeys(overwritten, "an input overwritten in place")

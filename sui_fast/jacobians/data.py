@@ -54,13 +54,14 @@ class Samples:
     Attributes:
         ids: numpy [n]; 0..n-1 where the data name none.
         targets: tensor [n] or [n, k], or None.
-        argument: the name of the argument the data came as, first: the number of the first sample there, where these
-            are a slice; for error messages.
+        argument: the name of the argument the data came as. first: the number of the first sample there, where these
+            are a slice, or the numbers of all, where they were picked; for error messages.
     """
 
     def __init__(
-        self, chunks: list[Any], targets: Tensor | None, ids: np.ndarray | None, argument: str, first: int = 0
-    ):
+        self, chunks: list[Any], targets: Tensor | None, ids: np.ndarray | None, argument: str,
+        first: int | np.ndarray = 0,
+    ):  # fmt: skip
         self._chunks = chunks
         self.targets, self.argument, self.first = targets, argument, first
         self.n = sum(batch_length(chunk) for chunk in chunks)
@@ -110,7 +111,12 @@ class Samples:
             if first < last:
                 parts.append(map_batch(lambda x, a=first, b=last: x[a:b], chunk))
             offset += length
-        return Samples(parts, None, self.ids[begin:end], self.argument, self.first + begin)
+        first = self.first + begin if isinstance(self.first, int) else self.first[begin:end]
+        return Samples(parts, None, self.ids[begin:end], self.argument, first)
+
+    def number(self, place: int) -> int:
+        """Number in the whole data set of the sample at a place."""
+        return self.first + place if isinstance(self.first, int) else int(self.first[place])
 
     def pick(self, numbers: np.ndarray) -> Samples:
         """Inputs of the samples with these numbers (ascending), without targets."""
@@ -121,7 +127,8 @@ class Samples:
             if len(own):
                 parts.append(map_batch(lambda x, own=own: x[own.to(x.device)], chunk))
             offset += length
-        return Samples(parts, None, self.ids[numbers], self.argument)
+        first = self.first + numbers if isinstance(self.first, int) else self.first[numbers]
+        return Samples(parts, None, self.ids[numbers], self.argument, first)
 
 
 @torch.random.fork_rng(devices=[])  # reading may draw random numbers; the user's stay as they are

@@ -171,10 +171,11 @@ def predict(
     evaluator, found = Evaluator(model, outputs, params, dtype), []
     total = -(-samples.n // batch_size)
     with evaluator.quiet(), torch.no_grad():
-        done = samples.first
+        done = 0
         for raw in tqdm(samples.batches(batch_size), total=total, desc="outputs", delay=2, leave=False,
                         disable=not progress):  # fmt: skip
-            found.append(evaluator(to_device(raw, evaluator.device, evaluator.dtype), done))
+            number = lambda i: samples.number(done + i)  # noqa: E731, B023
+            found.append(evaluator(to_device(raw, evaluator.device, evaluator.dtype), number))
             done += len(found[-1])
     return torch.cat(found)
 
@@ -187,7 +188,8 @@ def _run(
     bar = tqdm(samples.batches(batch_size), total=total, desc="jacobian", delay=2, leave=False, disable=not progress)
     for raw in bar:
         batch = to_device(raw, evaluator.device, evaluator.dtype)
-        captured = evaluator.capture(batch, samples.first + store.filled, plan.calls, set(plan.general))
+        number = lambda i: samples.number(store.filled + i)  # noqa: E731
+        captured = evaluator.capture(batch, plan.calls, set(plan.general), number=number)
         if captured.unruled:
             return captured.unruled
         rows = evaluator.general_rows(batch, list(plan.general)) if plan.general else {}
@@ -196,7 +198,7 @@ def _run(
 
 
 def _ways(evaluator: Evaluator, batch: Any, plan: Plan) -> Ways | None:
-    captured = evaluator.capture(batch, 0, plan.calls, set(plan.general))
+    captured = evaluator.capture(batch, plan.calls, set(plan.general))
     if captured.unruled:
         return None
     rows = evaluator.general_rows(batch, list(plan.general)) if plan.general else {}

@@ -170,8 +170,11 @@ def _index_gram(one: Index, two: Index) -> Tensor:
     keep = (tokens >= 0).to(one.g.dtype)
 
     def rows(g: Tensor, where: Tensor, count: int, positions: int) -> Tensor:
-        index = where.view(count, 1, positions, 1).expand(-1, g.shape[1], -1, o)
-        summed = g.new_zeros(count, g.shape[1], len(tokens), o).scatter_add_(2, index, g)
-        return (summed * keep[:, None]).flatten(2).flatten(0, 1)
+        k, whole = g.shape[1], len(tokens)
+        first = whole * torch.arange(count * k, device=g.device).view(count, k, 1)
+        index = (where.view(count, 1, positions) + first).reshape(-1)
+        signed = g * keep[where].view(count, 1, positions, 1)
+        return g.new_zeros(count * k * whole, o).index_add_(0, index, signed.reshape(-1, o)).view(count * k, -1)
 
-    return rows(one.g, place[: b * s], b, s) @ rows(two.g, place[b * s :], c, t).T
+    left = rows(one.g, place[: b * s], b, s)
+    return left @ (left if one is two else rows(two.g, place[b * s :], c, t)).T

@@ -177,7 +177,7 @@ def _compare(
     k = plan.outputs
     project = torch.eye(k) if k <= 2 else draw(k, 2) / k**0.5
     project = project.to(evaluator.device, evaluator.dtype)
-    captured = evaluator.capture(batch, 0, plan.calls, set(plan.general), project)
+    captured = evaluator.capture(batch, plan.calls, set(plan.general), project)
     if captured.unruled:
         return None
     rows = evaluator.general_rows(batch, list(plan.general), project) if plan.general else {}

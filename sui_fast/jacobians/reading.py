@@ -114,7 +114,7 @@ class Read(Samples):
         """Inputs of the samples with these numbers (ascending), without targets, in memory."""
         rows = self.first + np.asarray(numbers)
         chunks = [self._beside(part, which) for which, part in self._tape.pick(rows)]
-        return Samples(chunks, None, self.ids[numbers], self.argument)
+        return Samples(chunks, None, self.ids[numbers], self.argument, rows)
 
 
 class _Tape:

@@ -260,20 +260,23 @@ class Recorder(TorchFunctionMode):
     def _by_rule(self, call: Call, function, args, kwargs) -> Tensor | None:
         with torch.no_grad():
             found = RULES[function](args, kwargs)
-        readings = found if isinstance(found, list) else [found]
-        for reading in readings:
-            if reading is not None and self._fits(call, reading, args, kwargs):
+        given = tensors((args, kwargs))
+        for reading in found if isinstance(found, list) else [found]:
+            axis = None if reading is None else self._fitting(call, reading, given)
+            if axis is not None:
                 break
         else:
             return None
         origins = {
             role: self._origins.role(x, reading, role) for role, x in reading.given.items() if x in self._origins
         }
-        axis = self._axis_of(call, reading.input, args, kwargs)
         saved = self._by_sample(reading.saved.detach(), axis, call, reading.order and reading.order[0])
         if call.copy:
             saved = saved.clone()
-        out = function(*self._origins.swapped(args), **self._origins.swapped(kwargs))
+        x, swap = reading.input, None
+        if function is F.linear and not x.is_contiguous() and not torch.is_autocast_enabled(x.device.type):
+            swap = {id(x): x.contiguous()}  # one product as in training, not one for each first index
+        out = function(*self._origins.swapped(args, swap), **self._origins.swapped(kwargs, swap))
         if not out.requires_grad:
             if self._anchor is None:
                 self._anchor = torch.zeros(1, requires_grad=True, device=out.device)
@@ -285,28 +288,23 @@ class Recorder(TorchFunctionMode):
         self._record(call, use, torch.autograd.graph.get_gradient_edge(out), shape, out.dtype, turn)
         return out
 
-    def _fits(self, call: Call, reading: Reading, args, kwargs) -> bool:
-        """All tracked arguments have a role, and samples lie where the form can take them."""
+    def _fitting(self, call: Call, reading: Reading, given: list[Tensor]) -> Axis | None:
+        """The axis of the samples, where the form takes them there and all tracked tensors of a call have a role."""
         roles = {id(x) for x in reading.given.values() if x in self._origins}
-        axis = self._axis_of(call, reading.input, args, kwargs)
-        if roles != {id(x) for x in tensors((args, kwargs)) if x in self._origins} or axis is None:
-            return False
+        axis = next((axis for x, axis in zip(given, call.inputs, strict=True) if x is reading.input), None)
+        if axis is None or roles != {id(x) for x in given if x in self._origins}:
+            return None
         ndim, rule, options = reading.input.ndim, reading.rule, reading.options
         if rule == "linear":
             front = range(ndim) if reading.order is None else reading.order[0]
-            return axis.dim in tuple(front)[: ndim - options["inner"]]
-        if rule == "embedding":
-            return True
-        if rule == "norm" and options["dims"] is not None:
-            return axis.dim < ndim - options["dims"]
-        return axis.dim == 0 and not (rule == "transposed" and axis.merged)
-
-    @staticmethod
-    def _axis_of(call: Call, x: Tensor, args, kwargs) -> Axis | None:
-        for given, axis in zip(tensors((args, kwargs)), call.inputs, strict=True):
-            if given is x:
-                return axis
-        return None
+            fits = axis.dim in tuple(front)[: ndim - options["inner"]]
+        elif rule == "embedding":
+            fits = True
+        elif rule == "norm" and options["dims"] is not None:
+            fits = axis.dim < ndim - options["dims"]
+        else:
+            fits = axis.dim == 0 and not (rule == "transposed" and axis.merged)
+        return axis if fits else None
 
     def _by_sample(self, x: Tensor, axis: Axis, call: Call, order: tuple[int, ...] | None) -> Tensor:
         """The tensor as [b, ...], its other axes in order (positions of a merged axis first)."""
