@@ -138,19 +138,17 @@ def _first(out: Tensor, targets: list) -> list[int]:
     nodes = {target.node for target in targets if isinstance(target, GradientEdge)}
     leaves = {id(target) for target in targets if isinstance(target, Tensor)}
     before: dict[Node, bool] = {}  # whether a target comes before the node
-    todo: list[tuple[Node, bool]] = [(out.grad_fn, False)]
+    todo: list[tuple[Node, list[Node] | None]] = [(out.grad_fn, None)]
     while todo:
-        node, ready = todo.pop()
-        parents = [parent for parent, _ in node.next_functions if parent is not None]
-        if ready:
-            before[node] = any(
-                parent in nodes or before[parent] or id(getattr(parent, "variable", None)) in leaves
-                for parent in parents
-            )
+        node, parents = todo.pop()
+        if parents is not None:
+            before[node] = any(before[parent] or parent in nodes for parent in parents)
         elif node not in before:
-            before[node] = False
-            todo.append((node, True))
-            todo += [(parent, False) for parent in parents if parent not in before]
+            parents = [parent for parent, _ in node.next_functions if parent is not None]
+            before[node] = not parents and id(getattr(node, "variable", None)) in leaves
+            if parents:
+                todo.append((node, parents))
+                todo += [(parent, None) for parent in parents if parent not in before]
     return [
         number
         for number, target in enumerate(targets)

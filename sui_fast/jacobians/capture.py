@@ -66,9 +66,10 @@ class Evaluator:
         if outputs is not None and not callable(outputs):
             raise ArgumentError(complaint("outputs", "a function (model, batch) -> [b, k]", repr(outputs), "Pass one."))
         model = unwrapped(model)
-        sharded = next((m for m in model.modules() if type(m).__name__ == "FullyShardedDataParallel"), None)
+        named, modules = dict(model.named_parameters()), dict(model.named_modules())
+        sharded = next((m for m in modules.values() if type(m).__name__ == "FullyShardedDataParallel"), None)
         if sharded is None:
-            sharded = next((p for p in model.parameters() if type(p).__name__ == "DTensor"), None)
+            sharded = next((p for p in named.values() if type(p).__name__ == "DTensor"), None)
         if sharded is not None:
             raise ArgumentError(
                 complaint(
@@ -78,12 +79,12 @@ class Evaluator:
                     "Pass the model before sharding, or load its full state dict into one.",
                 )
             )
-        meta = [name for name, p in model.named_parameters() if p.device.type == "meta"]
+        meta = [name for name, p in named.items() if p.device.type == "meta"]
         if meta:
             raise ArgumentError(
                 complaint("model", "parameters with values", f"{meta[0]} on the meta device", "Load it.")
             )
-        devices = {str(p.device) for p in model.parameters()}
+        devices = {str(device) for device in {p.device for p in named.values()}}
         if len(devices) > 1:
             raise ArgumentError(
                 complaint("model", "parameters on one device", " and ".join(sorted(devices)), "Move the model to one.")
@@ -92,7 +93,7 @@ class Evaluator:
             raise ArgumentError(
                 complaint("dtype", "a real floating torch.dtype", repr(dtype), "Pass torch.float64, say.")
             )
-        floating = [p for p in model.parameters() if p.is_floating_point()]
+        floating = [p for p in named.values() if p.is_floating_point()]
         self._remedy = "Check the shape and dtype of the inputs, or pass outputs=f(model, batch)."
         if dtype is not None and any(p.dtype != dtype for p in floating):
             own = next(p.dtype for p in floating if p.dtype != dtype)
@@ -102,13 +103,13 @@ class Evaluator:
         self.parameters = choose_parameters(model, params)
         first = next(iter(self.parameters.values()))
         self.device, self.dtype = first.device, first.dtype
-        self._entries = sum(p.numel() for p in model.parameters())
+        self._entries = sum(p.numel() for p in named.values())
         self.one_by_one = False  # whether torch.func turned out not to vectorise this model
         kind = self.device.type
         self._autocast = dict(
             device_type=kind, enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind)
         )
-        for name, module in model.named_modules():
+        for name, module in modules.items():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
                 raise CoverageError(
                     complaint(

@@ -34,10 +34,12 @@ class Origins:
 
     def among(self, args: tuple, kwargs: dict) -> list[Tensor]:
         """Arguments that are followed."""
-        found: list[Tensor] = []
-        _search(args, self._known, found)
-        if kwargs:
-            _search(kwargs.values(), self._known, found)
+        found, known = [], self._known
+        for x in (*args, *kwargs.values()) if kwargs else args:
+            if id(x) in known:
+                found.append(x)
+            elif isinstance(x, tuple | list):
+                _search(x, known, found)
         return found
 
     def names(self, met: list[Tensor]) -> frozenset[str]:
