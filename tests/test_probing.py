@@ -67,7 +67,7 @@ def test_a_sample_is_captured_once(monkeypatch):
     model.embed.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     monkeypatch.setattr("sui_fast.streaming.pool_size", lambda *arguments: (0, False))
     sui_fast.score(model, (x, y), method="sketch", rank=512, reg=0.1, measures=("si",), progress=False)
-    assert 700 <= sum(seen) <= 740
+    assert 700 <= sum(seen) <= 800
 
 
 @pytest.mark.parametrize("n", [150, 700])
@@ -92,12 +92,12 @@ class Exploding(nn.Module):
 
 
 @pytest.mark.parametrize("method", ["sketch", "nystrom", "subspace"])
-@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+@pytest.mark.parametrize("bad", [0, 1, 5, 23, 311, 500, 777, 999])
 @pytest.mark.parametrize("loaded", [False, True])
-def test_a_sample_that_fails_has_its_own_number_wherever_it_is_met(method, seed, loaded):
+def test_a_sample_that_fails_has_its_own_number_wherever_it_is_met(method, bad, loaded):
     torch.manual_seed(0)
-    x, y = torch.randn(1000, 5), torch.randn(1000, 1)
-    model, bad = Exploding(), 311 + 100 * seed
+    x, y, seed = torch.randn(1000, 5), torch.randn(1000, 1), bad % 7
+    model = Exploding()
     x[bad] = 3000.0
     data = DataLoader(TensorDataset(x, y), batch_size=50) if loaded else (x, y)
     with pytest.raises(sui_fast.DataError, match=f"NaN or infinity for sample {bad}\\b"):
