@@ -190,10 +190,8 @@ def _sketched(
         rest = np.setdiff1d(rest, places)
         known = [x[there] for x in (ahead.outputs, ahead.features, ahead.own) if x is not None]
     if len(rest):
-        if len(places):
-            chunks = list(samples.batches(end - begin))
-            samples = Samples(chunks, None, samples.ids, samples.argument, samples.first).pick(rest)
-        found = portions(source.model, samples, fmap.portion(own), **source.options)
+        some = samples.keep(rest) if len(places) else samples
+        found = portions(source.model, some, fmap.portion(own), **source.options)
         if fmap.reduce is not None:
             found = (found[0], *(x for x in fmap.reduce(found[1], own) if x is not None))
         if len(places):

@@ -114,9 +114,9 @@ class Samples:
         first = self.first + begin if isinstance(self.first, int) else self.first[begin:end]
         return Samples(parts, None, self.ids[begin:end], self.argument, first)
 
-    def number(self, place: int) -> int:
-        """Number in the whole data set of the sample at a place."""
-        return self.first + place if isinstance(self.first, int) else int(self.first[place])
+    def number(self, place: int | np.ndarray) -> int | np.ndarray:
+        """Number in the whole data set of the sample at a place, or at some."""
+        return self.first + place if isinstance(self.first, int) else self.first[place]
 
     def pick(self, numbers: np.ndarray) -> Samples:
         """Inputs of the samples with these numbers (ascending), without targets."""
@@ -127,8 +127,29 @@ class Samples:
             if len(own):
                 parts.append(map_batch(lambda x, own=own: x[own.to(x.device)], chunk))
             offset += length
-        first = self.first + numbers if isinstance(self.first, int) else self.first[numbers]
-        return Samples(parts, None, self.ids[numbers], self.argument, first)
+        return Samples(parts, None, self.ids[numbers], self.argument, self.number(numbers))
+
+    def keep(self, numbers: np.ndarray) -> Samples:
+        """As ``pick``, of batches that are read one after the other, each of them less than whole."""
+        return _Kept(self, numbers)
+
+
+class _Kept(Samples):
+    """Some of the samples, as they come."""
+
+    def __init__(self, samples: Samples, numbers: np.ndarray):
+        self._samples, self._numbers, self.n, self.targets = samples, numbers, len(numbers), None
+        self.argument, self.ids, self.first = samples.argument, samples.ids[numbers], samples.number(numbers)
+
+    def batches(self, batch_size: int) -> Iterator[Any]:
+        """What is left of batches of ``batch_size``, in order."""
+        end = 0
+        for batch in self._samples.batches(batch_size):
+            begin, end = end, end + batch_length(batch)
+            bounds = np.searchsorted(self._numbers, (begin, end))
+            own = torch.from_numpy(self._numbers[slice(*bounds)] - begin)
+            if len(own):
+                yield map_batch(lambda x, own=own: x[own.to(x.device)], batch)
 
 
 @torch.random.fork_rng(devices=[])  # reading may draw random numbers; the user's stay as they are
