@@ -74,13 +74,13 @@ def _width(factor: Outer | Index) -> int:
 def goes_by_kernel(factor: Factor, pool: int, directions: int, shared: bool = True) -> bool:
     """Whether coordinates of a layer cost less through its kernel with the pool than through the directions.
 
-    shared: the rows of a layer with positions are formed for a sketch anyway.
+    shared: the rows of a layer with positions are formed for a sketch anyway, and the pool is there for it alone.
     """
     if not isinstance(factor, Outer) or shared and factor.a.shape[1] > 1:
         return False
     (_, k, s, o), i = factor.g.shape, factor.a.shape[2]
     formed = k * o * i * (directions + (s if s > 1 else 0))
-    return pool * s * s * (i + k * k * o) < formed
+    return pool * s * s * (i + k * k * o) < formed * (1 if shared else 2)
 
 
 def project(

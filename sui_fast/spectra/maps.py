@@ -23,7 +23,7 @@ from ..jacobians.finite import check_squares
 from ..ops.sketching._random import signs
 from .moments import BLOCK, add_upper, mirrored
 
-_FEW = 64  # samples whose factors are float64 at a time
+_FEW, _MANY = 64, 256  # samples at a time: whose factors are float64, and others
 _MOST = 1 << 28  # bytes of directions in any case
 _WIDE = 1 << 21  # float64 numbers of one intermediate
 _ZEROS = "gradients that are all zero"
@@ -185,7 +185,7 @@ def _coordinates(landmarks: Jacobian, root: Tensor, most: int) -> Callable:
         most: bytes that these directions may take while they are made; else it goes by the kernel.
     """
     wide = landmarks.dtype == torch.float64
-    like = lambda jac: jac.wide() if wide else jac  # noqa: E731
+    like, step = (Jacobian.wide, _FEW) if wide else (lambda jac: jac, _MANY)
     if 12 * root.shape[1] * landmarks.shape[1] > most:
 
         def by_kernel(jac: Jacobian, own: bool) -> tuple[Tensor, Tensor | None]:
@@ -197,10 +197,10 @@ def _coordinates(landmarks: Jacobian, root: Tensor, most: int) -> Callable:
 
     @cache  # when first wanted, as the pool is gone by then
     def anchors() -> Anchors:
-        return make_anchors(held.pop(), root, _FEW, False)
+        return make_anchors(held.pop(), root, step, False)
 
     def both(jac: Jacobian, own: bool) -> tuple[Tensor, Tensor | None]:
-        parts = (like(jac.select(range(i, min(i + _FEW, jac.n)))) for i in range(0, jac.n, _FEW))
+        parts = (like(jac.select(range(i, min(i + step, jac.n)))) for i in range(0, jac.n, step))
         found = [project(part, anchors(), 0, 0, None, own)[1:3] for part in parts]
         return tuple(torch.cat(x) if x[0] is not None else None for x in zip(*found, strict=True))
 
