@@ -23,8 +23,9 @@ from ..jacobians.finite import check_squares
 from ..ops.sketching._random import signs
 from .moments import BLOCK, add_upper, mirrored
 
-_FEW, _MANY = 64, 256  # samples at a time: whose factors are float64, and others
-_MOST = 1 << 28  # bytes of directions in any case
+_PART = 256  # samples at a time, at most
+_FEW = 128  # of both sides of a kernel in float64
+_MOST = 1 << 28  # bytes of directions in any case, and of the float64 factors of samples
 _WIDE = 1 << 21  # float64 numbers of one intermediate
 _ZEROS = "gradients that are all zero"
 RANK_FOR = {"sketch": 40.0, "nystrom": 5.0, "subspace": 2.0}  # ranks per effective dimension, measured (docs/math.md)
@@ -185,7 +186,8 @@ def _coordinates(landmarks: Jacobian, root: Tensor, most: int) -> Callable:
         most: bytes that these directions may take while they are made; else it goes by the kernel.
     """
     wide = landmarks.dtype == torch.float64
-    like, step = (Jacobian.wide, _FEW) if wide else (lambda jac: jac, _MANY)
+    like = lambda jac: jac.wide() if wide else jac  # noqa: E731
+    step = max(1, min(_PART, (_MOST if wide else 2 * _MOST) * landmarks.n // (2 * landmarks.nbytes)))
     if 12 * root.shape[1] * landmarks.shape[1] > most:
 
         def by_kernel(jac: Jacobian, own: bool) -> tuple[Tensor, Tensor | None]:
