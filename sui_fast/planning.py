@@ -16,10 +16,20 @@ from .jacobians.arriving import LARGE, held_batch
 from .jacobians.gram import by_rows
 from .jacobians.layers import Outer
 from .processes import grain, power
-from .spectra import INNER, RANK_FOR, pool_size, subspace_columns
+from .spectra import (
+    INNER,
+    RANK_FOR,
+    coordinates,
+    directions_fit,
+    landmarks_at_once,
+    landmarks_of,
+    pool_size,
+    subspace_columns,
+)
 
 DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs up to which an eigendecomposition is worth its time
 DEFAULT_RANK = 1024
+_FEW = 32  # directions that are timed
 _RANKS = {"subspace": (64, 4096), "sketch": (1024, 8192)}  # least and largest that are chosen
 _MARGIN, _STEP = 1.25, 64  # of a chosen rank: the effective dimension is an estimate, and may differ in the last bit
 ENOUGH = 0.95  # of the rank that the effective dimension asks for: it is an estimate
@@ -164,10 +174,9 @@ def make_plan(
         each_map = _seconds_of(sketched) / first.n
         fit = pool * (capture + each_map)
     elif method == "nystrom":
-        pool, landmarks = min(n, max(2000, 4 * rank // k)), _landmarks(n, k, rank)
-        each_map = _pair_seconds(first) * landmarks
-        fit = pool * (capture + each_map) + 2.0 * k**2 * pool * landmarks**2 * product
-        work += 2.0 * (rows + m_own * k) * landmarks * k * rank
+        about = _Landmarks.of(first, n, rank)
+        draw, each_map = about.seconds(first, rank, product)
+        fit = about.pool * (capture + draw) + 2.0 * k**2 * about.pool * about.count**2 * product
     else:
         few, many = min(wide, max(4, (1 << 22) // d)), _many(first)
         tangents, cotangents = first.outputs.new_ones(few, d), first.outputs.new_ones(many.n * k, few)
@@ -203,10 +212,66 @@ def probe_count(first: Jacobian, n: int, share: float = 0.15) -> int:
     return min(n, max(PROBES, min(most, _PROBE_ROWS // first.k)))
 
 
-def _landmarks(n: int, k: int, rank: int) -> int:
-    """Samples whose kernel columns method "nystrom" takes."""
-    rank = -(-rank // k) * k
-    return min(n, max(rank, min(8 * rank, 256 * k, 2048)) // k)
+@dataclass
+class _Landmarks:
+    """Of a run by method "nystrom".
+
+    Attributes:
+        pool, count: samples to draw from, landmarks. wide: kernels are likely to be computed in float64.
+        formed: entries of a sample's rows that are formed, for its coordinates along directions; 0: all by the kernel.
+    """
+
+    pool: int
+    count: int
+    wide: bool
+    formed: int
+
+    @classmethod
+    def of(cls, first: Jacobian, n: int, rank: int) -> _Landmarks:
+        k, each = first.k, first.nbytes / first.n
+        rank = -(-rank // k) * k
+        pool, count = min(n, max(2000, 4 * rank // k)), landmarks_of(n, k, rank)
+        formed = sum(
+            k * layer.a.shape[2] * layer.g.shape[3]
+            for layer in first.select(range(1)).factors()
+            if isinstance(layer, Outer) and not goes_by_kernel(layer, count, rank, False)
+        )
+        formed *= directions_fit(rank, first.shape[1], pool * each)
+        return cls(pool, count, first.dtype != torch.float64 and _rounding_hides(first, rank, count * k), formed)
+
+    def at_once(self, first: Jacobian) -> int:
+        """Landmarks whose kernel with the pool is computed in float64 at a time."""
+        return min(self.count, landmarks_at_once(first.k * first.shape[1], self.pool * first.nbytes / first.n))
+
+    def seconds(self, first: Jacobian, rank: int, product: float) -> tuple[float, float]:
+        """Of a sample of the pool while landmarks are drawn, and of the features of a sample."""
+        few = first.select(range(max(1, min(first.n, self.count // 8))))
+        own = _seconds_of(first.own_blocks) / first.n
+        draw = own + _seconds_of(lambda: first.gram(few)) / first.n * self.count / few.n
+        if not self.formed:
+            whole = _pair_seconds(first) * self.count * (3 if self.wide else 1) + 2.0 * self.count * rank * product
+            return draw + self.wide * whole, own + whole
+        along = coordinates(first.wide() if self.wide else first, torch.ones(first.n * first.k, _FEW).double(), HELD)
+        few, each = _seconds_of(lambda: along(first, True)) / first.n, 2.0 * self.formed * product
+        if self.wide:
+            passes = -(-self.count // self.at_once(first))
+            draw += own + passes * few + max(0, self.count * first.k - passes * _FEW) * each
+        return draw, few + max(0, rank - _FEW) * each * (1.0 if self.wide else 0.5)
+
+
+def _rounding_hides(first: Jacobian, rank: int, rows: int) -> bool:
+    """Whether float32 is likely to leave a kernel of so many rows fewer eigenvalues than ``rank`` above its rounding.
+
+    Carried on from the kernels of half and all of these samples.
+    """
+    exact = first.gram().to(torch.float64)
+
+    def weakest(size: int) -> float:
+        s = torch.linalg.eigvalsh(exact[:size, :size]).flip(0)
+        return math.log2(max(float(s[math.ceil(min(1.0, rank / rows) * size) - 1] / s[0].clamp_min(1e-300)), 2.0**-30))
+
+    half, whole = weakest((len(exact) + 1) // 2), weakest(len(exact))
+    return whole + math.log2(rows / len(exact)) * (whole - half) < math.log2(rows * torch.finfo(torch.float32).eps)
 
 
 def _stage_bytes(
@@ -254,10 +319,15 @@ def _stage_bytes(
         held, fit = 0, max(compute + 12 * pool * k * columns, 48 * (pool * k) ** 2)
         compute += 4 * part * k * columns
     elif method == "nystrom":
-        landmarks, pool = _landmarks(n, k, rank), min(n, max(2000, 4 * rank // k))
+        about = _Landmarks.of(first, n, rank)
+        landmarks, pool = about.count, about.pool
         held = landmarks * (each + 8 * k * rank)
         fit = pool * (each + patches + 2 * formed) + 30 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
         compute = capture + part * k * (12 * landmarks * k + 12 * rank)
+        if about.formed:
+            held = landmarks * 8 * k * rank + (8 if about.wide else 4) * rank * d
+            fit += landmarks * each + (8 * about.at_once(first) * k * d if about.wide else 0)
+            compute += max(min(part * 2 * each, 1 << 28), landmarks * each + (0 if about.wide else 8) * rank * d)
     else:
         held, turned = 4 * wide * d, wide * d * item * (item != 4)  # the basis, and it in the dtype of the model
         kept = own[0] * each if own[0] * each <= HELD else 0  # factors that wait; pass 1 lets go of them

@@ -159,18 +159,27 @@ def _nystrom(pool: Jacobian, rank: int, seed: int, dtype: torch.dtype, drawn: li
         known = known @ root
         root = root @ torch.linalg.eigh(known.T @ known)[1][:, -rank:]
     landmarks = pool.select(chosen)
-    both = _coordinates(landmarks.wide() if wide else landmarks, root, max(_MOST, 2 * pool.nbytes))
+    both = coordinates(landmarks.wide() if wide else landmarks, root, pool.nbytes)
     return FeatureMap("nystrom", root.shape[1], both, {"landmarks": torch.tensor(chosen), "root": root})
 
 
 def _fill(known: Tensor, pool: Jacobian, samples: list[int]) -> None:
     """The columns of known [n k, ...] <- kernel of a pool with these samples in float64, as many at a time as fit."""
-    k, most = pool.k, max(_MOST, pool.nbytes // 4)
-    step = max(8, most // (12 * k * pool.shape[1]))
+    k, step = pool.k, landmarks_at_once(pool.k * pool.shape[1], pool.nbytes)
     for begin in range(0, len(samples), step):
         some = samples[begin : begin + step]
-        across = _coordinates(pool.select(some).wide(), torch.eye(len(some) * k).to(known), 2 * most)
+        across = coordinates(pool.select(some).wide(), torch.eye(len(some) * k).to(known), pool.nbytes)
         known[:, begin * k : (begin + len(some)) * k] = across(pool, False)[0].flatten(0, 1)
+
+
+def landmarks_at_once(numbers: int, nbytes: float) -> int:
+    """Whose rows in float64, of so many numbers a sample, are formed for the kernel with a pool of so many bytes."""
+    return max(8, int(max(_MOST, nbytes / 4) / (8 * numbers)))
+
+
+def directions_fit(count: int, parameters: int, nbytes: float) -> bool:
+    """Whether features of landmarks from a pool of so many bytes go by directions, made in float64."""
+    return 12 * count * parameters <= max(_MOST, 2 * nbytes)
 
 
 def landmarks_of(n: int, k: int, rank: int) -> int:
@@ -178,17 +187,19 @@ def landmarks_of(n: int, k: int, rank: int) -> int:
     return min(n, max(rank, min(8 * rank, 256 * k, 2048)) // k)
 
 
-def _coordinates(landmarks: Jacobian, root: Tensor, most: int) -> Callable:
-    """(Jacobian, own) -> Theta(., L) root [n, k, q], in the dtype of the landmarks, and own blocks: by root^T J(L) where
-    that costs less.
+def coordinates(landmarks: Jacobian, root: Tensor, nbytes: float) -> Callable:
+    """(Jacobian, own) -> Theta(., L) root [n, k, q] and own blocks, in the dtype of the landmarks.
+
+    Along the directions root^T J(L), but by the kernel for layers of which that costs less, and where these directions
+    are too many for memory.
 
     Args:
-        most: bytes that these directions may take while they are made; else it goes by the kernel.
+        landmarks: L. root: [l k, q], float64. nbytes: of the pool that the landmarks are from.
     """
     wide = landmarks.dtype == torch.float64
     like = lambda jac: jac.wide() if wide else jac  # noqa: E731
     step = max(1, min(_PART, (_MOST if wide else 2 * _MOST) * landmarks.n // (2 * landmarks.nbytes)))
-    if 12 * root.shape[1] * landmarks.shape[1] > most:
+    if not directions_fit(root.shape[1], landmarks.shape[1], nbytes):
 
         def by_kernel(jac: Jacobian, own: bool) -> tuple[Tensor, Tensor | None]:
             kernel = _wide_kernel(jac, landmarks) if wide else jac.gram(landmarks).to(torch.float64)
