@@ -321,13 +321,18 @@ def _stage_bytes(
     elif method == "nystrom":
         about = _Landmarks.of(first, n, rank)
         landmarks, pool = about.count, about.pool
-        held = landmarks * (each + 8 * k * rank)
-        fit = pool * (each + patches + 2 * formed) + 30 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
+        tile = min(pool, 2048 // k, (1 << 26) // max(1, formed))
+        held, fit = landmarks * (each + 8 * k * rank), tile * (patches + 2 * formed)
         compute = capture + part * k * (12 * landmarks * k + 12 * rank)
         if about.formed:
             held = landmarks * 8 * k * rank + (8 if about.wide else 4) * rank * d
-            fit += landmarks * each + (8 * about.at_once(first) * k * d if about.wide else 0)
-            compute += max(min(part * 2 * each, 1 << 28), landmarks * each + (0 if about.wide else 8) * rank * d)
+            some = about.at_once(first)
+            run = min(2 * part * each, 1 << 28) + 8 / item * min(part * formed, 1 << 26)
+            made = lambda count, of: count * each + part * each / 2 + 24 / item * of * formed  # noqa: E731
+            fit = max(fit, about.wide * (8 * some * k * d + max(run, made(some, some))))
+            compute += max(run, made(landmarks, rank) + (not about.wide) * 8 * rank * d)
+        fit = pool * each + max(fit, landmarks * each) + 30 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
+        fit -= held - landmarks * 8 * k * rank  # what is held is made when the pool is gone
     else:
         held, turned = 4 * wide * d, wide * d * item * (item != 4)  # the basis, and it in the dtype of the model
         kept = own[0] * each if own[0] * each <= HELD else 0  # factors that wait; pass 1 lets go of them

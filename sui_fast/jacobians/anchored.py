@@ -45,6 +45,7 @@ def make_anchors(pool: Jacobian, chosen: Tensor, step: int | None = None, shared
         for factor, by_kernel in zip(sorted(jac.factors(), key=layer_order), goes, strict=True)
     ]
     rows, near = None, []
+    step = None if all(goes) else step
     for begin in range(0, pool.n, step or pool.n):
         part = pool if step is None else pool.select(range(begin, min(begin + step, pool.n)))
         near.append(take(part, True) if any(goes) else [None] * len(goes))

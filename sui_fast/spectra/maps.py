@@ -210,7 +210,7 @@ def coordinates(landmarks: Jacobian, root: Tensor, nbytes: float) -> Callable:
 
     @cache  # when first wanted, as the pool is gone by then
     def anchors() -> Anchors:
-        return make_anchors(held.pop(), root, step, False)
+        return make_anchors(held.pop(), root, -(-step // 4), False)
 
     def both(jac: Jacobian, own: bool) -> tuple[Tensor, Tensor | None]:
         parts = (like(jac.select(range(i, min(i + step, jac.n)))) for i in range(0, jac.n, step))
