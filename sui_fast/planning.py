@@ -17,15 +17,8 @@ from .jacobians.gram import by_rows
 from .jacobians.layers import Outer
 from .processes import grain, power
 from .spectra import (
-    INNER,
-    RANK_FOR,
-    coordinates,
-    directions_fit,
-    landmarks_at_once,
-    landmarks_of,
-    pool_size,
-    subspace_columns,
-)
+    INNER, RANK_FOR, coordinates, directions_fit, landmarks_at_once, landmarks_of, pool_size, subspace_columns,
+)  # fmt: skip
 
 DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs up to which an eigendecomposition is worth its time
 DEFAULT_RANK = 1024
@@ -161,7 +154,8 @@ def make_plan(
     passes = {"sketch": 1, "nystrom": 1, "subspace": 3 - (wide == rows)}[method]
     rows = n_own * k
     disk = (4 * wide + 8 + (8 * k if method != "sketch" else 0)) * rows + 4 * wide * m_own * k
-    work = 2.0 * rows * wide**2 * (1.8 + 0.5 * (m > 0)) + m_own * k * wide**2 + 15.0 * wide**3 * (1 + (m > 0))
+    least = min(n * k, wide)  # directions that the features have
+    work = 2.0 * rows * wide * least * (1.8 + 0.5 * (m > 0)) + m_own * k * wide**2 + 15.0 * least**3 * (1 + (m > 0))
     work = 0.0 if alone else work
     if method == "sketch":
         pool, anchors = pool_size(first, n, rank, sketch)
@@ -172,7 +166,7 @@ def make_plan(
             along = make_anchors(many, many.outputs.new_ones(many.n * k, anchors, dtype=torch.float64))
             sketched = lambda: project(first, along, columns, 0, sketch, True)  # noqa: E731
         each_map = _seconds_of(sketched) / first.n
-        fit = pool * (capture + each_map)
+        fit = pool * (capture + each_map) + 15.0 * (pool * k) ** 3 * product
     elif method == "nystrom":
         about = _Landmarks.of(first, n, rank)
         draw, each_map = about.seconds(first, rank, product)
@@ -180,11 +174,10 @@ def make_plan(
     else:
         few, many = min(wide, max(4, (1 << 22) // d)), _many(first)
         tangents, cotangents = first.outputs.new_ones(few, d), first.outputs.new_ones(many.n * k, few)
-        forward = _seconds_of(lambda: many.jvp(tangents)) / (many.n * few)
-        back = _seconds_of(lambda: many.vjp(cotangents)) / (many.n * few)
-        each_map = forward * wide
+        each_map = _carried_on(lambda count: many.jvp(tangents[:count]), few, wide) / many.n
+        back = _carried_on(lambda count: many.vjp(cotangents[:, :count]), few, wide) / many.n
         again = 1 if n_own * each < HELD else 2
-        fit = n_own * (again * capture + wide * (forward + 2 * back)) + 6.0 * d * wide**2 * product
+        fit = n_own * (again * capture + each_map + 2 * back) + 6.0 * d * wide**2 * product
     probes = 0 if alone else probe_count(first, n)
     total = fit + (n_own + m_own) * (capture + each_map) + work * product + 0.2 + probes * (3 * capture + each_map)
     return Plan(method, rank, reason, passes, disk, size, total, sketch if method == "sketch" else None, stored)
@@ -388,6 +381,14 @@ def _seconds_of(work: Callable[[], object]) -> float:
     """Of a call, the first of which does not count."""
     work()
     return least_seconds(work)
+
+
+def _carried_on(work: Callable[[int], object], few: int, wide: int) -> float:
+    """Seconds of ``wide`` columns from those of a few and of half of these: what columns share is counted once."""
+    whole = _seconds_of(lambda: work(few))
+    if few == wide:
+        return whole
+    return whole + (wide - few) * max(0.0, whole - _seconds_of(lambda: work(few // 2))) / (few - few // 2)
 
 
 def _pair_seconds(first: Jacobian) -> float:
