@@ -16,9 +16,8 @@ from .jacobians.arriving import LARGE, held_batch
 from .jacobians.gram import by_rows
 from .jacobians.layers import Outer
 from .processes import grain, power
-from .spectra import (
-    INNER, RANK_FOR, coordinates, directions_fit, landmarks_at_once, landmarks_of, pool_size, subspace_columns,
-)  # fmt: skip
+from .spectra import INNER, RANK_FOR, pool_size, subspace_columns
+from .spectra.maps import coordinates, directions_fit, landmarks_at_once, landmarks_of
 
 DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs up to which an eigendecomposition is worth its time
 DEFAULT_RANK = 1024

@@ -2,19 +2,7 @@
 
 from .anchors import INNER, anchored_sketch_map, pool_size, reduced_sketch_map
 from .dense import Spectrum, dense_spectrum
-from .maps import (
-    RANK_FOR,
-    FeatureMap,
-    coordinates,
-    directions_fit,
-    landmarks_at_once,
-    landmarks_of,
-    nystrom_map,
-    sketch_map,
-    sketch_rank,
-    subspace_columns,
-    subspace_map,
-)
+from .maps import RANK_FOR, FeatureMap, nystrom_map, sketch_map, sketch_rank, subspace_columns, subspace_map
 from .moments import FeatureSpectrum, Moments, feature_spectrum
 from .projections import PROJECTIONS, project, projection_matrix
 from .store import Store, fingerprint_of
@@ -29,13 +17,9 @@ __all__ = [
     "Spectrum",
     "Store",
     "anchored_sketch_map",
-    "coordinates",
     "dense_spectrum",
-    "directions_fit",
     "feature_spectrum",
     "fingerprint_of",
-    "landmarks_at_once",
-    "landmarks_of",
     "nystrom_map",
     "pool_size",
     "project",
