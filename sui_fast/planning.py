@@ -144,9 +144,8 @@ def make_plan(
         solve = 8 * rows * rows * (5.2 if spectral else 4.0) + 30_000_000 * (not spectral)
         peak = int(_LIBRARIES + held + max(solve, 8 * rows * rows + _tile_bytes(first, n)))
         gram = _pair_seconds(first) * (n * n / 2 + n * m)
-        return Plan(
-            method, rows, reason, 1, 0, peak, capture * (n + m) + gram + (12 if spectral else 2) * rows**3 * product
-        )
+        total = capture * (n + m) + gram + (12 if spectral else 2) * rows**3 * product + 0.1
+        return Plan(method, rows, reason, 1, 0, peak, total)
     wide = min(subspace_columns(rank), rows) if method == "subspace" else rank  # columns that come out
     stages = _stage_bytes(first, n, m, method, rank, wide, each, stored, given, sketch, (n_own, m_own))
     size = _LIBRARIES + int(max(list(stages.values())[: 2 if alone else None]))
@@ -178,7 +177,7 @@ def make_plan(
         again = 1 if n_own * each < HELD else 2
         fit = n_own * (again * capture + each_map + 2 * back) + 6.0 * d * wide**2 * product
     probes = 0 if alone else probe_count(first, n)
-    total = fit + (n_own + m_own) * (capture + each_map) + work * product + 0.2 + probes * (3 * capture + each_map)
+    total = fit + (n_own + m_own) * (capture + each_map) + work * product + 0.15 + probes * (3 * capture + each_map)
     return Plan(method, rank, reason, passes, disk, size, total, sketch if method == "sketch" else None, stored)
 
 
@@ -237,13 +236,15 @@ class _Landmarks:
 
     def seconds(self, first: Jacobian, rank: int, product: float) -> tuple[float, float]:
         """Of a sample of the pool while landmarks are drawn, and of the features of a sample."""
-        few = first.select(range(max(1, min(first.n, self.count // 8))))
-        own = _seconds_of(first.own_blocks) / first.n
-        draw = own + _seconds_of(lambda: first.gram(few)) / first.n * self.count / few.n
+        many = first if self.formed else _many(first)
+        some = many.select(range(max(1, min(many.n, self.count // 8))))
+        own = _seconds_of(many.own_blocks) / many.n
+        draw = own + _seconds_of(lambda: many.gram(some)) / many.n * self.count / some.n
         if not self.formed:
             whole = _pair_seconds(first) * self.count * (3 if self.wide else 1) + 2.0 * self.count * rank * product
             return draw + self.wide * whole, own + whole
-        along = coordinates(first.wide() if self.wide else first, torch.ones(first.n * first.k, _FEW).double(), HELD)
+        root = first.outputs.new_ones(first.n * first.k, _FEW, dtype=torch.float64)
+        along = coordinates(first.wide() if self.wide else first, root, HELD)
         few, each = _seconds_of(lambda: along(first, True)) / first.n, 2.0 * self.formed * product
         if self.wide:
             passes = -(-self.count // self.at_once(first))
@@ -256,7 +257,7 @@ def _rounding_hides(first: Jacobian, rank: int, rows: int) -> bool:
 
     Carried on from the kernels of half and all of these samples.
     """
-    exact = first.gram().to(torch.float64)
+    exact = first.gram().to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
 
     def weakest(size: int) -> float:
         s = torch.linalg.eigvalsh(exact[:size, :size]).flip(0)
