@@ -17,9 +17,11 @@ from .jacobians.gram import by_rows
 from .jacobians.layers import Outer
 from .processes import grain, power
 from .spectra import INNER, RANK_FOR, pool_size, subspace_columns
+from .spectra.maps import coordinates, directions_fit, landmarks_at_once, landmarks_of
 
 DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs up to which an eigendecomposition is worth its time
 DEFAULT_RANK = 1024
+_FEW = 32  # directions that are timed
 _RANKS = {"subspace": (64, 4096), "sketch": (1024, 8192)}  # least and largest that are chosen
 _MARGIN, _STEP = 1.25, 64  # of a chosen rank: the effective dimension is an estimate, and may differ in the last bit
 ENOUGH = 0.95  # of the rank that the effective dimension asks for: it is an estimate
@@ -142,16 +144,16 @@ def make_plan(
         solve = 8 * rows * rows * (5.2 if spectral else 4.0) + 30_000_000 * (not spectral)
         peak = int(_LIBRARIES + held + max(solve, 8 * rows * rows + _tile_bytes(first, n)))
         gram = _pair_seconds(first) * (n * n / 2 + n * m)
-        return Plan(
-            method, rows, reason, 1, 0, peak, capture * (n + m) + gram + (12 if spectral else 2) * rows**3 * product
-        )
+        total = capture * (n + m) + gram + (12 if spectral else 2) * rows**3 * product + 0.1
+        return Plan(method, rows, reason, 1, 0, peak, total)
     wide = min(subspace_columns(rank), rows) if method == "subspace" else rank  # columns that come out
     stages = _stage_bytes(first, n, m, method, rank, wide, each, stored, given, sketch, (n_own, m_own))
     size = _LIBRARIES + int(max(list(stages.values())[: 2 if alone else None]))
     passes = {"sketch": 1, "nystrom": 1, "subspace": 3 - (wide == rows)}[method]
     rows = n_own * k
     disk = (4 * wide + 8 + (8 * k if method != "sketch" else 0)) * rows + 4 * wide * m_own * k
-    work = 2.0 * rows * wide**2 * (1.8 + 0.5 * (m > 0)) + m_own * k * wide**2 + 15.0 * wide**3 * (1 + (m > 0))
+    least = min(n * k, wide)  # directions that the features have
+    work = 2.0 * rows * wide * least * (1.8 + 0.5 * (m > 0)) + m_own * k * wide**2 + 15.0 * least**3 * (1 + (m > 0))
     work = 0.0 if alone else work
     if method == "sketch":
         pool, anchors = pool_size(first, n, rank, sketch)
@@ -162,22 +164,20 @@ def make_plan(
             along = make_anchors(many, many.outputs.new_ones(many.n * k, anchors, dtype=torch.float64))
             sketched = lambda: project(first, along, columns, 0, sketch, True)  # noqa: E731
         each_map = _seconds_of(sketched) / first.n
-        fit = pool * (capture + each_map)
+        fit = pool * (capture + each_map) + 15.0 * (pool * k) ** 3 * product
     elif method == "nystrom":
-        pool, landmarks = min(n, max(2000, 4 * rank // k)), _landmarks(n, k, rank)
-        each_map = _pair_seconds(first) * landmarks
-        fit = pool * (capture + each_map) + 2.0 * k**2 * pool * landmarks**2 * product
-        work += 2.0 * (rows + m_own * k) * landmarks * k * rank
+        about = _Landmarks.of(first, n, rank)
+        draw, each_map = about.seconds(first, rank, product)
+        fit = about.pool * (capture + draw) + 2.0 * k**2 * about.pool * about.count**2 * product
     else:
         few, many = min(wide, max(4, (1 << 22) // d)), _many(first)
         tangents, cotangents = first.outputs.new_ones(few, d), first.outputs.new_ones(many.n * k, few)
-        forward = _seconds_of(lambda: many.jvp(tangents)) / (many.n * few)
-        back = _seconds_of(lambda: many.vjp(cotangents)) / (many.n * few)
-        each_map = forward * wide
+        each_map = _carried_on(lambda count: many.jvp(tangents[:count]), few, wide) / many.n
+        back = _carried_on(lambda count: many.vjp(cotangents[:, :count]), few, wide) / many.n
         again = 1 if n_own * each < HELD else 2
-        fit = n_own * (again * capture + wide * (forward + 2 * back)) + 6.0 * d * wide**2 * product
+        fit = n_own * (again * capture + each_map + 2 * back) + 6.0 * d * wide**2 * product
     probes = 0 if alone else probe_count(first, n)
-    total = fit + (n_own + m_own) * (capture + each_map) + work * product + 0.2 + probes * (3 * capture + each_map)
+    total = fit + (n_own + m_own) * (capture + each_map) + work * product + 0.15 + probes * (3 * capture + each_map)
     return Plan(method, rank, reason, passes, disk, size, total, sketch if method == "sketch" else None, stored)
 
 
@@ -203,10 +203,68 @@ def probe_count(first: Jacobian, n: int, share: float = 0.15) -> int:
     return min(n, max(PROBES, min(most, _PROBE_ROWS // first.k)))
 
 
-def _landmarks(n: int, k: int, rank: int) -> int:
-    """Samples whose kernel columns method "nystrom" takes."""
-    rank = -(-rank // k) * k
-    return min(n, max(rank, min(8 * rank, 256 * k, 2048)) // k)
+@dataclass
+class _Landmarks:
+    """Of a run by method "nystrom".
+
+    Attributes:
+        pool, count: samples to draw from, landmarks. wide: kernels are likely to be computed in float64.
+        formed: entries of a sample's rows that are formed, for its coordinates along directions; 0: all by the kernel.
+    """
+
+    pool: int
+    count: int
+    wide: bool
+    formed: int
+
+    @classmethod
+    def of(cls, first: Jacobian, n: int, rank: int) -> _Landmarks:
+        k, each = first.k, first.nbytes / first.n
+        rank = -(-rank // k) * k
+        pool, count = min(n, max(2000, 4 * rank // k)), landmarks_of(n, k, rank)
+        formed = sum(
+            k * layer.a.shape[2] * layer.g.shape[3]
+            for layer in first.select(range(1)).factors()
+            if isinstance(layer, Outer) and not goes_by_kernel(layer, count, rank, False)
+        )
+        formed *= directions_fit(rank, first.shape[1], pool * each)
+        return cls(pool, count, first.dtype != torch.float64 and _rounding_hides(first, rank, count * k), formed)
+
+    def at_once(self, first: Jacobian) -> int:
+        """Landmarks whose kernel with the pool is computed in float64 at a time."""
+        return min(self.count, landmarks_at_once(first.k * first.shape[1], self.pool * first.nbytes / first.n))
+
+    def seconds(self, first: Jacobian, rank: int, product: float) -> tuple[float, float]:
+        """Of a sample of the pool while landmarks are drawn, and of the features of a sample."""
+        many = first if self.formed else _many(first)
+        some = many.select(range(max(1, min(many.n, self.count // 8))))
+        own = _seconds_of(many.own_blocks) / many.n
+        draw = own + _seconds_of(lambda: many.gram(some)) / many.n * self.count / some.n
+        if not self.formed:
+            whole = _pair_seconds(first) * self.count * (3 if self.wide else 1) + 2.0 * self.count * rank * product
+            return draw + self.wide * whole, own + whole
+        root = first.outputs.new_ones(first.n * first.k, _FEW, dtype=torch.float64)
+        along = coordinates(first.wide() if self.wide else first, root, HELD)
+        few, each = _seconds_of(lambda: along(first, True)) / first.n, 2.0 * self.formed * product
+        if self.wide:
+            passes = -(-self.count // self.at_once(first))
+            draw += own + passes * few + max(0, self.count * first.k - passes * _FEW) * each
+        return draw, few + max(0, rank - _FEW) * each * (1.0 if self.wide else 0.5)
+
+
+def _rounding_hides(first: Jacobian, rank: int, rows: int) -> bool:
+    """Whether float32 is likely to leave a kernel of so many rows fewer eigenvalues than ``rank`` above its rounding.
+
+    Carried on from the kernels of half and all of these samples.
+    """
+    exact = first.gram().to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
+
+    def weakest(size: int) -> float:
+        s = torch.linalg.eigvalsh(exact[:size, :size]).flip(0)
+        return math.log2(max(float(s[math.ceil(min(1.0, rank / rows) * size) - 1] / s[0].clamp_min(1e-300)), 2.0**-30))
+
+    half, whole = weakest((len(exact) + 1) // 2), weakest(len(exact))
+    return whole + math.log2(rows / len(exact)) * (whole - half) < math.log2(rows * torch.finfo(torch.float32).eps)
 
 
 def _stage_bytes(
@@ -254,10 +312,20 @@ def _stage_bytes(
         held, fit = 0, max(compute + 12 * pool * k * columns, 48 * (pool * k) ** 2)
         compute += 4 * part * k * columns
     elif method == "nystrom":
-        landmarks, pool = _landmarks(n, k, rank), min(n, max(2000, 4 * rank // k))
-        held = landmarks * (each + 8 * k * rank)
-        fit = pool * (each + patches + 2 * formed) + 30 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
+        about = _Landmarks.of(first, n, rank)
+        landmarks, pool = about.count, about.pool
+        tile = min(pool, 2048 // k, (1 << 26) // max(1, formed))
+        held, fit = landmarks * (each + 8 * k * rank), tile * (patches + 2 * formed)
         compute = capture + part * k * (12 * landmarks * k + 12 * rank)
+        if about.formed:
+            held = landmarks * 8 * k * rank + (8 if about.wide else 4) * rank * d
+            some = about.at_once(first)
+            run = min(2 * part * each, 1 << 28) + 8 / item * min(part * formed, 1 << 26)
+            made = lambda count, of: count * each + part * each / 2 + 24 / item * of * formed  # noqa: E731
+            fit = max(fit, about.wide * (8 * some * k * d + max(run, made(some, some))))
+            compute += max(run, made(landmarks, rank) + (not about.wide) * 8 * rank * d)
+        fit = pool * each + max(fit, landmarks * each) + 30 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
+        fit -= held - landmarks * 8 * k * rank  # what is held is made when the pool is gone
     else:
         held, turned = 4 * wide * d, wide * d * item * (item != 4)  # the basis, and it in the dtype of the model
         kept = own[0] * each if own[0] * each <= HELD else 0  # factors that wait; pass 1 lets go of them
@@ -313,6 +381,14 @@ def _seconds_of(work: Callable[[], object]) -> float:
     """Of a call, the first of which does not count."""
     work()
     return least_seconds(work)
+
+
+def _carried_on(work: Callable[[int], object], few: int, wide: int) -> float:
+    """Seconds of ``wide`` columns from those of a few and of half of these: what columns share is counted once."""
+    whole = _seconds_of(lambda: work(few))
+    if few == wide:
+        return whole
+    return whole + (wide - few) * max(0.0, whole - _seconds_of(lambda: work(few // 2))) / (few - few // 2)
 
 
 def _pair_seconds(first: Jacobian) -> float:

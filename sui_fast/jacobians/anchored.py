@@ -1,4 +1,4 @@
-"""Sketch, coordinates along some directions and own blocks of a batch; the rows of a layer are formed once for all."""
+"""Coordinates along some directions, sketch and own blocks of a batch; the rows of a layer are formed once for all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops.sketching.sums import TensorSums
-from .gram import flat_gram
+from .gram import layer_gram
 from .jacobian import Jacobian, own_block
 from .layers import Factor, Index, Outer, Rows
 from .streams import add_factor, layer_order
@@ -22,21 +22,38 @@ class Anchors:
 
     Attributes:
         chosen: [p k, q], float64. rows: B [q, d], of the layers that want it; None where none does.
-        near: factors of the pool, by ``layer_order``; those of layers which take their coordinates from the kernel with
-            the pool, else None. Empty where none does.
+        near: factors of the pool, portion by portion, by ``layer_order``; those of layers which take their coordinates
+            from the kernel with the pool, else None. Empty where none does.
     """
 
     chosen: Tensor
     rows: Tensor | None
-    near: list[Factor | None]
+    near: list[list[Factor | None]]
 
 
-def make_anchors(pool: Jacobian, chosen: Tensor) -> Anchors:
-    """Anchors from the Jacobian of a pool and [p k, q]."""
-    factors = sorted(pool.factors(), key=layer_order)
-    near = [factor if goes_by_kernel(factor, pool.n, chosen.shape[1]) else None for factor in factors]
-    formed = [factor for factor, other in zip(factors, near, strict=True) if other is None]
-    return Anchors(chosen, pool.vjp(chosen.to(pool.dtype), formed) if formed else None, near)
+def make_anchors(pool: Jacobian, chosen: Tensor, step: int | None = None, shared: bool = True) -> Anchors:
+    """Anchors from the Jacobian of a pool and [p k, q].
+
+    Args:
+        step: samples whose factors are float64 at a time, as is then the sum that B is; its dtype is the pool's.
+        shared: as in ``goes_by_kernel``.
+    """
+    one = sorted(pool.select(range(1)).factors(), key=layer_order)
+    goes = [goes_by_kernel(factor, pool.n, chosen.shape[1], shared) for factor in one]
+    take = lambda jac, which: [  # noqa: E731
+        factor if by_kernel == which else None
+        for factor, by_kernel in zip(sorted(jac.factors(), key=layer_order), goes, strict=True)
+    ]
+    rows, near = None, []
+    step = None if all(goes) else step
+    for begin in range(0, pool.n, step or pool.n):
+        part = pool if step is None else pool.select(range(begin, min(begin + step, pool.n)))
+        near.append(take(part, True) if any(goes) else [None] * len(goes))
+        if not all(goes):
+            part = part if step is None else part.wide()
+            rows = part.outputs.new_zeros(chosen.shape[1], pool.shape[1]) if rows is None else rows
+            part.add_vjp(chosen[begin * pool.k : (begin + part.n) * pool.k], rows, [x for x in take(part, False) if x])
+    return Anchors(chosen, None if rows is None else rows.to(pool.dtype), near)
 
 
 def sketched_anchors(jac: Jacobian, rows: Tensor, rank: int, seed: int) -> Tensor:
@@ -55,20 +72,24 @@ def _width(factor: Outer | Index) -> int:
     return factor.a.shape[2] if isinstance(factor, Outer) else factor.g.shape[3]
 
 
-def goes_by_kernel(factor: Factor, pool: int, directions: int) -> bool:
-    """Whether coordinates of a layer cost less through its kernel with the pool than through the directions."""
-    if not isinstance(factor, Outer) or factor.a.shape[1] > 1:
+def goes_by_kernel(factor: Factor, pool: int, directions: int, shared: bool = True) -> bool:
+    """Whether coordinates of a layer cost less through its kernel with the pool than through the directions.
+
+    shared: the rows of a layer with positions are formed for a sketch anyway, and the pool is there for it alone.
+    """
+    if not isinstance(factor, Outer) or shared and factor.a.shape[1] > 1:
         return False
-    k, o, i = factor.g.shape[1], factor.g.shape[3], factor.a.shape[2]
-    return pool * (i + k * k * o) < k * directions * i * o
+    (_, k, s, o), i = factor.g.shape, factor.a.shape[2]
+    formed = k * o * i * (directions + (s if s > 1 else 0))
+    return pool * s * s * (i + k * k * o) < formed * (1 if shared else 2)
 
 
 def project(
-    jac: Jacobian, anchors: Anchors, rank: int, seed: int, kind: str, own: bool
-) -> tuple[Tensor, Tensor, Tensor | None, list]:
+    jac: Jacobian, anchors: Anchors, rank: int, seed: int, kind: str | None, own: bool
+) -> tuple[Tensor | None, Tensor, Tensor | None, list]:
     """Sketch [n, k, rank] of the rows, coordinates [n, k, q] along the anchors, and own blocks [n, k, k] where wanted.
 
-    With them the layers in the order of their streams, as ``sketch_of_uses``.
+    With them the layers in the order of their streams, as ``sketch_of_uses``. Without a kind there is no sketch.
     """
     with torch.autocast(jac.device.type, enabled=False):
         factors = sorted(jac.factors(), key=layer_order)
@@ -76,12 +97,13 @@ def project(
         along = jac.outputs.new_zeros(jac.n, jac.k, anchors.chosen.shape[1])
         blocks = jac.outputs.new_zeros(jac.n, jac.k, jac.k) if own else None
         kernel = None
-        for stream, (factor, near) in enumerate(zip(factors, anchors.near or [None] * len(factors), strict=True)):
-            if isinstance(factor, Outer) and factor.a.shape[1] > 1:
+        for stream, factor in enumerate(factors):
+            near = [factors[stream] for factors in anchors.near if factors[stream] is not None]
+            if not near and isinstance(factor, Outer) and factor.a.shape[1] > 1:
                 _form(jac, factor, anchors.rows, stream, sums, along, blocks)
                 continue
-            if near is not None:
-                found = flat_gram(factor, near)
+            if near:
+                found = torch.cat([layer_gram(factor, other) for other in near], 1)
                 kernel = found if kernel is None else kernel.add_(found)
             else:
                 along += jac.along(anchors.rows, factor)
@@ -91,7 +113,7 @@ def project(
                 blocks += own_block(factor)
         if kernel is not None:
             along += (kernel.to(torch.float64) @ anchors.chosen).view(along.shape).to(along)
-        sketched = jac.sketch(rank, seed, kind) if sums is None else sums.total()
+        sketched = jac.sketch(rank, seed, kind) if kind and sums is None else sums and sums.total()
         return sketched, along, blocks, list(map(layer_order, factors))
 
 
@@ -106,9 +128,10 @@ def _form(jac, factor: Outer, directions: Tensor, stream: int, sums, along: Tens
             blocks += own_block(Rows({}, bias))
     turned = factor.g.transpose(2, 3).reshape(n, k * o, s)
     step = max(1, min(n, _ENTRIES // (k * o * i)))
+    buffer = turned.new_empty(step, k * o, i)
     for begin in range(0, n, step):
         part = slice(begin, begin + step)
-        rows = torch.bmm(turned[part], factor.a[part]).view(-1, k, o, i)
+        rows = torch.bmm(turned[part], factor.a[part], out=buffer[: min(step, n - begin)]).view(-1, k, o, i)
         flat = rows.flatten(2)
         along[part] += flat @ weight.T
         if blocks is not None:

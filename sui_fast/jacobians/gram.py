@@ -13,6 +13,7 @@ from .._errors import ArgumentError, complaint
 from ..ops import ntk_gram, ntk_gram_sum
 from ..ops.gram import long_product
 from .layers import Factor, Index, Outer, Rows
+from .tokens import token_jvp
 
 if TYPE_CHECKING:
     from .jacobian import Jacobian
@@ -155,8 +156,10 @@ def by_rows(one: Outer) -> bool:
     return o * i <= s * s * (o + i / (k * k) + 2)
 
 
-def flat_gram(one: Outer, two: Outer) -> Tensor:
-    """Gram block [b k, c m] of a layer of one position on both sides."""
+def layer_gram(one: Outer, two: Outer) -> Tensor:
+    """Gram block [b k, c m] of a layer."""
+    if one.a.shape[1] > 1 or two.a.shape[1] > 1:
+        return ntk_gram(one.augmented(), one.g.contiguous(), two.augmented(), two.g.contiguous())
     (b, k, _, o), (c, m, _, _) = one.g.shape, two.g.shape
     inner = one.a[:, 0] @ two.a[:, 0].T
     inner = (inner + 1 if "bias" in one.names else inner).repeat_interleave(m, 1)[:, None]
@@ -164,17 +167,11 @@ def flat_gram(one: Outer, two: Outer) -> Tensor:
 
 
 def _index_gram(one: Index, two: Index) -> Tensor:
-    """sum over positions with equal tokens of g g'^T: only tokens that both sides hold take part."""
-    (b, _, s, o), (c, _, t, _) = one.g.shape, two.g.shape
-    tokens, place = torch.unique(torch.cat([one.token.reshape(-1), two.token.reshape(-1)]), return_inverse=True)
-    keep = (tokens >= 0).to(one.g.dtype)
-
-    def rows(g: Tensor, where: Tensor, count: int, positions: int) -> Tensor:
-        k, whole = g.shape[1], len(tokens)
-        first = whole * torch.arange(count * k, device=g.device).view(count, k, 1)
-        index = (where.view(count, 1, positions) + first).reshape(-1)
-        signed = g * keep[where].view(count, 1, positions, 1)
-        return g.new_zeros(count * k * whole, o).index_add_(0, index, signed.reshape(-1, o)).view(count * k, -1)
-
-    left = rows(one.g, place[: b * s], b, s)
-    return left @ (left if one is two else rows(two.g, place[b * s :], c, t)).T
+    """sum over positions with equal tokens of g g'^T: only tokens that the right side holds take part."""
+    (b, k, _, _), (c, m, t, o) = one.g.shape, two.g.shape
+    tokens, place = torch.unique(two.token, return_inverse=True)
+    index = place.view(c, 1, t, 1).expand(-1, m, -1, o)
+    rows = two.g.new_zeros(c, m, len(tokens), o).scatter_add_(2, index, two.g)
+    held = torch.searchsorted(tokens, one.token).clamp_max(len(tokens) - 1)
+    held = torch.where((one.token >= 0) & (tokens[held] == one.token), held, -1)
+    return token_jvp(held, one.g, rows.flatten(0, 1)).view(b * k, c * m)

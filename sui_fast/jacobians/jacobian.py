@@ -16,8 +16,8 @@ from .gram import gram
 from .joining import by_map, join_factors
 from .layers import Factor, Index, Outer, Rows, Use, dense_index, make_factors
 from .streams import add_sketch, as_read, layer_order, streams_of
+from .tokens import add_token_vjp, token_jvp
 
-_ELEMENTS = 1 << 21  # of one intermediate, at least
 _VECTORS = 8  # of J^T c that are added at a time
 
 
@@ -158,13 +158,7 @@ class Jacobian:
         if isinstance(factor, Rows):
             return factor.rows @ parts["rows"].T
         if isinstance(factor, Index):
-            weight = parts["weight"].unflatten(1, (-1, factor.g.shape[3]))
-            found = factor.g.new_empty(*factor.g.shape[:2], len(flat))
-            for part in _portions(factor, len(flat)):
-                token = factor.token[part]
-                held = torch.where((token >= 0)[..., None], weight[:, token.clamp(min=0)], 0)
-                found[part] = torch.einsum("nkso,rnso->nkr", factor.g[part], held)
-            return found
+            return token_jvp(factor.token, factor.g, parts["weight"].unflatten(1, (-1, factor.g.shape[3])))
         weight = parts["weight"].reshape(len(flat), factor.g.shape[3], -1)
         if "bias" in parts:
             weight = torch.cat([weight, parts["bias"][:, :, None]], 2)
@@ -223,10 +217,7 @@ class Jacobian:
             self._put(flat, factor, "rows", torch.einsum("nkp,nkr->rp", factor.rows, c))
             return
         target = self.part_of(flat, factor, "weight").unflatten(1, (-1, factor.g.shape[3]))
-        for part in _portions(factor, c.shape[2]):
-            token = factor.token[part].reshape(-1)
-            given = torch.einsum("nkso,nkr->rnso", factor.g[part], c[part]).flatten(1, 2)
-            target.index_add_(1, token[token >= 0], given[:, token >= 0].to(target.dtype))
+        add_token_vjp(target, factor.token, factor.g, c)
 
     def part_of(self, flat: Tensor, factor: Factor, role: str) -> Tensor:
         """View of the entries [..., *] that a factor speaks of, in a tensor [..., d]."""
@@ -394,13 +385,6 @@ class Jacobian:
     def columns(self, name: str) -> slice:
         """Columns of a parameter in rows()."""
         return slice(self._begin[name], self._begin[name] + self._shapes[name].numel())
-
-
-def _portions(factor: Index, r: int) -> list[slice]:
-    """Samples at a time, so that r gradients of each are no more than the factor holds, or a few megabytes."""
-    n, _, s, o = factor.g.shape
-    step = max(1, max(_ELEMENTS, factor.g.numel()) // max(1, r * s * o))
-    return [slice(begin, begin + step) for begin in range(0, n, step)]
 
 
 def own_block(factor: Factor) -> Tensor:

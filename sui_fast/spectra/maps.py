@@ -12,17 +12,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from .._errors import ArgumentError, SpectrumError, complaint
-from ..jacobians import Jacobian, Sketch
+from ..jacobians import Anchors, Jacobian, Sketch, make_anchors, project
 from ..jacobians.finite import check_squares
 from ..ops.sketching._random import signs
 from .moments import BLOCK, add_upper, mirrored
 
-_FEW = 128  # samples whose factors are float64 at a time
+_PART = 256  # samples at a time, at most
+_FEW = 128  # of both sides of a kernel in float64
+_MOST = 1 << 28  # bytes of directions in any case, and of the float64 factors of samples
 _WIDE = 1 << 21  # float64 numbers of one intermediate
 _ZEROS = "gradients that are all zero"
 RANK_FOR = {"sketch": 40.0, "nystrom": 5.0, "subspace": 2.0}  # ranks per effective dimension, measured (docs/math.md)
@@ -97,27 +100,18 @@ def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
         pool: samples to draw from. rank: columns. seed: of the draws.
     Source: Chen, Epperly, Tropp, Webber 2022 (randomly pivoted Cholesky, blocks).
     """
-    rank = -(-rank // pool.k) * pool.k
-    found = _nystrom(pool, rank, seed, _kernel, pool.dtype)
-    if pool.dtype == torch.float64 or found.rank >= min(rank, pool.shape[0]):
-        return found
-    del found  # its landmarks are as large as those that follow
-    return _nystrom(pool, rank, seed, _wide_kernel, torch.float64)
+    rank, drawn = -(-rank // pool.k) * pool.k, []
+    return _nystrom(pool, rank, seed, pool.dtype, drawn) or _nystrom(pool, rank, seed, torch.float64, drawn)
 
 
-def _kernel(left: Jacobian, right: Jacobian) -> Tensor:
-    return left.gram(right).to(torch.float64)
+def _nystrom(pool: Jacobian, rank: int, seed: int, dtype: torch.dtype, drawn: list[int]) -> FeatureMap | None:
+    """``nystrom_map`` by kernels in a dtype; None where float32 leaves fewer columns than asked for.
 
-
-def _wide_kernel(left: Jacobian, right: Jacobian) -> Tensor:
-    """Computed in float64, a few samples of both at a time: their factors are float64 meanwhile."""
-    parts = [[x.select(range(i, min(i + _FEW, x.n))).wide() for i in range(0, x.n, _FEW)] for x in (left, right)]
-    return torch.cat([torch.cat([one.gram(two) for two in parts[1]], 1) for one in parts[0]])
-
-
-def _nystrom(pool: Jacobian, rank: int, seed: int, kernel: Callable, dtype: torch.dtype) -> FeatureMap:
-    n, k = pool.n, pool.k
-    wanted = min(n, max(rank, min(8 * rank, 256 * k, 2048)) // k)
+    drawn: takes the landmarks of a run in float32. In float64 nearly always the same are drawn: the kernel with these
+    comes first, as rows of the pool are then formed once for all, in place of once for every draw.
+    """
+    n, k, wide = pool.n, pool.k, dtype != pool.dtype
+    wanted, least = landmarks_of(n, k, rank), 0 if dtype == torch.float64 else min(rank, pool.shape[0])
     rng = torch.Generator().manual_seed(seed)
     diagonal = pool.own_blocks().diagonal(dim1=1, dim2=2).to(torch.float64)
     check_squares(float(diagonal.sum()) / n, pool.dtype)
@@ -125,8 +119,11 @@ def _nystrom(pool: Jacobian, rank: int, seed: int, kernel: Callable, dtype: torc
         raise SpectrumError(complaint("model", "parameters that act on the outputs", _ZEROS, "Check params=."))
     floor = 1e-12 * float(diagonal.sum())
     chosen: list[int] = []
-    factor = torch.zeros(n * k, wanted * k, dtype=torch.float64, device=pool.device)
-    used = 0
+    rows_of = lambda samples: (torch.tensor(samples)[:, None] * k + torch.arange(k)).reshape(-1).to(pool.device)  # noqa: E731
+    known = torch.zeros(n * k, wanted * k, dtype=torch.float64, device=pool.device)
+    if wide:
+        _fill(known, pool, drawn)
+    factor, used = torch.zeros_like(known), 0
     while len(chosen) < wanted:
         weight = diagonal.sum(1).clamp_min(0).cpu()
         weight[chosen] = 0.0
@@ -134,9 +131,13 @@ def _nystrom(pool: Jacobian, rank: int, seed: int, kernel: Callable, dtype: torc
             break
         count = min(wanted - len(chosen), max(1, wanted // 8), int((weight > 0).sum()))
         fresh = torch.multinomial(weight, count, replacement=False, generator=rng).tolist()
-        rows = (torch.tensor(fresh)[:, None] * k + torch.arange(k)).reshape(-1).to(pool.device)
-        block = kernel(pool, pool.select(fresh))
-        block = block - factor[:, :used] @ factor[rows, :used].T
+        rows, part = rows_of(fresh), slice(len(chosen) * k, (len(chosen) + count) * k)
+        if not wide:
+            known[:, part] = pool.gram(pool.select(fresh))
+        elif drawn[len(chosen) : len(chosen) + count] != fresh:
+            drawn = []
+            _fill(known[:, part], pool, fresh)
+        block = known[:, part] - factor[:, :used] @ factor[rows, :used].T
         # of a block drawn at once some say the same: keep those that still add something
         core = block[rows]
         own, vectors = torch.linalg.eigh((core + core.T) / 2)
@@ -147,21 +148,82 @@ def _nystrom(pool: Jacobian, rank: int, seed: int, kernel: Callable, dtype: torc
         diagonal = diagonal - columns.square().sum(1).reshape(n, k)
         chosen += fresh
     del factor, block, columns  # as large as what follows
-    landmarks = pool.select(chosen)
-    inner = kernel(landmarks, landmarks)
-    s, u = torch.linalg.eigh(inner)
+    known = known[:, : len(chosen) * k]
+    s, u = torch.linalg.eigh(known[rows_of(chosen)])
     keep = s > len(s) * torch.finfo(dtype).eps * float(s[-1])
+    if int(keep.sum()) < least:
+        drawn += chosen
+        return None
     root = u[:, keep] / s[keep].sqrt()
     if root.shape[1] > rank:
-        known = kernel(pool, landmarks) @ root
+        known = known @ root
         root = root @ torch.linalg.eigh(known.T @ known)[1][:, -rank:]
+    landmarks = pool.select(chosen)
+    both = coordinates(landmarks.wide() if wide else landmarks, root, pool.nbytes)
+    return FeatureMap("nystrom", root.shape[1], both, {"landmarks": torch.tensor(chosen), "root": root})
+
+
+def _fill(known: Tensor, pool: Jacobian, samples: list[int]) -> None:
+    """The columns of known [n k, ...] <- kernel of a pool with these samples in float64, as many at a time as fit."""
+    k, step = pool.k, landmarks_at_once(pool.k * pool.shape[1], pool.nbytes)
+    for begin in range(0, len(samples), step):
+        some = samples[begin : begin + step]
+        across = coordinates(pool.select(some).wide(), torch.eye(len(some) * k).to(known), pool.nbytes)
+        known[:, begin * k : (begin + len(some)) * k] = across(pool, False)[0].flatten(0, 1)
+
+
+def landmarks_at_once(numbers: int, nbytes: float) -> int:
+    """Whose rows in float64, of so many numbers a sample, are formed for the kernel with a pool of so many bytes."""
+    return max(8, int(max(_MOST, nbytes / 4) / (8 * numbers)))
+
+
+def directions_fit(count: int, parameters: int, nbytes: float) -> bool:
+    """Whether features of landmarks from a pool of so many bytes go by directions, made in float64."""
+    return 12 * count * parameters <= max(_MOST, 2 * nbytes)
+
+
+def landmarks_of(n: int, k: int, rank: int) -> int:
+    """Samples of n whose kernel columns ``nystrom_map`` takes."""
+    return min(n, max(rank, min(8 * rank, 256 * k, 2048)) // k)
+
+
+def coordinates(landmarks: Jacobian, root: Tensor, nbytes: float) -> Callable:
+    """(Jacobian, own) -> Theta(., L) root [n, k, q] and own blocks, in the dtype of the landmarks.
+
+    Along the directions root^T J(L), but by the kernel for layers of which that costs less, and where these directions
+    are too many for memory.
+
+    Args:
+        landmarks: L. root: [l k, q], float64. nbytes: of the pool that the landmarks are from.
+    """
+    wide = landmarks.dtype == torch.float64
+    like = lambda jac: jac.wide() if wide else jac  # noqa: E731
+    step = max(1, min(_PART, (_MOST if wide else 2 * _MOST) * landmarks.n // (2 * landmarks.nbytes)))
+    if not directions_fit(root.shape[1], landmarks.shape[1], nbytes):
+
+        def by_kernel(jac: Jacobian, own: bool) -> tuple[Tensor, Tensor | None]:
+            kernel = _wide_kernel(jac, landmarks) if wide else jac.gram(landmarks).to(torch.float64)
+            return (kernel @ root).reshape(jac.n, jac.k, -1), jac.own_blocks() if own else None
+
+        return by_kernel
+    held = [landmarks]
+
+    @cache  # when first wanted, as the pool is gone by then
+    def anchors() -> Anchors:
+        return make_anchors(held.pop(), root, -(-step // 4), False)
 
     def both(jac: Jacobian, own: bool) -> tuple[Tensor, Tensor | None]:
-        features = (kernel(jac, landmarks) @ root).reshape(jac.n, jac.k, -1)
-        return features, jac.own_blocks() if own else None
+        parts = (like(jac.select(range(i, min(i + step, jac.n)))) for i in range(0, jac.n, step))
+        found = [project(part, anchors(), 0, 0, None, own)[1:3] for part in parts]
+        return tuple(torch.cat(x) if x[0] is not None else None for x in zip(*found, strict=True))
 
-    state = {"landmarks": torch.tensor(chosen), "root": root}
-    return FeatureMap("nystrom", root.shape[1], both, state)
+    return both
+
+
+def _wide_kernel(left: Jacobian, right: Jacobian) -> Tensor:
+    """Computed in float64, a few samples of both at a time: their factors are float64 meanwhile."""
+    parts = [[x.select(range(i, min(i + _FEW, x.n))).wide() for i in range(0, x.n, _FEW)] for x in (left, right)]
+    return torch.cat([torch.cat([one.gram(two) for two in parts[1]], 1) for one in parts[0]])
 
 
 def subspace_columns(rank: int) -> int:
