@@ -168,7 +168,7 @@ def make_plan(
     elif method == "nystrom":
         about = _Landmarks.of(first, n, rank)
         draw, each_map = about.seconds(first, rank, product)
-        fit = about.pool * (capture + draw) + 2.0 * k**2 * about.pool * about.count**2 * product
+        fit = about.pool * (capture + draw) + (2.0 * about.pool + 10.0 * about.count) * k**3 * about.count**2 * product
     else:
         few, many = min(wide, max(4, (1 << 22) // d)), _many(first)
         tangents, cotangents = first.outputs.new_ones(few, d), first.outputs.new_ones(many.n * k, few)

@@ -172,6 +172,6 @@ def _index_gram(one: Index, two: Index) -> Tensor:
     tokens, place = torch.unique(two.token, return_inverse=True)
     index = place.view(c, 1, t, 1).expand(-1, m, -1, o)
     rows = two.g.new_zeros(c, m, len(tokens), o).scatter_add_(2, index, two.g)
-    held = torch.searchsorted(tokens, one.token).clamp_max(len(tokens) - 1)
+    held = torch.searchsorted(tokens, one.token.contiguous()).clamp_max(len(tokens) - 1)
     held = torch.where((one.token >= 0) & (tokens[held] == one.token), held, -1)
     return token_jvp(held, one.g, rows.flatten(0, 1)).view(b * k, c * m)
