@@ -26,7 +26,7 @@ _SHARE = 4  # of the columns that may be anchors: one in so many
 _SOLUTIONS = (1e-1, 1e-2, 1e-3, 1e-4)  # ridge of the pool's solutions, in units of its largest eigenvalue
 _MOMENTS = {False: 2.0, True: 6.0}  # operations that anchors may add, in those of Z^T Z; True: no layer has positions
 _NOISE, _LEAST = 0.5, 1e-6  # eigenvalues, and squares of what a solution adds, that are rounding
-_SECOND = 2e10  # operations
+_SECOND = 4e10  # operations
 INNER = 1024  # columns of a sketch without anchors, brought down to fewer
 _MOST = 1 << 28  # bytes of B; of the explicit rows of a pool
 
@@ -49,12 +49,11 @@ def pool_size(first: Jacobian, n: int, rank: int, kind: str = "tensor") -> tuple
 
 def anchor_count(first: Jacobian, n: int, rank: int, pool: int) -> int:
     """Anchors from a pool of so many of n samples: ANCHORS where they are worth it, more where they cost little."""
-    few = n if 2 * rank >= 3 * n * first.k else None
     most = min(rank // _SHARE, pool * first.k - 1, _MANY)
     count = min(ANCHORS, most)
-    if count <= len(_SOLUTIONS) or _burden(first, rank, count, pool, few) > 1:
+    if count <= len(_SOLUTIONS) or _burden(first, rank, count, pool, n) > 1:
         return 0
-    while count < most and _burden(first, rank, min(2 * count, most), pool, few) <= 0.5:
+    while count < most and _burden(first, rank, min(2 * count, most), pool, n) <= 0.5:
         count = min(2 * count, most)
     return count
 
@@ -174,10 +173,10 @@ def _layers(jac: Jacobian) -> list[Outer]:
     return [factor for factor in jac.select(range(1)).factors() if isinstance(factor, Outer)]
 
 
-def _burden(first: Jacobian, rank: int, count: int, pool: int, few: int | None) -> float:
+def _burden(first: Jacobian, rank: int, count: int, pool: int, n: int) -> float:
     """Operations that anchors add over those that they may: some times the moment's, of a rank of 1024 or more.
 
-    few: samples in all where they are so few for the rank that a sketch has little to say; a second is then allowed.
+    Over all n samples a second is allowed in any case.
     """
     rank, layers = max(rank, 1024), _layers(first)
     explicit = _explicit(first, pool * first.k)
@@ -195,5 +194,4 @@ def _burden(first: Jacobian, rank: int, count: int, pool: int, few: int | None) 
             added += 2.0 * pool * (i + k * k * o)
         else:
             added += 2.0 * k * o * i * count
-    most = _MOMENTS[flat] * 2 * first.k * rank**2
-    return added / (most if few is None else max(most, _SECOND / few))
+    return added / max(_MOMENTS[flat] * 2 * first.k * rank**2, _SECOND / n)
