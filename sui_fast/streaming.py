@@ -35,8 +35,8 @@ from .loo import (
     make_filter,
     shard_blocks,
 )
-from .losses import Goal
-from .planning import ENOUGH, HELD, PORTION, SHARD, return_memory, shard_samples
+from .losses import Goal, Rooted
+from .planning import ENOUGH, HELD, PORTION, PROBES, SHARD, return_memory, shard_samples
 from .processes import Processes, Source, grain, portion, power
 from .spectra import (
     INNER,
@@ -46,6 +46,7 @@ from .spectra import (
     Moments,
     Store,
     anchored_sketch_map,
+    beside_directions,
     fingerprint_of,
     nystrom_map,
     pool_size,
@@ -95,9 +96,13 @@ def fit_map(
 
     sketch: kind of random map of a "sketch".
     """
-    n = source.samples.n
+    n, outputs = source.samples.n, source.options.get("outputs")
+    softmax = isinstance(outputs, Rooted) and outputs.kind == "cross_entropy"
+    whole = source
+    if softmax:  # validation sees all logits moved together, which training does not
+        whole = replace(source, options={**source.options, "outputs": replace(outputs, whole=True)})
     if kind == "sketch":
-        size, anchors = pool_size(source.part(0, 1), n, rank, sketch)
+        size, anchors = pool_size(source.part(0, 1), n, rank, sketch, softmax)
         if not size:
             return sketch_map(sketch_rank(rank, sketch), seed, sketch)
         numbers = np.sort(np.random.default_rng(seed).choice(n, size, replace=False))
@@ -106,31 +111,33 @@ def fit_map(
                 source.model, source.samples.pick(numbers), Sketch(INNER, seed, "tensor"), **source.options
             )
             return reduced_sketch_map(pool, goal.residual(torch.from_numpy(numbers), outputs), rank, seed)
-        pool = source.some(numbers)
+        pool = whole.some(numbers)
         residual = goal.residual(torch.from_numpy(numbers), pool.outputs)
         return anchored_sketch_map(pool, residual, rank, seed, sketch, anchors)
+    first, beside = source.part(0, 1), None
+    if softmax:
+        few = np.sort(np.random.default_rng(seed + 4).choice(n, min(n, PROBES), replace=False))
+        beside = beside_directions(whole.some(few), first.k, seed)
     if kind == "nystrom":
-        first = source.part(0, 1)
         pool = np.arange(n)
         most = max(2000, 4 * rank // first.k)
         if n > most:
             pool = np.sort(np.random.default_rng(seed).choice(n, most, replace=False))
-        return nystrom_map(source.some(pool), rank, seed)
+        return nystrom_map(source.some(pool), rank, seed, beside)
 
     def passes() -> Iterator[tuple[int, Jacobian]]:
         return source.parts(portion(n), HELD)
 
-    one = source.part(0, 1)
-    rows, rank = n * one.k, min(rank, n * one.k)
+    rows, rank = n * first.k, min(rank, n * first.k)
 
     def reduce(total: Tensor | None) -> Tensor:
         """The sum; a process without samples has none of its own, and must meet the others all the same."""
         if total is None:
-            shape = min(subspace_columns(rank), rows), one.shape[1]
+            shape = min(subspace_columns(rank), rows), first.shape[1]
             total = torch.zeros(shape, dtype=torch.float64, device=source.device)
         return processes.total(total)
 
-    return subspace_map(passes, rows, rank, seed, reduce)
+    return subspace_map(passes, rows, rank, seed, reduce, beside)
 
 
 def collect(source: Source, fmap: FeatureMap, goal: Goal | None, store: Store | Memory, progress: bool) -> None:

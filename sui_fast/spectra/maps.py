@@ -86,7 +86,7 @@ def sketch_map(rank: int, seed: int = 0, kind: str = "tensor") -> FeatureMap:
     return FeatureMap("sketch", rank, lambda jac, own: (sketch(jac)[0], None), portion=lambda own: sketch)
 
 
-def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
+def nystrom_map(pool: Jacobian, rank: int, seed: int = 0, beside: Tensor | None = None) -> FeatureMap:
     """Landmark samples of a pool, drawn in proportion to what the landmarks before them leave unexplained.
 
     All outputs of a landmark sample serve, so rank is rounded up to whole samples; fewer columns where the pool is
@@ -95,14 +95,15 @@ def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
 
     Args:
         pool: samples to draw from. rank: columns. seed: of the draws.
+        beside: orthonormal directions [c, d] with columns of their own, before the others.
     Source: Chen, Epperly, Tropp, Webber 2022 (randomly pivoted Cholesky, blocks).
     """
     rank = -(-rank // pool.k) * pool.k
-    found = _nystrom(pool, rank, seed, _kernel, pool.dtype)
+    found = _nystrom(pool, rank, seed, beside, _kernel, pool.dtype)
     if pool.dtype == torch.float64 or found.rank >= min(rank, pool.shape[0]):
         return found
     del found  # its landmarks are as large as those that follow
-    return _nystrom(pool, rank, seed, _wide_kernel, torch.float64)
+    return _nystrom(pool, rank, seed, beside, _wide_kernel, torch.float64)
 
 
 def _kernel(left: Jacobian, right: Jacobian) -> Tensor:
@@ -115,12 +116,29 @@ def _wide_kernel(left: Jacobian, right: Jacobian) -> Tensor:
     return torch.cat([torch.cat([one.gram(two) for two in parts[1]], 1) for one in parts[0]])
 
 
-def _nystrom(pool: Jacobian, rank: int, seed: int, kernel: Callable, dtype: torch.dtype) -> FeatureMap:
-    n, k = pool.n, pool.k
+def _along(jac: Jacobian, beside: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Coordinates [n k, c], float64, computed in this dtype."""
+    if beside is None:
+        return torch.zeros(jac.shape[0], 0, dtype=torch.float64, device=jac.device)
+    step = jac.n if jac.dtype == dtype else _FEW
+    parts = [jac.select(range(i, min(i + step, jac.n))) for i in range(0, jac.n, step)]
+    return torch.cat([(x if x.dtype == dtype else x.wide()).jvp(beside.to(dtype)).to(torch.float64) for x in parts])
+
+
+def _nystrom(
+    pool: Jacobian, rank: int, seed: int, beside: Tensor | None, whole: Callable, dtype: torch.dtype
+) -> FeatureMap:
+    n, k, here = pool.n, pool.k, _along(pool, beside, dtype)
+
+    def kernel(left: Jacobian, right: Jacobian, along: Tensor, across: Tensor) -> Tensor:
+        """Without what lies along ``beside``."""
+        return whole(left, right).addmm_(along, across.T, alpha=-1)
+
     wanted = min(n, max(rank, min(8 * rank, 256 * k, 2048)) // k)
     rng = torch.Generator().manual_seed(seed)
     diagonal = pool.own_blocks().diagonal(dim1=1, dim2=2).to(torch.float64)
     check_squares(float(diagonal.sum()) / n, pool.dtype)
+    diagonal = (diagonal - here.square().sum(1).view(n, k)).clamp_min(0)
     if not float(diagonal.sum()) > 0:
         raise SpectrumError(complaint("model", "parameters that act on the outputs", _ZEROS, "Check params=."))
     floor = 1e-12 * float(diagonal.sum())
@@ -135,7 +153,7 @@ def _nystrom(pool: Jacobian, rank: int, seed: int, kernel: Callable, dtype: torc
         count = min(wanted - len(chosen), max(1, wanted // 8), int((weight > 0).sum()))
         fresh = torch.multinomial(weight, count, replacement=False, generator=rng).tolist()
         rows = (torch.tensor(fresh)[:, None] * k + torch.arange(k)).reshape(-1).to(pool.device)
-        block = kernel(pool, pool.select(fresh))
+        block = kernel(pool, pool.select(fresh), here, here[rows])
         block = block - factor[:, :used] @ factor[rows, :used].T
         # of a block drawn at once some say the same: keep those that still add something
         core = block[rows]
@@ -148,20 +166,23 @@ def _nystrom(pool: Jacobian, rank: int, seed: int, kernel: Callable, dtype: torc
         chosen += fresh
     del factor, block, columns  # as large as what follows
     landmarks = pool.select(chosen)
-    inner = kernel(landmarks, landmarks)
+    rows = (torch.tensor(chosen)[:, None] * k + torch.arange(k)).reshape(-1).to(pool.device)
+    there = here[rows]
+    inner = kernel(landmarks, landmarks, there, there)
     s, u = torch.linalg.eigh(inner)
     keep = s > len(s) * torch.finfo(dtype).eps * float(s[-1])
     root = u[:, keep] / s[keep].sqrt()
     if root.shape[1] > rank:
-        known = kernel(pool, landmarks) @ root
+        known = kernel(pool, landmarks, here, there) @ root
         root = root @ torch.linalg.eigh(known.T @ known)[1][:, -rank:]
 
     def both(jac: Jacobian, own: bool) -> tuple[Tensor, Tensor | None]:
-        features = (kernel(jac, landmarks) @ root).reshape(jac.n, jac.k, -1)
-        return features, jac.own_blocks() if own else None
+        along = _along(jac, beside, dtype)
+        features = torch.cat([along, kernel(jac, landmarks, along, there) @ root], 1)
+        return features.reshape(jac.n, jac.k, -1), jac.own_blocks() if own else None
 
     state = {"landmarks": torch.tensor(chosen), "root": root}
-    return FeatureMap("nystrom", root.shape[1], both, state)
+    return FeatureMap("nystrom", here.shape[1] + root.shape[1], both, state)
 
 
 def subspace_columns(rank: int) -> int:
@@ -175,6 +196,7 @@ def subspace_map(
     rank: int,
     seed: int = 0,
     reduce: Callable[[Tensor | None], Tensor] = lambda x: x,
+    beside: Tensor | None = None,
 ) -> FeatureMap:
     """Leading right singular space of J, matrix-free: J^T of random signs, then a jvp and a vjp over the data.
 
@@ -183,6 +205,7 @@ def subspace_map(
         rank: columns at least; those of the oversampling stay, for F-SI gains more by them than by another iteration.
         seed: of the start.
         reduce: sums a tensor over processes; it is given None where there are no parts.
+        beside: directions [c, d] that join the basis.
     Source: Halko, Martinsson, Tropp 2011; Musco and Musco 2015.
     """
     basis, wide = None, min(subspace_columns(rank), samples)
@@ -206,6 +229,8 @@ def subspace_map(
         total *= 2.0 ** -math.frexp(max(float(total.max()), -float(total.min())))[1]
         basis = total.to(torch.float32)
         del total
+        if last and beside is not None:
+            basis = torch.cat([basis, torch.linalg.vector_norm(basis, dim=1).max() * beside.to(basis)])
         _even(basis, torch.float64 if last else torch.float32)
 
     def both(jac: Jacobian, own: bool) -> tuple[Tensor, Tensor | None]:
