@@ -314,7 +314,9 @@ class Run:
                 details["effective_dimension"] = found.dimension
                 # fewer columns than asked for explain all there is; no rank has more than rows or parameters
                 most = fmap.rank if fmap.rank < rank else min(n * self.goal.rows, found.parameters)
-                better = warn_of_rank(method, fmap.rank, found.asked, most, missed / kept if kept > 0 else 0.0)
+                softmax = self.goal.kind == "cross_entropy" and self.probes is not None
+                share = missed / kept if kept > 0 else 0.0
+                better = warn_of_rank(method, fmap.rank, found.asked, most, share, softmax)
                 if self.goal.kind == "mse":
                     warn_of_rest(first_error, lost)
         finally:

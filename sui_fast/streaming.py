@@ -59,6 +59,7 @@ from .spectra import (
 
 _SHARD, _PORTION = SHARD, PORTION
 _MARGIN = 1.25  # of the rank that a warning names
+_FEWEST = {False: 32, True: 96}  # columns of a sketch whatever the dimension; True: of logits seen by validation
 _ROUNDING = 2.0**-21  # of Theta_ii: what float32 features leave of a direction that they have
 _REST = 2.0**-36  # of the squared residuals: rounding has 2% of what is left
 _MISSED = 0.4  # leverage beyond the features over that in them; from 0.5 on scores correlated less than 0.98
@@ -115,7 +116,7 @@ def fit_map(
         residual = goal.residual(torch.from_numpy(numbers), pool.outputs)
         return anchored_sketch_map(pool, residual, rank, seed, sketch, anchors)
     first, beside = source.part(0, 1), None
-    if softmax:
+    if softmax and first.shape[1] > PROBES:  # of fewer weights they might be all there is
         few = np.sort(np.random.default_rng(seed + 4).choice(n, min(n, PROBES), replace=False))
         beside = beside_directions(whole.some(few), first.k, seed)
     if kind == "nystrom":
@@ -331,7 +332,9 @@ def _kernel_across(old: Source, new: Source, fmap: FeatureMap) -> Iterator[tuple
             yield features, number, part.gram(other).to(torch.float64)
 
 
-def warn_of_rank(kind: str, rank: int, edf: float, most: int, missed: float = 0.0) -> int | None:
+def warn_of_rank(
+    kind: str, rank: int, edf: float, most: int, missed: float = 0.0, softmax: bool = False
+) -> int | None:
     """Rank that would do where this one is too small for the effective dimension, with a warning.
 
     It is named with a margin, so that a run with it does not warn again where its estimate of the dimension is larger.
@@ -339,8 +342,10 @@ def warn_of_rank(kind: str, rank: int, edf: float, most: int, missed: float = 0.
     Args:
         most: rank at which features below the kernel have all of it. missed: leverage beyond the features, over that in
             them; where the rank does and this is large, directions are lost to float32.
+        softmax: logits are trained on, and validation sees all of them moved together.
     """
-    least, exact = RANK_FOR[kind] * edf, most
+    fewest = _FEWEST[softmax] if kind == "sketch" else 0
+    least, exact = max(RANK_FOR[kind] * edf, fewest), most
     most = most if kind != "sketch" else 1 << 20
     if rank >= ENOUGH * least or rank >= most:
         if kind != "sketch" and missed > _MISSED:

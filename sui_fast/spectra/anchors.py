@@ -24,7 +24,7 @@ from .maps import FeatureMap, sketch_map, sketch_rank
 _POOL, _POOL_ROWS = 256, 1024  # samples that the directions are taken from, and rows of these; more of a large rank
 ANCHORS, _MANY = 32, 512  # at least, or none; at most
 _SHARE = 4  # of the columns that may be anchors: one in so many
-_BESIDE, _MOST_BESIDE = 8, 16  # of the anchors for outputs that the loss leaves alone: one in so many, and at most
+_BESIDE = 8  # directions of outputs that the loss leaves alone; a third of the anchors at most
 _SOLUTIONS = (1e-1, 1e-2, 1e-3, 1e-4)  # ridge of the pool's solutions, in units of its largest eigenvalue
 _MOMENTS = {False: 2.0, True: 6.0}  # operations that anchors may add, in those of Z^T Z; True: no layer has positions
 _NOISE, _LEAST = 0.5, 1e-6  # eigenvalues, and squares of what a solution adds, that are rounding
@@ -146,7 +146,7 @@ def _directions(theta: Tensor, residual: Tensor, count: int, dtype: torch.dtype,
     theta = theta / unit
     rows = torch.arange(len(theta), device=theta.device).view(len(residual), -1)
     trained, beside = rows[:, : residual.shape[1]].reshape(-1), rows[:, residual.shape[1] :].reshape(-1)
-    few = min(count // _BESIDE, _MOST_BESIDE) if len(beside) else 0
+    few = min(_BESIDE, count // 3) if len(beside) else 0
     lead, s, u = _leading(theta, trained, count - few - len(_SOLUTIONS), dtype, seed)
     more = [_leading(theta, beside, few, dtype, seed)[0]] if few else []
     pull = u.T @ residual.reshape(-1).to(s)

@@ -100,7 +100,8 @@ def nystrom_map(pool: Jacobian, rank: int, seed: int = 0, beside: Tensor | None 
     """
     rank = -(-rank // pool.k) * pool.k
     found = _nystrom(pool, rank, seed, beside, _kernel, pool.dtype)
-    if pool.dtype == torch.float64 or found.rank >= min(rank, pool.shape[0]):
+    besides = 0 if beside is None else len(beside)
+    if pool.dtype == torch.float64 or found.rank - besides >= min(rank, pool.shape[0]):
         return found
     del found  # its landmarks are as large as those that follow
     return _nystrom(pool, rank, seed, beside, _wide_kernel, torch.float64)
