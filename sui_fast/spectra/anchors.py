@@ -40,10 +40,10 @@ def pool_size(first: Jacobian, n: int, rank: int, kind: str = "tensor", needed: 
 
     Args:
         first: Jacobian of one sample or more. n: samples to draw from. rank, kind: columns and kind of the sketch.
-        needed: anchors, whatever they cost but memory.
+        needed: anchors whatever they cost but memory, from a pool with a row more for each sample.
     """
-    rows = min(rank // _SHARE, _POOL_ROWS)
-    size = min(n, max(16, min(_POOL, _POOL_ROWS // first.k), -(-rows // first.k)))
+    rows, each = min(rank // _SHARE, _POOL_ROWS), first.k + needed
+    size = min(n, max(16, min(_POOL, _POOL_ROWS // each), -(-rows // each)))
     if min(rows, size * first.k - 1) <= len(_SOLUTIONS):
         return 0, 0
     count = anchor_count(first, n, rank, size, needed)
@@ -53,10 +53,10 @@ def pool_size(first: Jacobian, n: int, rank: int, kind: str = "tensor", needed: 
 def anchor_count(first: Jacobian, n: int, rank: int, pool: int, needed: bool = False) -> int:
     """Anchors from a pool of so many of n samples: ANCHORS where they are worth it, more where they cost little."""
     most = min(rank // _SHARE, pool * first.k - 1, _MANY)
-    count = min(ANCHORS, most)
+    count, few = min(ANCHORS, most), n if 2 * rank >= 3 * n * first.k else math.inf
     if count <= len(_SOLUTIONS) or _burden(first, rank, count, pool, n) > (sys.float_info.max if needed else 1):
         return 0
-    while count < most and _burden(first, rank, min(2 * count, most), pool, n) <= 0.5:
+    while count < most and _burden(first, rank, min(2 * count, most), pool, few) <= 0.5:
         count = min(2 * count, most)
     return count
 
@@ -205,10 +205,10 @@ def _layers(jac: Jacobian) -> list[Outer]:
     return [factor for factor in jac.select(range(1)).factors() if isinstance(factor, Outer)]
 
 
-def _burden(first: Jacobian, rank: int, count: int, pool: int, n: int) -> float:
+def _burden(first: Jacobian, rank: int, count: int, pool: int, n: float) -> float:
     """Operations that anchors add over those that they may: some times the moment's, of a rank of 1024 or more.
 
-    Over all n samples a second is allowed in any case.
+    Over all n samples a second is allowed in any case, where n is not infinite.
     """
     rank, layers = max(rank, 1024), _layers(first)
     explicit = _explicit(first, pool * first.k)
