@@ -332,9 +332,7 @@ def _kernel_across(old: Source, new: Source, fmap: FeatureMap) -> Iterator[tuple
             yield features, number, part.gram(other).to(torch.float64)
 
 
-def warn_of_rank(
-    kind: str, rank: int, edf: float, most: int, missed: float = 0.0, softmax: bool = False
-) -> int | None:
+def warn_of_rank(kind: str, rank: int, edf: float, most: int, missed: float = 0.0, softmax: bool = False) -> int | None:
     """Rank that would do where this one is too small for the effective dimension, with a warning.
 
     It is named with a margin, so that a run with it does not warn again where its estimate of the dimension is larger.
