@@ -128,17 +128,23 @@ ROOTS = {"cross_entropy": Softmax, "binary_cross_entropy": Logistic, "function":
 
 @dataclass(frozen=True)
 class Rooted:
-    """R f for a batch that carries what R is made of: the outputs whose Jacobian is R J."""
+    """R f for a batch that carries what R is made of: the outputs whose Jacobian is R J.
+
+    whole: with what R leaves alone of logits, their sum over sqrt(k), after it.
+    """
 
     kind: str
     base: Callable | None
+    whole: bool = False
 
     def __call__(self, model: torch.nn.Module, batch: Known) -> Tensor:
         f = model_outputs(model, batch.inputs, self.base)
         f = f[:, None] if f.ndim == 1 else f
         with torch.autocast(f.device.type, enabled=False):  # half precision has no room for small roots
             wide = f.to(torch.promote_types(f.dtype, torch.float32))
-            return ROOTS[self.kind](batch.known).root(wide).to(f.dtype)
+            found = ROOTS[self.kind](batch.known).root(wide)
+            alone = [wide.sum(1, keepdim=True) / wide.shape[1] ** 0.5] if self.whole else []
+            return torch.cat([found, *alone], 1).to(f.dtype)
 
 
 class Squared:

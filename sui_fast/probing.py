@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,10 @@ from .processes import Ahead, Source
 from .spectra import RANK_FOR, FeatureMap, Spectrum
 
 _SHARE, _MORE = 0.15, 8.0  # of the time of a run, for the kernel of the probes; more of few samples to name a rank
+_MARGIN = 1.25  # of the rank that a warning names
+_FEWEST = {False: 32, True: 96}  # columns of a sketch whatever the dimension; True: of logits seen by validation
+_REST = 2.0**-36  # of the squared residuals: rounding has 2% of what is left
+_MISSED = 0.4  # leverage beyond the features over that in them; from 0.5 on scores correlated less than 0.98
 _FEW, _FITS = 1024, HELD // 8  # samples, and bytes of their factors, of which more probes are drawn
 
 
@@ -208,3 +213,49 @@ def probed_dimension(n: int, probes: Probes, phi: TrainingFilter, top: float, se
         share = min(1.0, math.log2(n / size))
         total, size, grown = total * grown**share, 2 * size, grown**0.5
     return min(total, float(n * k), float(d))
+
+
+def warn_of_rank(kind: str, rank: int, edf: float, most: int, missed: float = 0.0, softmax: bool = False) -> int | None:
+    """Rank that would do where this one is too small for the effective dimension, with a warning.
+
+    It is named with a margin, so that a run with it does not warn again where its estimate of the dimension is larger.
+
+    Args:
+        most: rank at which features below the kernel have all of it. missed: leverage beyond the features, over that in
+            them; where the rank does and this is large, directions are lost to float32.
+        softmax: logits are trained on, and validation sees all of them moved together.
+    """
+    fewest = _FEWEST[softmax] if kind == "sketch" else 0
+    least, exact = max(RANK_FOR[kind] * edf, fewest), most
+    most = most if kind != "sketch" else 1 << 20
+    if rank >= ENOUGH * least or rank >= most:
+        if kind != "sketch" and missed > _MISSED:
+            warnings.warn(
+                f"sui_fast: the {rank} features of {kind} leave out {missed:.0%} of the leverage that is in them: "
+                "directions weak against the largest, but not against reg=, are lost to rounding. Raise reg=, or use "
+                f"method={'sketch' if kind == 'nystrom' else 'nystrom'!r}.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return None
+    needed = min(math.ceil(_MARGIN * least), most)
+    todo = "Raise rank=, or reg=, or use another method."
+    if needed > exact:
+        todo = f"That is more than the kernel has: use method='nystrom', which is exact at rank {exact}, or raise reg=."
+    warnings.warn(
+        f"sui_fast: rank {rank} is small for an effective dimension of {edf:.0f}; {kind} wants about {needed}. {todo}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return needed
+
+
+def warn_of_rest(initial: float, left: float) -> None:
+    """A warning where less is left of the squared residuals than float32 features tell."""
+    if left < _REST * initial:
+        warnings.warn(
+            f"sui_fast: training without a sample leaves {left / initial:.0e} of the squared residuals, less than "
+            "float32 features tell: scores are too large. Use method='dense', raise reg=, or scale the outputs.",
+            RuntimeWarning,
+            stacklevel=4,
+        )

@@ -36,7 +36,7 @@ from .losses import Goal, is_certain, name_of
 from .measures import feature_neighbours, information, kernel_neighbours, sgd_information
 from .parts import Merged, Part, begin_anew, open_parts, open_store
 from .planning import return_memory
-from .probing import drawn, quality
+from .probing import drawn, quality, warn_of_rank, warn_of_rest
 from .processes import Processes, Source
 from .spectra import (
     dense_spectrum,
@@ -51,8 +51,6 @@ from .streaming import (
     fit_map,
     moments_of,
     run_fingerprint,
-    warn_of_rank,
-    warn_of_rest,
 )
 
 
@@ -319,7 +317,9 @@ class Run:
                 details["effective_dimension"] = found.dimension
                 # fewer columns than asked for explain all there is; no rank has more than rows or parameters
                 most = fmap.rank if fmap.rank < rank else min(n * self.goal.rows, found.parameters)
-                better = warn_of_rank(method, fmap.rank, found.asked, most, missed / kept if kept > 0 else 0.0)
+                softmax = self.goal.kind == "cross_entropy" and self.probes is not None
+                share = missed / kept if kept > 0 else 0.0
+                better = warn_of_rank(method, fmap.rank, found.asked, most, share, softmax)
                 if self.goal.kind == "mse":
                     warn_of_rest(first_error, lost)
         finally:

@@ -11,8 +11,6 @@ of the samples; sums meet once after each pass, never inside one.
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -35,17 +33,17 @@ from .loo import (
     make_filter,
     shard_blocks,
 )
-from .losses import Goal
-from .planning import ENOUGH, HELD, PORTION, SHARD, return_memory, shard_samples
+from .losses import Goal, Rooted
+from .planning import HELD, PORTION, PROBES, SHARD, return_memory, shard_samples
 from .processes import Processes, Source, grain, portion, power
 from .spectra import (
     INNER,
-    RANK_FOR,
     FeatureMap,
     FeatureSpectrum,
     Moments,
     Store,
     anchored_sketch_map,
+    beside_directions,
     fingerprint_of,
     nystrom_map,
     pool_size,
@@ -57,10 +55,7 @@ from .spectra import (
 )
 
 _SHARD, _PORTION = SHARD, PORTION
-_MARGIN = 1.25  # of the rank that a warning names
 _ROUNDING = 2.0**-21  # of Theta_ii: what float32 features leave of a direction that they have
-_REST = 2.0**-36  # of the squared residuals: rounding has 2% of what is left
-_MISSED = 0.4  # leverage beyond the features over that in them; from 0.5 on scores correlated less than 0.98
 
 
 class Memory(list):
@@ -95,9 +90,13 @@ def fit_map(
 
     sketch: kind of random map of a "sketch".
     """
-    n = source.samples.n
+    n, outputs = source.samples.n, source.options.get("outputs")
+    softmax = isinstance(outputs, Rooted) and outputs.kind == "cross_entropy"
+    whole = source
+    if softmax:  # validation sees all logits moved together, which training does not
+        whole = replace(source, options={**source.options, "outputs": replace(outputs, whole=True)})
     if kind == "sketch":
-        size, anchors = pool_size(source.part(0, 1), n, rank, sketch)
+        size, anchors = pool_size(source.part(0, 1), n, rank, sketch, softmax)
         if not size:
             return sketch_map(sketch_rank(rank, sketch), seed, sketch)
         numbers = np.sort(np.random.default_rng(seed).choice(n, size, replace=False))
@@ -106,31 +105,33 @@ def fit_map(
                 source.model, source.samples.pick(numbers), Sketch(INNER, seed, "tensor"), **source.options
             )
             return reduced_sketch_map(pool, goal.residual(torch.from_numpy(numbers), outputs), rank, seed)
-        pool = source.some(numbers)
+        pool = whole.some(numbers)
         residual = goal.residual(torch.from_numpy(numbers), pool.outputs)
         return anchored_sketch_map(pool, residual, rank, seed, sketch, anchors)
+    first, beside = source.part(0, 1), None
+    if softmax and first.shape[1] > PROBES:  # of fewer weights they might be all there is
+        few = np.sort(np.random.default_rng(seed + 4).choice(n, min(n, PROBES), replace=False))
+        beside = beside_directions(whole.some(few), first.k, seed)
     if kind == "nystrom":
-        first = source.part(0, 1)
         pool = np.arange(n)
         most = max(2000, 4 * rank // first.k)
         if n > most:
             pool = np.sort(np.random.default_rng(seed).choice(n, most, replace=False))
-        return nystrom_map(source.some(pool), rank, seed)
+        return nystrom_map(source.some(pool), rank, seed, beside)
 
     def passes() -> Iterator[tuple[int, Jacobian]]:
         return source.parts(portion(n), HELD)
 
-    one = source.part(0, 1)
-    rows, rank = n * one.k, min(rank, n * one.k)
+    rows, rank = n * first.k, min(rank, n * first.k)
 
     def reduce(total: Tensor | None) -> Tensor:
         """The sum; a process without samples has none of its own, and must meet the others all the same."""
         if total is None:
-            shape = min(subspace_columns(rank), rows), one.shape[1]
+            shape = min(subspace_columns(rank), rows), first.shape[1]
             total = torch.zeros(shape, dtype=torch.float64, device=source.device)
         return processes.total(total)
 
-    return subspace_map(passes, rows, rank, seed, reduce)
+    return subspace_map(passes, rows, rank, seed, reduce, beside)
 
 
 def collect(source: Source, fmap: FeatureMap, goal: Goal | None, store: Store | Memory, progress: bool) -> None:
@@ -342,50 +343,6 @@ def _kernel_across(old: Source, new: Source, fmap: FeatureMap) -> Iterator[tuple
         features = fmap.features(part).to(torch.float64)
         for number, (_, other) in enumerate(new.parts(portion(new.samples.n), HELD)):
             yield features, number, part.gram(other).to(torch.float64)
-
-
-def warn_of_rank(kind: str, rank: int, edf: float, most: int, missed: float = 0.0) -> int | None:
-    """Rank that would do where this one is too small for the effective dimension, with a warning.
-
-    It is named with a margin, so that a run with it does not warn again where its estimate of the dimension is larger.
-
-    Args:
-        most: rank at which features below the kernel have all of it. missed: leverage beyond the features, over that in
-            them; where the rank does and this is large, directions are lost to float32.
-    """
-    least, exact = RANK_FOR[kind] * edf, most
-    most = most if kind != "sketch" else 1 << 20
-    if rank >= ENOUGH * least or rank >= most:
-        if kind != "sketch" and missed > _MISSED:
-            warnings.warn(
-                f"sui_fast: the {rank} features of {kind} leave out {missed:.0%} of the leverage that is in them: "
-                "directions weak against the largest, but not against reg=, are lost to rounding. Raise reg=, or use "
-                f"method={'sketch' if kind == 'nystrom' else 'nystrom'!r}.",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        return None
-    needed = min(math.ceil(_MARGIN * least), most)
-    todo = "Raise rank=, or reg=, or use another method."
-    if needed > exact:
-        todo = f"That is more than the kernel has: use method='nystrom', which is exact at rank {exact}, or raise reg=."
-    warnings.warn(
-        f"sui_fast: rank {rank} is small for an effective dimension of {edf:.0f}; {kind} wants about {needed}. {todo}",
-        RuntimeWarning,
-        stacklevel=4,
-    )
-    return needed
-
-
-def warn_of_rest(initial: float, left: float) -> None:
-    """A warning where less is left of the squared residuals than float32 features tell."""
-    if left < _REST * initial:
-        warnings.warn(
-            f"sui_fast: training without a sample leaves {left / initial:.0e} of the squared residuals, less than "
-            "float32 features tell: scores are too large. Use method='dense', raise reg=, or scale the outputs.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
 
 
 def check_held(source: Source, fmap: FeatureMap, goal: Goal | None, stores: list[Store]) -> None:

@@ -22,9 +22,10 @@ from ..jacobians.engine import predict
 from ..loo import make_filter
 from ..losses import Goal
 from ..planning import DEFAULT_RANK, PORTION
+from ..probing import warn_of_rank
 from ..processes import Source
 from ..spectra import FeatureSpectrum, Moments, feature_spectrum
-from ..streaming import LowRank, features_of, fit_map, joined, warn_of_rank
+from ..streaming import LowRank, features_of, fit_map, joined
 from .kernel import MOST_ROWS, LinearProblem, best_reg, linear_problem, refuse_certainty, take_aim
 
 

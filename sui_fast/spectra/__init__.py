@@ -1,6 +1,6 @@
 """The kernel matrix seen as a spectrum."""
 
-from .anchors import INNER, anchored_sketch_map, pool_size, reduced_sketch_map
+from .anchors import INNER, anchored_sketch_map, beside_directions, pool_size, reduced_sketch_map
 from .dense import Spectrum, dense_spectrum
 from .maps import RANK_FOR, FeatureMap, nystrom_map, sketch_map, sketch_rank, subspace_columns, subspace_map
 from .moments import FeatureSpectrum, Moments, feature_spectrum
@@ -17,6 +17,7 @@ __all__ = [
     "Spectrum",
     "Store",
     "anchored_sketch_map",
+    "beside_directions",
     "dense_spectrum",
     "feature_spectrum",
     "fingerprint_of",

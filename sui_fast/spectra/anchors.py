@@ -10,6 +10,7 @@ linear and unbiased.
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -23,36 +24,37 @@ from .maps import FeatureMap, sketch_map, sketch_rank
 _POOL, _POOL_ROWS = 256, 1024  # samples that the directions are taken from, and rows of these; more of a large rank
 ANCHORS, _MANY = 32, 512  # at least, or none; at most
 _SHARE = 4  # of the columns that may be anchors: one in so many
+_BESIDE = 8  # directions of outputs that the loss leaves alone; a third of the anchors at most
 _SOLUTIONS = (1e-1, 1e-2, 1e-3, 1e-4)  # ridge of the pool's solutions, in units of its largest eigenvalue
 _MOMENTS = {False: 2.0, True: 6.0}  # operations that anchors may add, in those of Z^T Z; True: no layer has positions
 _NOISE, _LEAST = 0.5, 1e-6  # eigenvalues, and squares of what a solution adds, that are rounding
-_SECOND = 2e10  # operations
+_SECOND = 4e10  # operations
 INNER = 1024  # columns of a sketch without anchors, brought down to fewer
 _MOST = 1 << 28  # bytes of B; of the explicit rows of a pool
 
 
-def pool_size(first: Jacobian, n: int, rank: int, kind: str = "tensor") -> tuple[int, int]:
+def pool_size(first: Jacobian, n: int, rank: int, kind: str = "tensor", needed: bool = False) -> tuple[int, int]:
     """(samples of a pool, anchors for ``anchored_sketch_map``).
 
     Without anchors the pool is for ``reduced_sketch_map``; 0 samples for a plain sketch.
 
     Args:
         first: Jacobian of one sample or more. n: samples to draw from. rank, kind: columns and kind of the sketch.
+        needed: anchors whatever they cost but memory, from a pool with a row more for each sample.
     """
-    rows = min(rank // _SHARE, _POOL_ROWS)
-    size = min(n, max(16, min(_POOL, _POOL_ROWS // first.k), -(-rows // first.k)))
+    rows, each = min(rank // _SHARE, _POOL_ROWS), first.k + needed
+    size = min(n, max(16, min(_POOL, _POOL_ROWS // each), -(-rows // each)))
     if min(rows, size * first.k - 1) <= len(_SOLUTIONS):
         return 0, 0
-    count = anchor_count(first, n, rank, size)
+    count = anchor_count(first, n, rank, size, needed)
     return (size if count or rank < INNER and kind == "tensor" else 0), count
 
 
-def anchor_count(first: Jacobian, n: int, rank: int, pool: int) -> int:
+def anchor_count(first: Jacobian, n: int, rank: int, pool: int, needed: bool = False) -> int:
     """Anchors from a pool of so many of n samples: ANCHORS where they are worth it, more where they cost little."""
-    few = n if 2 * rank >= 3 * n * first.k else None
     most = min(rank // _SHARE, pool * first.k - 1, _MANY)
-    count = min(ANCHORS, most)
-    if count <= len(_SOLUTIONS) or _burden(first, rank, count, pool, few) > 1:
+    count, few = min(ANCHORS, most), n if 2 * rank >= 3 * n * first.k else math.inf
+    if count <= len(_SOLUTIONS) or _burden(first, rank, count, pool, n) > (sys.float_info.max if needed else 1):
         return 0
     while count < most and _burden(first, rank, min(2 * count, most), pool, few) <= 0.5:
         count = min(2 * count, most)
@@ -65,8 +67,9 @@ def anchored_sketch_map(
     """Sketch of ``rank`` columns with anchors among them, or without where they would cost more than they are worth.
 
     Args:
-        pool: Jacobian of some samples. residual: targets minus outputs of these [p, k].
-        rank, seed, kind: as in ``sketch_map``. count: anchors, else by what they cost.
+        pool: Jacobian of some samples; rows beyond those of the residual are of outputs that training leaves alone.
+        residual: targets minus outputs of these [p, k]. rank, seed, kind: as in ``sketch_map``.
+        count: anchors, else by what they cost.
     Source: docs/math.md, section 10; anchors are a control variate (Nystrom part exact, remainder sketched).
     """
     count = anchor_count(pool, pool.n, rank, pool.n) if count is None else count
@@ -128,13 +131,11 @@ def reduced_sketch_map(pool: Tensor, residual: Tensor, rank: int, seed: int = 0)
 
 
 def _directions(theta: Tensor, residual: Tensor, count: int, dtype: torch.dtype, seed: int) -> Tensor | None:
-    """[p k, count] of a pool with kernel theta: B = chosen^T J is orthonormal, but for zeros at its end where the pool
+    """[rows, count] of a pool with kernel theta: B = chosen^T J is orthonormal, but for zeros at its end where the pool
     has fewer directions; None where all gradients are zero.
 
-    Eigenvectors of nearly equal eigenvalues turn with the last bit, so their span alone is taken from them, and a basis
-    of it from random signs: a run that goes on with other threads or batches must find the same features.
-
     Args:
+        residual: [p, k]. Rows of a sample beyond k are of outputs that the loss leaves alone.
         dtype: of the products of gradients; eigenvalues which its rounding may hide are left out.
     """
     check_squares(float(theta.diagonal().mean()), dtype)
@@ -143,16 +144,16 @@ def _directions(theta: Tensor, residual: Tensor, count: int, dtype: torch.dtype,
         return None
     unit = 4.0 ** (math.frexp(top)[1] // 2)  # so that nothing below leaves the range of numbers, whatever the scale
     theta = theta / unit
-    s, u = torch.linalg.eigh((theta + theta.T) / 2)
+    rows = torch.arange(len(theta), device=theta.device).view(len(residual), -1)
+    trained, beside = rows[:, : residual.shape[1]].reshape(-1), rows[:, residual.shape[1] :].reshape(-1)
+    few = min(_BESIDE, count // 3) if len(beside) else 0
+    lead, s, u = _leading(theta, trained, count - few - len(_SOLUTIONS), dtype, seed)
+    more = [_leading(theta, beside, few, dtype, seed)[0]] if few else []
     pull = u.T @ residual.reshape(-1).to(s)
-    solved = torch.stack([u @ (pull / (s.clamp_min(0) + share * s[-1])) for share in _SOLUTIONS], 1)
-    keep = s > _NOISE * torch.finfo(dtype).eps * s[-1]
-    keep[: len(s) + len(_SOLUTIONS) - count] = False
-    root, lead = s[keep].sqrt(), u[:, keep]
-    drawn = signs(len(s), len(root), 9, 0, seed, s.device, s.dtype)  # weak directions come last, whatever their number
-    q, r = torch.linalg.qr(root[:, None] * (lead.T @ drawn))
-    chosen = (lead / root) @ (q * r.diagonal().sign())
-    for column in solved.T:  # Gram and Schmidt
+    solved = [u @ (pull / (s.clamp_min(0) + share * s[-1])) for share in _SOLUTIONS]
+    more.append(theta.new_zeros(len(theta), len(solved)).index_copy(0, trained, torch.stack(solved, 1)))
+    chosen = lead
+    for column in torch.cat(more, 1).T:  # Gram and Schmidt
         size = (column @ theta @ column).clamp_min(1e-300).sqrt()
         column = column / size
         for _ in range(2):
@@ -162,6 +163,36 @@ def _directions(theta: Tensor, residual: Tensor, count: int, dtype: torch.dtype,
             chosen = torch.cat([chosen, (column / size.sqrt())[:, None]], 1)
     chosen = chosen * unit**-0.5
     return torch.nn.functional.pad(chosen, (0, count - chosen.shape[1]))  # rounding must not decide on the columns
+
+
+def beside_directions(pool: Jacobian, k: int, seed: int = 0) -> Tensor:
+    """Orthonormal directions [_BESIDE, d], the leading ones of outputs that the loss leaves alone; zeros if fewer.
+
+    Args:
+        pool: of some samples, with those outputs after the k rows that are trained.
+    """
+    theta, rows = pool.gram().to(torch.float64), torch.arange(pool.shape[0], device=pool.device).view(pool.n, -1)
+    if not float(theta.diagonal().max()) > 0:
+        return pool.outputs.new_zeros(_BESIDE, pool.shape[1])
+    chosen = _leading(theta, rows[:, k:].reshape(-1), _BESIDE, pool.dtype, seed)[0]
+    return pool.vjp(torch.nn.functional.pad(chosen, (0, _BESIDE - chosen.shape[1])).to(pool.dtype))
+
+
+def _leading(theta: Tensor, rows: Tensor, count: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Orthonormal directions [len(theta), count or fewer] of some rows, and eigenvalues and -vectors of their kernel.
+
+    Eigenvectors of nearly equal eigenvalues turn with the last bit, so their span alone is taken from them, and a basis
+    of it from random signs: a run that goes on with other threads or batches must find the same features.
+    """
+    own = theta[rows][:, rows]
+    s, u = torch.linalg.eigh((own + own.T) / 2)
+    keep = s > _NOISE * torch.finfo(dtype).eps * s[-1]
+    keep[: max(0, len(s) - count)] = False
+    root, lead = s[keep].sqrt(), u[:, keep]
+    drawn = signs(len(s), len(root), 9, 0, seed, s.device, s.dtype)  # weak directions come last, whatever their number
+    q, r = torch.linalg.qr(root[:, None] * (lead.T @ drawn))
+    found = (lead / root) @ (q * r.diagonal().sign())
+    return theta.new_zeros(len(theta), found.shape[1]).index_copy(0, rows, found), s, u
 
 
 def _explicit(jac: Jacobian, rows: int) -> bool:
@@ -174,10 +205,10 @@ def _layers(jac: Jacobian) -> list[Outer]:
     return [factor for factor in jac.select(range(1)).factors() if isinstance(factor, Outer)]
 
 
-def _burden(first: Jacobian, rank: int, count: int, pool: int, few: int | None) -> float:
+def _burden(first: Jacobian, rank: int, count: int, pool: int, n: float) -> float:
     """Operations that anchors add over those that they may: some times the moment's, of a rank of 1024 or more.
 
-    few: samples in all where they are so few for the rank that a sketch has little to say; a second is then allowed.
+    Over all n samples a second is allowed in any case, where n is not infinite.
     """
     rank, layers = max(rank, 1024), _layers(first)
     explicit = _explicit(first, pool * first.k)
@@ -195,5 +226,4 @@ def _burden(first: Jacobian, rank: int, count: int, pool: int, few: int | None) 
             added += 2.0 * pool * (i + k * k * o)
         else:
             added += 2.0 * k * o * i * count
-    most = _MOMENTS[flat] * 2 * first.k * rank**2
-    return added / (most if few is None else max(most, _SECOND / few))
+    return added / max(_MOMENTS[flat] * 2 * first.k * rank**2, _SECOND / n)

@@ -89,7 +89,7 @@ def sketch_map(rank: int, seed: int = 0, kind: str = "tensor") -> FeatureMap:
     return FeatureMap("sketch", rank, lambda jac, own: (sketch(jac)[0], None), portion=lambda own: sketch)
 
 
-def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
+def nystrom_map(pool: Jacobian, rank: int, seed: int = 0, beside: Tensor | None = None) -> FeatureMap:
     """Landmark samples of a pool, drawn in proportion to what the landmarks before them leave unexplained.
 
     All outputs of a landmark sample serve, so rank is rounded up to whole samples; fewer columns where the pool is
@@ -98,13 +98,26 @@ def nystrom_map(pool: Jacobian, rank: int, seed: int = 0) -> FeatureMap:
 
     Args:
         pool: samples to draw from. rank: columns. seed: of the draws.
+        beside: orthonormal directions [c, d] with columns of their own, before the others.
     Source: Chen, Epperly, Tropp, Webber 2022 (randomly pivoted Cholesky, blocks).
     """
     rank, drawn = -(-rank // pool.k) * pool.k, []
-    return _nystrom(pool, rank, seed, pool.dtype, drawn) or _nystrom(pool, rank, seed, torch.float64, drawn)
+    of = lambda dtype: _nystrom(pool, rank, seed, dtype, drawn, beside)  # noqa: E731
+    return of(pool.dtype) or of(torch.float64)
 
 
-def _nystrom(pool: Jacobian, rank: int, seed: int, dtype: torch.dtype, drawn: list[int]) -> FeatureMap | None:
+def _along(jac: Jacobian, beside: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Coordinates [n k, c], float64, computed in this dtype."""
+    if beside is None:
+        return torch.zeros(jac.shape[0], 0, dtype=torch.float64, device=jac.device)
+    step = jac.n if jac.dtype == dtype else _FEW
+    parts = [jac.select(range(i, min(i + step, jac.n))) for i in range(0, jac.n, step)]
+    return torch.cat([(x if x.dtype == dtype else x.wide()).jvp(beside.to(dtype)).to(torch.float64) for x in parts])
+
+
+def _nystrom(
+    pool: Jacobian, rank: int, seed: int, dtype: torch.dtype, drawn: list[int], beside: Tensor | None = None
+) -> FeatureMap | None:
     """``nystrom_map`` by kernels in a dtype; None where float32 leaves fewer columns than asked for.
 
     drawn: takes the landmarks of a run in float32. In float64 nearly always the same are drawn: the kernel with these
@@ -115,6 +128,8 @@ def _nystrom(pool: Jacobian, rank: int, seed: int, dtype: torch.dtype, drawn: li
     rng = torch.Generator().manual_seed(seed)
     diagonal = pool.own_blocks().diagonal(dim1=1, dim2=2).to(torch.float64)
     check_squares(float(diagonal.sum()) / n, pool.dtype)
+    here = _along(pool, beside, dtype)
+    diagonal = (diagonal - here.square().sum(1).view(n, k)).clamp_min(0)
     if not float(diagonal.sum()) > 0:
         raise SpectrumError(complaint("model", "parameters that act on the outputs", _ZEROS, "Check params=."))
     floor = 1e-12 * float(diagonal.sum())
@@ -123,7 +138,7 @@ def _nystrom(pool: Jacobian, rank: int, seed: int, dtype: torch.dtype, drawn: li
     known = torch.zeros(n * k, wanted * k, dtype=torch.float64, device=pool.device)
     if wide:
         _fill(known, pool, drawn)
-    factor, used = torch.zeros_like(known), 0
+    factor, used = torch.cat([here, torch.zeros_like(known)], 1), here.shape[1]
     while len(chosen) < wanted:
         weight = diagonal.sum(1).clamp_min(0).cpu()
         weight[chosen] = 0.0
@@ -148,7 +163,8 @@ def _nystrom(pool: Jacobian, rank: int, seed: int, dtype: torch.dtype, drawn: li
         diagonal = diagonal - columns.square().sum(1).reshape(n, k)
         chosen += fresh
     del factor, block, columns  # as large as what follows
-    known = known[:, : len(chosen) * k]
+    known, there = known[:, : len(chosen) * k], here[rows_of(chosen)]
+    known.addmm_(here, there.T, alpha=-1)
     s, u = torch.linalg.eigh(known[rows_of(chosen)])
     keep = s > len(s) * torch.finfo(dtype).eps * float(s[-1])
     if int(keep.sum()) < least:
@@ -159,8 +175,17 @@ def _nystrom(pool: Jacobian, rank: int, seed: int, dtype: torch.dtype, drawn: li
         known = known @ root
         root = root @ torch.linalg.eigh(known.T @ known)[1][:, -rank:]
     landmarks = pool.select(chosen)
-    both = coordinates(landmarks.wide() if wide else landmarks, root, pool.nbytes)
-    return FeatureMap("nystrom", root.shape[1], both, {"landmarks": torch.tensor(chosen), "root": root})
+    whole, turn = coordinates(landmarks.wide() if wide else landmarks, root, pool.nbytes), there.T @ root
+
+    def both(jac: Jacobian, own: bool) -> tuple[Tensor, Tensor | None]:
+        features, blocks = whole(jac, own)
+        if len(turn):
+            along = _along(jac, beside, dtype).view(jac.n, jac.k, -1)
+            features = torch.cat([along, features - along @ turn], 2)
+        return features, blocks
+
+    state = {"landmarks": torch.tensor(chosen), "root": root}
+    return FeatureMap("nystrom", len(turn) + root.shape[1], both, state)
 
 
 def _fill(known: Tensor, pool: Jacobian, samples: list[int]) -> None:
@@ -237,6 +262,7 @@ def subspace_map(
     rank: int,
     seed: int = 0,
     reduce: Callable[[Tensor | None], Tensor] = lambda x: x,
+    beside: Tensor | None = None,
 ) -> FeatureMap:
     """Leading right singular space of J, matrix-free: J^T of random signs, then a jvp and a vjp over the data.
 
@@ -245,6 +271,7 @@ def subspace_map(
         rank: columns at least; those of the oversampling stay, for F-SI gains more by them than by another iteration.
         seed: of the start.
         reduce: sums a tensor over processes; it is given None where there are no parts.
+        beside: directions [c, d] that join the basis.
     Source: Halko, Martinsson, Tropp 2011; Musco and Musco 2015.
     """
     basis, wide = None, min(subspace_columns(rank), samples)
@@ -268,6 +295,8 @@ def subspace_map(
         total *= 2.0 ** -math.frexp(max(float(total.max()), -float(total.min())))[1]
         basis = total.to(torch.float32)
         del total
+        if last and beside is not None:
+            basis = torch.cat([basis, torch.linalg.vector_norm(basis, dim=1).max() * beside.to(basis)])
         _even(basis, torch.float64 if last else torch.float32)
 
     def both(jac: Jacobian, own: bool) -> tuple[Tensor, Tensor | None]:

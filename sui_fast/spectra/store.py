@@ -34,7 +34,7 @@ try:
 except ImportError:  # not on Windows: there the lock is advisory in name only
     fcntl = None
 
-_FORMAT = 4
+_FORMAT = 5
 _NAME = re.compile(r"shard-\d{6}\.safetensors")
 _PART = re.compile(r"\.(shard-\d{6}\.safetensors|manifest\.json)\.part")
 _MOST_MANIFEST = 1 << 28  # bytes; a manifest larger than this is not ours
