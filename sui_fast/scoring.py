@@ -19,8 +19,10 @@ from .aims import targets as targets_of
 from .checks import authors_definitions, check_arguments
 from .extremes import solvable
 from .jacobians import as_samples, jacobian, read_samples
+from .jacobians.capture import unwrapped
 from .jacobians.engine import predict
 from .jacobians.finite import check_products
+from .jacobians.quiet import alone_with
 from .loo import make_filter
 from .losses import name_of
 from .measures import UNITS
@@ -158,6 +160,8 @@ def score(
         reg = reg if isinstance(reg, str) else float(reg)
         sgd_lr = sgd_lr if sgd_lr is not None else (lr or 1.0)
         model = _placed(model.module if isinstance(model, DistributedDataParallel) else model, device)
+        if isinstance(model, torch.nn.Module):
+            held.enter_context(alone_with(unwrapped(model)))
 
         stages, training = Stages(7 + ("fsi" in wanted) * 2, progress), dict(time=time, lr=lr, dynamics=dynamics)
         held.callback(return_memory)
