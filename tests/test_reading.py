@@ -167,6 +167,17 @@ def test_data_that_change_are_refused(tmp_path, kind, message, wrap):
         sui_fast.score(network(), wrap(Unsteady(*arrays(), kind)), store=tmp_path, measures=("si",), **COMMON)
 
 
+@pytest.mark.parametrize("number", [3, 900])
+@pytest.mark.parametrize("what", ["input", "target"])
+def test_what_is_no_number_is_named_with_its_sample(tmp_path, number, what):
+    x, y = arrays()
+    y = y.double()
+    (x[number] if what == "input" else y[number : number + 1]).fill_(torch.nan)
+    for data in (Counted(x, y), DataLoader(TensorDataset(x, y), batch_size=50), Stream(x, y)):
+        with pytest.raises(sui_fast.DataError, match=f"{what} of sample {number}"):
+            sui_fast.score(network(), data, measures=("si",), store=tmp_path, **COMMON)
+
+
 def test_a_stream_that_runs_dry_is_refused(tmp_path):
     class Once(Stream):
         def __iter__(self):

@@ -289,7 +289,13 @@ def _by_number(loader: DataLoader) -> bool:
 
 def _equal(one: Any, two: Any) -> bool:
     (a, form), (b, other) = tree_flatten(one), tree_flatten(two)
-    same = lambda x, y: (  # noqa: E731
-        x.shape == y.shape and torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x is y
+    return form == other and all(map(_same, a, b))
+
+
+def _same(x: Any, y: Any) -> bool:
+    """Whether two are equal; NaN is equal to NaN, as what is not a number is found later, with its sample."""
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        return x is y
+    return x.shape == y.shape and (
+        torch.equal(x, y) or bool(torch.isclose(x, y, rtol=0.0, atol=0.0, equal_nan=True).all())
     )
-    return form == other and all(map(same, a, b))
