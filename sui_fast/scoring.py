@@ -30,7 +30,7 @@ from .parts import Part, check_layout, check_part
 from .planning import Plan, choose_method, free_memory, least_seconds, make_plan, return_memory
 from .probing import Probes, probed_dimension
 from .processes import Processes, Source, processes_of
-from .projections import Signed
+from .projections import Shared, Signed
 from .runcard import dtypes, model_digest, peak_bytes, versions
 from .runs import Run, Stages
 from .scores import Scores
@@ -182,14 +182,13 @@ def score(
         common = dict(outputs=outputs, params=params, batch_size=batch_size)
         with stages("look"):
             k = predict(model, run.samples.slice(0, 1), dtype=dtype, **common).shape[1]
-            few = output_mode != "all" and output_rank + (output_mode == "top") < k
+            rows, few = _rows(k, loss, output_mode, output_rank)
             targets = loss_targets(loss, targets_of(run.samples, own, k), k)
             labels, inputs = targets[1], run.samples
             run.inputs, run.labels, run.probe_outputs = inputs, labels, outputs
             look = dict(common, outputs=Signed(outputs, 1, seed)) if few else common
             one = run.samples.slice(0, 1)
             first = jacobian(model, one.beside(torch.zeros(1, dtype=torch.long)) if few else one, dtype=dtype, **look)
-            rows = output_rank if few else k - (loss == "cross_entropy")
             if few:
                 check_mode(output_mode, loss, labels, wanted, candidates)
             run.agree(
@@ -343,19 +342,24 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     read = functools.partial(read_samples, named=False) if stored else as_samples
     samples = read(train, with_targets=None, argument="train")
     m = 0 if val is None else read(val, with_targets=None, argument="val").n
-    few = samples.slice(0, min(samples.n, bound.arguments["batch_size"]))
-    first = jacobian(model, few, **options)  # which also proves the capture
-    k = first.k
+    batch = samples.slice(0, min(samples.n, bound.arguments["batch_size"]))
+    k, plain = predict(model, samples.slice(0, 1), **options).shape[1], dict(options)
+    rows, few = _rows(k, *(asked[name] for name in ("loss", "output_mode", "output_rank")))
+    if rows < k:
+        options["outputs"] = Shared(asked["outputs"], rows, asked["seed"])  # as many rows, at the same cost
+    first = jacobian(model, batch, **options)  # which also proves the capture
     method, rank, reason = choose_method(
-        samples.n, k, first.shape[1], method=method, rank=rank, device=first.device,
+        samples.n, rows, first.shape[1], method=method, rank=rank, device=first.device,
         memory=free_memory(first.device), stored=stored,
-        dimension=lambda: _dimension(model, samples, k, asked["reg"], training, options, asked["seed"]),
+        dimension=lambda: (
+            None if few else _dimension(model, samples, k, asked["reg"], training, plain, asked["seed"])
+        ),
     )  # fmt: skip
     if method == "dense":
         options["dtype"] = bound.arguments["dtype"] or torch.float64
-        first = jacobian(model, few, **options)
-    seconds = least_seconds(lambda: jacobian(model, few, **options))
-    small = small_inputs(few) if shown(samples) else None
+        first = jacobian(model, batch, **options)
+    seconds = least_seconds(lambda: jacobian(model, batch, **options))
+    small = small_inputs(batch) if shown(samples) else None
     given = 0 if small is None or samples.n * small[0].nbytes >= MOST_INPUTS else small[0].nbytes
     settled = asked["time"] is None and not isinstance(asked["reg"], str) and asked["reg"] > 0 and convention != "mean"
     spectral = not settled or "si_sgd" in asked["measures"] or asked["candidates"] is not None
@@ -367,6 +371,12 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     del first
     return_memory()
     return found
+
+
+def _rows(k: int, loss, output_mode: str, output_rank: int) -> tuple[int, bool]:
+    """Rows of the kernel for each sample, and whether they stand for more outputs."""
+    few = output_mode != "all" and output_rank + (output_mode == "top") < k
+    return output_rank if few else max(1, k - (loss == "cross_entropy")), few
 
 
 def _dimension(model, samples, k: int, reg, training, options, seed: int) -> float | None:

@@ -37,6 +37,27 @@ def test_plan_of_subspace_counts_what_products_with_several_outputs_hold():
     assert peaks[1] - peaks[0] > 2 * 4 * columns * largest  # measured: 104 MB
 
 
+@pytest.mark.parametrize(
+    "settings, rows",
+    [
+        (dict(loss="cross_entropy"), 19),
+        (dict(loss="cross_entropy", output_mode="random", output_rank=4), 4),
+        (dict(output_mode="random", output_rank=4), 4),
+        (dict(loss="cross_entropy", output_mode="top", output_rank=3), 3),
+    ],
+)
+def test_plan_counts_the_rows_of_a_sample_as_score_does(settings, rows):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 20))
+    train, common = (torch.randn(40, 5), torch.arange(40) % 20), dict(settings, measures=("si",), reg=1.0)
+    planned = sui_fast.plan(model, train, **common)
+    found = sui_fast.score(model, train, progress=False, **common)
+    assert planned.method == found.diagnostics["method"] and planned.rank == 40 * rows
+    assert planned.reason == found.diagnostics["method_reason"]
+    low = [sui_fast.plan(model, train, **given, method="sketch", rank=16) for given in (common, dict(reg=1.0))]
+    assert low[0].disk_bytes * 20 == pytest.approx(low[1].disk_bytes * rows)
+
+
 @pytest.mark.parametrize("method, rank", [("nystrom", 400), ("subspace", 400), ("sketch", 4096)])
 def test_new_samples_outside_of_the_features(method, rank):
     torch.manual_seed(0)
