@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ._errors import ArgumentError, complaint
 from .jacobians import Jacobian, goes_by_kernel, make_anchors, project
 from .jacobians.arriving import LARGE, held_batch
 from .jacobians.gram import by_rows
@@ -96,6 +97,11 @@ def choose_method(
         reason += "; store= is not used" * stored
         return "dense", rows, reason
     wanted = min(rank or DEFAULT_RANK, rows) if method != "sketch" else rank or DEFAULT_RANK
+    least = 16 * wanted * min(wanted, rows)  # sums in twice the digits
+    if method == "sketch" and least > memory:
+        expected, got = f"columns whose sums fit {_size(memory)}", f"{wanted}, which take {_size(least)}"
+        todo = f"Lower rank=, or use method='nystrom', which is exact at rank {rows}."
+        raise ArgumentError(complaint("rank", expected, got, todo))
     if method != "auto":
         return method, wanted, "asked for"
     edf, told = dimension() if rank is None else None, ""
@@ -151,7 +157,8 @@ def make_plan(
     passes = {"sketch": 1, "nystrom": 1, "subspace": 3 - (wide == rows)}[method]
     rows = n_own * k
     disk = (4 * wide + 8 + (8 * k if method != "sketch" else 0)) * rows + 4 * wide * m_own * k
-    work = 2.0 * rows * wide**2 * (1.8 + 0.5 * (m > 0)) + m_own * k * wide**2 + 15.0 * wide**3 * (1 + (m > 0))
+    least, seen = min(wide, n * k), min(wide, m * k)  # of fewer rows than columns the rows are kept
+    work = 2.0 * rows * wide * least * (1.8 + 0.5 * (m > 0)) + m_own * k * wide * seen + 15.0 * (least**3 + seen**3)
     work = 0.0 if alone else work
     if method == "sketch":
         pool, anchors = pool_size(first, n, rank, sketch)
@@ -224,7 +231,7 @@ def _stage_bytes(
 ) -> dict[str, float]:
     """Of a run of low rank: at its stages, each with what it finds in memory and what it adds."""
     k, d, rows, item = first.k, first.shape[1], own[0] * first.k, first.outputs.element_size()
-    square, part, kept = 8 * wide * wide, min(256, n), 0
+    square, part, kept = 8 * wide * min(wide, n * k), min(256, n), 0  # of fewer rows than columns the rows are kept
     shard, piece = 4 * k * wide * min(own[0], shard_samples(k, wide)), k * wide * min(own[0], grain(n))
     features = 0 if stored else 4 * wide * sum(own) * k + 8 * (1 + k * (method != "sketch")) * rows
     layers = [factor for factor in first.select(range(1)).factors() if isinstance(factor, Outer)]
@@ -265,15 +272,15 @@ def _stage_bytes(
         spread = max((x.a.shape[2] * x.g.shape[3] for x in layers if k > x.a.shape[1]), default=0)
         fit = kept + wide * d * (8.2 + item) + turned + 2 * wide * spread * item + part * (each + d * item)
         compute = capture + turned + part * (d * item + 16 * k * wide)
-    seen = 0 if m == 0 else 1 if m * k < wide else 6.5  # squares of the moment of the validation samples
-    after = (3.0 + 0.4 * seen) * square  # with what a product of float64 keeps
+    seen = 8 * wide * min(wide, m * k) * (1.0 if m * k < wide else 6.5)  # the moment of the validation samples
+    after = 3.0 * square + 0.4 * seen  # with what a product of float64 keeps
     probes = probe_count(first, n)
     at_once = probes if probes * each <= HELD else max(1, int(HELD / (2 * each)))
     return {
         "map": fit + held,
         "features": held + max(kept, features) + compute + (5 if stored else 1) * shard,
         "sums": held + features + 3.0 * square + 3 * shard * stored + 8 * min(piece, 1 << 20),
-        "spectrum": held + features + (9.0 + seen) * square,
+        "spectrum": held + features + 9.0 * square + seen,
         "leave one out": held
         + features
         + after

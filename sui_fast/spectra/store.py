@@ -104,7 +104,7 @@ class Store:
                 complaint(
                     "store",
                     "a store of this run",
-                    f"one of another: {differs}",
+                    f"one of another in {self.path}: {differs}",
                     "Name another folder, or pass resume=False to begin anew.",
                 )
             )
