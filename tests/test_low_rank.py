@@ -108,6 +108,18 @@ def test_auto_regularisation_and_sgd():
     np.testing.assert_allclose(found["si_sgd"], exact["si_sgd"], rtol=1e-2)
 
 
+def test_other_measures_do_not_change_with_sgd(tmp_path):
+    """Neither values nor what is in memory: it goes by shards like all of them."""
+    model, (train, _), common = network(1, False), digits(300, 20, 1, False), dict(reg=0.05, progress=False)
+    for method, rank in (("nystrom", 20), ("sketch", 64)):
+        alone, both = (
+            sui_fast.score(model, train, measures=measures, method=method, rank=rank, **common)
+            for measures in (("si", "leverage"), ("si", "leverage", "si_sgd"))
+        )
+        assert all(np.array_equal(alone[name], both[name]) for name in ("si", "leverage"))
+        assert len(both.diagnostics["si_sgd_jitter_share"]) == 300
+
+
 def test_the_sketch_is_unbiased_over_the_whole_gradient():
     model, (train, _) = network(2, True), digits(6, 1, 1, True)
     jac = sui_fast.jacobian(model, train[0])

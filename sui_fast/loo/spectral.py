@@ -349,6 +349,11 @@ class SpectralRemoval(Removal):
             return (self.spectrum.u @ (share * self._gain)).reshape(self.residual.shape)
         return self.residual - (self.spectrum.u @ ((1 - share) * self._gain)).reshape(self.residual.shape)
 
+    def trained_pull(self) -> Tensor:
+        """-J^T (Y - f) over all samples at the end of the training, in the row space of J, [r]."""
+        s, gain = self.spectrum.s[self._reached], self._gain[self._reached]
+        return -s.sqrt() * _on(s, self._phi.remaining(s.cpu().numpy())) * gain
+
 
 def _form(factor: Tensor, x: Tensor) -> Tensor:
     """||factor x_i||^2 for an upper triangular factor."""
