@@ -228,7 +228,7 @@ class LowRank:
             self.spectrum.shard(features), phi, self.convention, blocks, residual, None, False, idle.reshape(-1),
             gain=self.spectrum.gain, moment=self.moment,
         )  # fmt: skip
-        if "missed" in shard and self.groups is None:
+        if "missed" in shard:
             found.add_missed(shard["missed"].to(self.device))
         return found
 

@@ -99,6 +99,20 @@ def test_conventions_and_groups(convention):
         assert np.array_equal(found.ids, exact.ids)
 
 
+@pytest.mark.parametrize("training", [dict(reg=0.05), dict(time=200, lr=0.1)], ids=["reg", "time"])
+def test_what_features_miss_counts_for_groups_as_for_samples(training):
+    model, (train, val), n = network(2, False), digits(300, 30, 2, False), 300
+    common = dict(measures=("si", "fsi", "leverage"), progress=False, **training)
+    low = dict(method="nystrom", rank=40, **common)
+    alone, found = (sui_fast.score(model, train, val, groups=given, **low) for given in (None, np.arange(n)))
+    assert all(np.array_equal(alone[name], found[name]) for name in alone.values)
+    pairs = dict(groups=np.arange(n) // 2)
+    exact = sui_fast.score(model, train, val, method="dense", **common, **pairs)
+    np.testing.assert_allclose(
+        sui_fast.score(model, train, val, **low, **pairs)["si"].sum(), exact["si"].sum(), rtol=0.05
+    )
+
+
 def test_auto_regularisation_and_sgd():
     model, (train, _) = network(1, False), digits(80, 20, 1, False)
     common = dict(reg="auto", measures=("si", "si_sgd"), progress=False)
