@@ -130,6 +130,7 @@ def make_plan(
     spectral: bool = True,
     own: tuple[int, int] | None = None,
     alone: bool = False,
+    grouped: bool = False,
 ) -> Plan:
     """Costs from the Jacobian of a few samples and the seconds its capture took; products with it are timed here.
 
@@ -139,6 +140,7 @@ def make_plan(
         given: bytes of an input where the scores keep it. spectral: an exact kernel needs its eigenvectors, not a
             Cholesky factor alone.
         own: of the training and validation samples those of this process. alone: it ends with their features.
+        grouped: groups leave, which may span shards.
     """
     (n_own, m_own), k, each, d = own or (n, m), first.k, first.nbytes / max(first.n, 1), first.shape[1]
     rows = n * k
@@ -153,6 +155,8 @@ def make_plan(
         )
     wide = min(subspace_columns(rank), rows) if method == "subspace" else rank  # columns that come out
     stages = _stage_bytes(first, n, m, method, rank, wide, each, stored, given, sketch, (n_own, m_own))
+    if grouped:  # all features at once, and of them rows of eigenvectors, these by groups, and changes
+        stages["leave one out"] += 24 * wide * n * k
     size = _LIBRARIES + int(max(list(stages.values())[: 2 if alone else None]))
     passes = {"sketch": 1, "nystrom": 1, "subspace": 3 - (wide == rows)}[method]
     rows = n_own * k

@@ -120,7 +120,8 @@ def score(
         device: where to compute (default: where the model is).
         dtype: of the Jacobian (default float64; for methods of low rank the model's).
         seed: of the random numbers of a method of low rank; an exact run draws none.
-        groups: one label per sample, [n]: samples with equal labels are removed together, one row of scores each.
+        groups: one label per sample, [n]: samples with equal labels are removed together, one row of scores each. A run
+            of low rank then takes one process, and memory for the features of all samples at once.
         convention: "sum", "mean" or "iclr2021" (see ``leave_one_out``).
         progress: show a bar on runs longer than two seconds.
         candidates: samples with targets that are not trained on: what each would add. Their scores are
@@ -367,6 +368,7 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     found = make_plan(
         first, seconds, samples.n, m, method, rank, reason, stored, given, asked["sketch"], spectral=spectral,
         own=tuple(end - begin for begin, end in own), alone=isinstance(processes, Part),
+        grouped=asked["groups"] is not None,
     )  # fmt: skip
     del first
     return_memory()

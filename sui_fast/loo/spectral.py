@@ -287,9 +287,11 @@ class SpectralRemoval(Removal):
         total = found + self._missed
         over = total < found / 2  # rows of a sketch may be far longer than what they stand for
         if over.any():
-            rows = self.spectrum.u.view(*self._weights.shape, -1)
-            own = self.sum_over_blocks(torch.einsum("nkr,nk->nr", rows, self._weights).square() @ self.spectrum.s)
-            total[over] = torch.maximum(total, found / 2 * (1 + self._missed / own).clamp_min(0))[over]
+            some = over[torch.from_numpy(self._blocks.block_of_sample).to(over.device)]
+            rows, own = self.spectrum.u.view(*self._weights.shape, -1)[some], found.new_zeros(len(some))
+            own[some] = torch.einsum("nkr,nk->nr", rows, self._weights[some]).square() @ self.spectrum.s
+            share = self._missed[over] / self.sum_over_blocks(own)[over]
+            total[over] = torch.maximum(total[over], found[over] / 2 * (1 + share).clamp_min(0))
         return total
 
     def _hessian_sqnorm(self) -> Tensor:
