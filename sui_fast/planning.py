@@ -131,6 +131,7 @@ def make_plan(
     own: tuple[int, int] | None = None,
     alone: bool = False,
     grouped: bool = False,
+    new: int = 0,
 ) -> Plan:
     """Costs from the Jacobian of a few samples and the seconds its capture took; products with it are timed here.
 
@@ -140,7 +141,7 @@ def make_plan(
         given: bytes of an input where the scores keep it. spectral: an exact kernel needs its eigenvectors, not a
             Cholesky factor alone.
         own: of the training and validation samples those of this process. alone: it ends with their features.
-        grouped: groups leave, which may span shards.
+        grouped: groups leave, which may span shards. new: candidates.
     """
     (n_own, m_own), k, each, d = own or (n, m), first.k, first.nbytes / max(first.n, 1), first.shape[1]
     rows = n * k
@@ -157,6 +158,8 @@ def make_plan(
     stages = _stage_bytes(first, n, m, method, rank, wide, each, stored, given, sketch, (n_own, m_own))
     if grouped:  # all features at once, and of them rows of eigenvectors, these by groups, and changes
         stages["leave one out"] += 24 * wide * n * k
+    shard = 4 * k * wide * min(new, shard_samples(k, wide))
+    stages["candidates"] = (stages["features"] + 9 * shard) * (new > 0)
     size = _LIBRARIES + int(max(list(stages.values())[: 2 if alone else None]))
     passes = {"sketch": 1, "nystrom": 1, "subspace": 3 - (wide == rows)}[method]
     rows = n_own * k
@@ -188,7 +191,9 @@ def make_plan(
         again = 1 if n_own * each < HELD else 2
         fit = n_own * (again * capture + wide * (forward + 2 * back)) + 6.0 * d * wide**2 * product
     probes = 0 if alone else probe_count(first, n)
-    total = fit + (n_own + m_own) * (capture + each_map) + work * product + 0.2 + probes * (3 * capture + each_map)
+    total = (
+        fit + (n_own + m_own + new) * (capture + each_map) + work * product + 0.2 + probes * (3 * capture + each_map)
+    )
     return Plan(method, rank, reason, passes, disk, size, total, sketch if method == "sketch" else None, stored)
 
 

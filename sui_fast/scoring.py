@@ -343,6 +343,7 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     read = functools.partial(read_samples, named=False) if stored else as_samples
     samples = read(train, with_targets=None, argument="train")
     m = 0 if val is None else read(val, with_targets=None, argument="val").n
+    new = 0 if asked["candidates"] is None else read(asked["candidates"], with_targets=None, argument="candidates").n
     batch = samples.slice(0, min(samples.n, bound.arguments["batch_size"]))
     k, plain = predict(model, samples.slice(0, 1), **options).shape[1], dict(options)
     rows, few = _rows(k, *(asked[name] for name in ("loss", "output_mode", "output_rank")))
@@ -368,7 +369,7 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     found = make_plan(
         first, seconds, samples.n, m, method, rank, reason, stored, given, asked["sketch"], spectral=spectral,
         own=tuple(end - begin for begin, end in own), alone=isinstance(processes, Part),
-        grouped=asked["groups"] is not None,
+        grouped=asked["groups"] is not None, new=new,
     )  # fmt: skip
     del first
     return_memory()

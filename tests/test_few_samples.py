@@ -58,6 +58,16 @@ def test_plan_counts_the_rows_of_a_sample_as_score_does(settings, rows):
     assert low[0].disk_bytes * 20 == pytest.approx(low[1].disk_bytes * rows)
 
 
+def test_plan_counts_groups_and_candidates():
+    model = nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 1))
+    train, common = (torch.randn(4000, 30), torch.randn(4000, 1)), dict(method="sketch", rank=256, reg=0.1)
+    plain, grouped, new = (
+        sui_fast.plan(model, train, store="unused", **common, **more).peak_bytes
+        for more in ({}, dict(groups=np.arange(4000) // 4), dict(candidates=train))
+    )
+    assert grouped - plain > 16 * 256 * 4000 and new - plain > 16 * 256 * 1000  # measured: 25 MB and 14 MB
+
+
 @pytest.mark.parametrize("method, rank", [("nystrom", 400), ("subspace", 400), ("sketch", 4096)])
 def test_new_samples_outside_of_the_features(method, rank):
     torch.manual_seed(0)
