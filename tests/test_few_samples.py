@@ -65,7 +65,7 @@ def test_plan_counts_groups_and_candidates():
         sui_fast.plan(model, train, store="unused", **common, **more).peak_bytes
         for more in ({}, dict(groups=np.arange(4000) // 4), dict(candidates=train))
     )
-    assert grouped - plain > 16 * 256 * 4000 and new - plain > 16 * 256 * 1000  # measured: 25 MB and 14 MB
+    assert min(grouped, new) - plain > 12 * 256 * 4000
 
 
 @pytest.mark.parametrize("method, rank", [("nystrom", 400), ("subspace", 400), ("sketch", 4096)])
