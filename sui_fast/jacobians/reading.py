@@ -151,7 +151,7 @@ class _Tape:
                 raise self._changed("nothing at the second reading")
             got, todo = "an empty data set", "Check how it was filtered."
             raise DataError(complaint(self._argument, "at least one sample", got, todo))
-        self._targets, self.digest = join_targets(targets), str(digest)
+        self._targets, self.digest = join_targets(targets, self._argument), str(digest)
         return self._targets, join_ids(ids, self._argument), n
 
     def chunks(self, begin: int, end: int) -> Iterator[tuple[int, Any]]:
