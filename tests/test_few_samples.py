@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from torch import nn
 
 import sui_fast
@@ -66,6 +67,24 @@ def test_plan_counts_groups_and_candidates():
         for more in ({}, dict(groups=np.arange(4000) // 4), dict(candidates=train))
     )
     assert min(grouped, new) - plain > 12 * 256 * 4000
+
+
+@pytest.mark.parametrize("method, rank", [("nystrom", 2), ("sketch", 19)])
+@pytest.mark.parametrize("training", [dict(reg=50.0), dict(time=1, lr=0.002)], ids=["reg", "time"])
+def test_a_regularisation_beyond_the_spectrum_needs_its_directions_all_the_same(method, rank, training):
+    """The effective dimension is below one then, and F-SI of as few features as that asks for correlates 0.3 to 0.8."""
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(4, 40), nn.Tanh(), nn.Linear(40, 3))
+    train, val = (torch.randn(110, 4), torch.randn(110, 3)), torch.randn(40, 4)
+    exact = sui_fast.score(model, train, val, method="dense", progress=False, **training)
+    assert exact.diagnostics["effective_dimension"] < 1
+    common = dict(method=method, progress=False, **training)
+    with pytest.warns(RuntimeWarning, match="is small for an effective dimension of"):
+        few = sui_fast.score(model, train, val, rank=rank, **common)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = sui_fast.score(model, train, val, rank=few.diagnostics["rank_wanted"], **common)
+    assert all(spearmanr(found[name], exact[name])[0] > 0.98 for name in ("si", "fsi"))
 
 
 @pytest.mark.parametrize("method, rank", [("nystrom", 400), ("subspace", 400), ("sketch", 4096)])
