@@ -98,7 +98,7 @@ def choose_method(
         return "dense", rows, reason
     wanted = min(rank or DEFAULT_RANK, rows) if method != "sketch" else rank or DEFAULT_RANK
     least = 16 * wanted * min(wanted, rows)  # sums in twice the digits
-    if method == "sketch" and least > memory:
+    if method == "sketch" and least > max(memory, 1 << 28):
         expected, got = f"columns whose sums fit {_size(memory)}", f"{wanted}, which take {_size(least)}"
         todo = f"Lower rank=, or use method='nystrom', which is exact at rank {rows}."
         raise ArgumentError(complaint("rank", expected, got, todo))

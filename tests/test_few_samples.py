@@ -69,6 +69,13 @@ def test_plan_counts_groups_and_candidates():
     assert min(grouped, new) - plain > 12 * 256 * 4000
 
 
+def test_a_rank_whose_sums_do_not_fit_memory_is_refused():
+    model, train = nn.Linear(3, 1), (torch.randn(30, 3), torch.randn(30, 1))
+    for call in (sui_fast.plan, sui_fast.score):
+        with pytest.raises(sui_fast.ArgumentError, match="rank: expected columns whose sums fit"):
+            call(model, train, method="sketch", rank=10**12, measures=("si",))
+
+
 @pytest.mark.parametrize("method, rank", [("nystrom", 2), ("sketch", 19)])
 @pytest.mark.parametrize("training", [dict(reg=50.0), dict(time=1, lr=0.002)], ids=["reg", "time"])
 def test_a_regularisation_beyond_the_spectrum_needs_its_directions_all_the_same(method, rank, training):
