@@ -63,12 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     run = commands.add_parser("score", help="score your own model and data")
-    _add_method(run)
-    _add_scores(run)
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--store", help="folder for the features of a method of low rank; an interrupted run goes on")
-    run.add_argument("--no-resume", action="store_true", help="empty the store first")
-    run.add_argument("--part", help="i/count: only the features of the i-th of count slices, into --store; see merge")
+    _add_run(run)
     run.set_defaults(run=_score)
 
     join = commands.add_parser("merge", help="scores from the stores that score --part i/count left, for every i")
@@ -79,8 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     join.set_defaults(run=_merge)
 
     plan_ = commands.add_parser("plan", help="what score would do: method, rank, passes, bytes, seconds")
-    _add_method(plan_)
-    plan_.add_argument("--store", help="as score would be given it")
+    _add_run(plan_)
     plan_.set_defaults(run=_plan)
 
     report = commands.add_parser("report", help="draw a report from saved scores")
@@ -117,6 +111,15 @@ def _parser() -> argparse.ArgumentParser:
         run=lambda a: 0 if doctor()["healthy"] else 1
     )
     return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    _add_method(parser)
+    _add_scores(parser)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--store", help="folder for the features of a method of low rank; an interrupted run goes on")
+    parser.add_argument("--no-resume", action="store_true", help="empty the store first")
+    parser.add_argument("--part", help="i/count: the features of one of count slices alone, into --store; see merge")
 
 
 def _add_method(parser: argparse.ArgumentParser, method: str | None = "auto") -> None:
@@ -168,15 +171,13 @@ def _demo(a: argparse.Namespace) -> int:
 
 
 def _plan(a: argparse.Namespace) -> int:
-    model, train, val = _load(a.source)
-    print(plan(model, train, val, **_asked(a), store=a.store))
+    print(plan(*_load(a.source), **_run(a)))
     return 0
 
 
 def _score(a: argparse.Namespace) -> int:
     _check_files(a)
-    given = dict(resume=not a.no_resume, part=a.part, store=a.store, seed=a.seed)
-    scores = score(*_load(a.source), **given, **_asked(a), **_given(a))
+    scores = score(*_load(a.source), **_run(a))
     if scores is None:
         part = as_part(a.part)
         print(f"part {part.number + 1} of {part.count} is in {a.store}; sui-fast merge scores when all are there")
@@ -190,8 +191,13 @@ def _merge(a: argparse.Namespace) -> int:
     return _write(a, merge(*_load(a.source), store=a.store, **given, **_given(a)))
 
 
+def _run(a: argparse.Namespace) -> dict[str, Any]:
+    """What score and plan are both told."""
+    return dict(resume=not a.no_resume, part=a.part, store=a.store, seed=a.seed, **_asked(a), **_given(a))
+
+
 def _asked(a: argparse.Namespace) -> dict[str, Any]:
-    """What score, merge and plan are all told."""
+    """What score, merge and plan are told of the method."""
     return dict(
         method=a.method,
         rank=a.rank,
@@ -205,7 +211,7 @@ def _asked(a: argparse.Namespace) -> dict[str, Any]:
 
 
 def _given(a: argparse.Namespace) -> dict[str, Any]:
-    """What score and merge are both told."""
+    """What score, merge and plan are told of the scores."""
     try:
         reg = a.reg if a.reg == "auto" else float(a.reg)
     except ValueError:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
 import time as clock
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from ._errors import ArgumentError, complaint
 from .jacobians import Jacobian, goes_by_kernel, make_anchors, project
 from .jacobians.arriving import LARGE, held_batch
 from .jacobians.gram import by_rows
@@ -32,11 +31,6 @@ _LIBRARIES = 11_000_000  # bytes that libraries take on first use, and malloc ke
 SHARD = 1 << 21  # features of a shard: 8 MB, of 4096 samples at most
 PORTION = 1 << 19  # float64 features at a time in pass 2: larger intermediates are fresh memory each time
 METHODS = ("auto", "dense", "nystrom", "subspace", "sketch")
-
-try:
-    _trim = ctypes.CDLL(None).malloc_trim
-except (OSError, AttributeError, TypeError):  # another C library
-    _trim = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +92,11 @@ def choose_method(
         reason += "; store= is not used" * stored
         return "dense", rows, reason
     wanted = min(rank or DEFAULT_RANK, rows) if method != "sketch" else rank or DEFAULT_RANK
+    least = 16 * wanted * min(wanted, rows)  # sums in twice the digits
+    if method == "sketch" and least > max(memory, 1 << 28):
+        expected, got = f"columns whose sums fit {_size(memory)}", f"{wanted}, which take {_size(least)}"
+        todo = f"Lower rank=, or use method='nystrom', which is exact at rank {rows}."
+        raise ArgumentError(complaint("rank", expected, got, todo))
     if method != "auto":
         return method, wanted, "asked for"
     edf, told = dimension() if rank is None else None, ""
@@ -126,6 +125,8 @@ def make_plan(
     spectral: bool = True,
     own: tuple[int, int] | None = None,
     alone: bool = False,
+    grouped: bool = False,
+    new: int = 0,
 ) -> Plan:
     """Costs from the Jacobian of a few samples and the seconds its capture took; products with it are timed here.
 
@@ -135,6 +136,7 @@ def make_plan(
         given: bytes of an input where the scores keep it. spectral: an exact kernel needs its eigenvectors, not a
             Cholesky factor alone.
         own: of the training and validation samples those of this process. alone: it ends with their features.
+        grouped: groups leave, which may span shards. new: candidates.
     """
     (n_own, m_own), k, each, d = own or (n, m), first.k, first.nbytes / max(first.n, 1), first.shape[1]
     rows = n * k
@@ -148,12 +150,16 @@ def make_plan(
         return Plan(method, rows, reason, 1, 0, peak, total)
     wide = min(subspace_columns(rank), rows) if method == "subspace" else rank  # columns that come out
     stages = _stage_bytes(first, n, m, method, rank, wide, each, stored, given, sketch, (n_own, m_own))
+    if grouped:  # all features at once, and of them rows of eigenvectors, these by groups, and changes
+        stages["leave one out"] += 24 * wide * n * k
+    shard = 4 * k * wide * min(new, shard_samples(k, wide))
+    stages["candidates"] = (stages["features"] + 9 * shard) * (new > 0)
     size = _LIBRARIES + int(max(list(stages.values())[: 2 if alone else None]))
     passes = {"sketch": 1, "nystrom": 1, "subspace": 3 - (wide == rows)}[method]
     rows = n_own * k
     disk = (4 * wide + 8 + (8 * k if method != "sketch" else 0)) * rows + 4 * wide * m_own * k
-    least = min(n * k, wide)  # directions that the features have
-    work = 2.0 * rows * wide * least * (1.8 + 0.5 * (m > 0)) + m_own * k * wide**2 + 15.0 * least**3 * (1 + (m > 0))
+    least, seen = min(wide, n * k), min(wide, m * k)  # of fewer rows than columns the rows are kept
+    work = 2.0 * rows * wide * least * (1.8 + 0.5 * (m > 0)) + m_own * k * wide * seen + 15.0 * (least**3 + seen**3)
     work = 0.0 if alone else work
     if method == "sketch":
         pool, anchors = pool_size(first, n, rank, sketch)
@@ -177,7 +183,8 @@ def make_plan(
         again = 1 if n_own * each < HELD else 2
         fit = n_own * (again * capture + each_map + 2 * back) + 6.0 * d * wide**2 * product
     probes = 0 if alone else probe_count(first, n)
-    total = fit + (n_own + m_own) * (capture + each_map) + work * product + 0.15 + probes * (3 * capture + each_map)
+    probed = 2 * capture if method == "sketch" else 3 * capture + each_map  # a sketch captures its probes once
+    total = fit + (n_own + m_own + new) * (capture + each_map) + work * product + 0.15 + probes * probed
     return Plan(method, rank, reason, passes, disk, size, total, sketch if method == "sketch" else None, stored)
 
 
@@ -282,7 +289,7 @@ def _stage_bytes(
 ) -> dict[str, float]:
     """Of a run of low rank: at its stages, each with what it finds in memory and what it adds."""
     k, d, rows, item = first.k, first.shape[1], own[0] * first.k, first.outputs.element_size()
-    square, part, kept = 8 * wide * wide, min(256, n), 0
+    square, part, kept = 8 * wide * min(wide, n * k), min(256, n), 0  # of fewer rows than columns the rows are kept
     shard, piece = 4 * k * wide * min(own[0], shard_samples(k, wide)), k * wide * min(own[0], grain(n))
     features = 0 if stored else 4 * wide * sum(own) * k + 8 * (1 + k * (method != "sketch")) * rows
     layers = [factor for factor in first.select(range(1)).factors() if isinstance(factor, Outer)]
@@ -333,15 +340,15 @@ def _stage_bytes(
         spread = max((x.a.shape[2] * x.g.shape[3] for x in layers if k > x.a.shape[1]), default=0)
         fit = kept + wide * d * (8.2 + item) + turned + 2 * wide * spread * item + part * (each + d * item)
         compute = capture + turned + part * (d * item + 16 * k * wide)
-    seen = 0 if m == 0 else 1 if m * k < wide else 6.5  # squares of the moment of the validation samples
-    after = (3.0 + 0.4 * seen) * square  # with what a product of float64 keeps
+    seen = 8 * wide * min(wide, m * k) * (1.0 if m * k < wide else 6.5)  # the moment of the validation samples
+    after = 3.0 * square + 0.4 * seen  # with what a product of float64 keeps
     probes = probe_count(first, n)
     at_once = probes if probes * each <= HELD else max(1, int(HELD / (2 * each)))
     return {
         "map": fit + held,
         "features": held + max(kept, features) + compute + (5 if stored else 1) * shard,
         "sums": held + features + 3.0 * square + 3 * shard * stored + 8 * min(piece, 1 << 20),
-        "spectrum": held + features + (9.0 + seen) * square,
+        "spectrum": held + features + 9.0 * square + seen,
         "leave one out": held
         + features
         + after
@@ -403,27 +410,6 @@ def _pair_seconds(first: Jacobian) -> float:
 def _many(first: Jacobian) -> Jacobian:
     """The samples four times over, where they fit memory: products of many cost less a sample."""
     return first if 4 * first.nbytes > HELD else first.select(list(range(first.n)) * 4)
-
-
-def return_memory() -> None:
-    """Pages that the C library keeps for later go back to the system, so that stages do not pile up (glibc only)."""
-    if _trim is not None:
-        _trim(0)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that a run may take: three quarters of what is free."""
-    if device.type == "cuda":
-        return int(0.75 * torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo") as file:
-            held = {line.split(":")[0]: int(line.split()[1]) for line in file}
-        return int(0.75 * 1024 * held["MemAvailable"])
-    except (OSError, KeyError, ValueError):
-        try:
-            return int(0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-        except (AttributeError, ValueError, OSError):
-            return 4 << 30
 
 
 def _product_seconds(size: int = 384) -> float:

@@ -120,11 +120,13 @@ def quality(
             edf = kept if beyond < 0.2 * kept else min(edf, kept + beyond)
         else:  # features that lie below the kernel: the truth is between these two
             edf = kept + missed if missed < 0.2 * kept else min(edf, kept + missed)
-        asked = edf
+        asked, largest = edf, min(top, float(torch.linalg.eigvalsh(some.exact)[-1]) * n / some.shape[0])
+        if 2 * largest * float(phi(np.array([largest]))[0]) < 1:  # beyond that F-SI needs the directions all the same
+            asked = max(edf, probed_dimension(n, some, TrainingFilter(shift=largest), top, seed))
         if open_reg is not None:
             smaller = probed_regularisation(some, goal, training)
             if smaller < open_reg:
-                asked = max(edf, probed_dimension(n, some, replace(phi, shift=n * smaller), top, seed))
+                asked = max(asked, probed_dimension(n, some, replace(phi, shift=n * smaller), top, seed))
         most = math.inf if fmap.kind == "sketch" else n * some.shape[1]
         enough = fmap.rank >= min(ENOUGH * RANK_FOR[fmap.kind] * asked, most)
         if enough or probe_count(one, n, _MORE) == some.shape[0]:

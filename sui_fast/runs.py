@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ._errors import ArgumentError, complaint
+from ._memory import return_memory
 from ._waiting import beat
 from .jacobians import jacobian
 from .jacobians.capture import choose_parameters
@@ -33,9 +34,8 @@ from .loo import (
     remove_from_spectrum,
 )
 from .losses import Goal, is_certain, name_of
-from .measures import feature_neighbours, information, kernel_neighbours, sgd_information
+from .measures import SgdNoise, feature_neighbours, information, kernel_neighbours, sgd_information, sgd_noise
 from .parts import Merged, Part, begin_anew, open_parts, open_store
-from .planning import return_memory
 from .probing import drawn, quality, warn_of_rank, warn_of_rest
 from .processes import Processes, Source
 from .spectra import (
@@ -52,6 +52,8 @@ from .streaming import (
     moments_of,
     run_fingerprint,
 )
+
+_SHARE = "si_sgd_jitter_share"
 
 
 class Stages:
@@ -126,7 +128,8 @@ class Run:
         with stages("measures"):
             everything = slice(None)
             left_out = torch.as_tensor(removal.loo_residual)
-            values, more = self._measure(removal, self.goal, everything, jac.n * reg)
+            noise = self._noise([removal], removal.spectrum.s, jac.n, reg) if "si_sgd" in self.wanted else None
+            values, more = self._measure(removal, self.goal, everything, noise)
             errors = self.goal.error(everything, left_out)
             self._look_around(theta, jac.k, self.goal, removal)
         if self.candidates is not None:
@@ -138,7 +141,7 @@ class Run:
                     theta, r0, new.gram(jac), new.own_blocks(), self.new_goal.residual(everything, new.outputs), phi,
                     cross=cross, reach=reach, convention=self.convention,
                 )  # fmt: skip
-                self.new_values, _ = self._measure(added, self.new_goal, everything, jac.n * reg)
+                self.new_values, _ = self._measure(added, self.new_goal, everything)
         if "loo_margin" in self.wanted:
             self.left_out = self.goal.left_out(everything, left_out).cpu().numpy()
         details = removal.diagnostics
@@ -148,7 +151,7 @@ class Run:
             **self._about(jac.n, jac.k, jac.shape[1], jac.coverage, common["dtype"]),
             **self._errors(float(self.goal.error(everything, r0).mean()), float(errors.mean())),
             **extra,
-            **more,
+            **{name: x.tolist() for name, x in more.items()},
         )
         return values, details, reg, self.samples.ids if self.groups is None else blocks.labels
 
@@ -184,7 +187,7 @@ class Run:
                 reg, extra["reg_curve"] = float(regs[errors.argmin()]), _curve(regs, errors)
             removal = remove(reg)
         with stages("measures"):
-            values, more = self._measure(removal, goal, everything, n * reg)
+            values, more = self._measure(removal, goal, everything)
             moved = removal.loo_residual
             self._look_around(theta, jac.k, goal, removal)
             errors = [float(goal.error(everything, x).mean()) for x in (torch.zeros_like(moved), moved)]
@@ -194,7 +197,7 @@ class Run:
             **self._about(n, jac.k, jac.shape[1], jac.coverage, common["dtype"]),
             **self._errors(*errors),
             **extra,
-            **more,
+            **{name: x.tolist() for name, x in more.items()},
         )
         return values, details, reg, self.samples.ids if self.groups is None else blocks.labels
 
@@ -220,11 +223,8 @@ class Run:
         alone, merged = isinstance(processes, Part), isinstance(processes, Merged)
         open_ = open_parts if merged else open_store
         source = Source(self.model, self.samples, {**common, "outputs": self.outputs}, *processes.slice(n))
-        whole = self.groups is not None or "si_sgd" in self.wanted
-        if whole and processes.count > 1 and not alone:
-            raise ArgumentError(
-                complaint("groups", "None in a run of several processes", "groups or 'si_sgd'", "Use one process.")
-            )
+        if self.groups is not None and processes.count > 1 and not alone:
+            raise ArgumentError(complaint("groups", "None in a run of several processes", "some", "Use one process."))
         with stages(f"{method} map"):
             fmap = fit_map(source, self.goal, method, rank, self.seed, processes, self.sketch)
         some = None
@@ -241,12 +241,12 @@ class Run:
         if self.goal.kind != "mse":
             known = {"outputs": self.goal.f0, "residual": self.goal.residual(slice(None), self.goal.f0)}
             about["loss"] = f"{self.goal.kind} {fingerprint_of(known)}"
-        stores = []
+        stores, version = [], metadata.version("sui-fast")
         try:
             with stages("features"):
                 if not resume and not merged:
                     begin_anew(store, processes)
-                print_ = run_fingerprint(self.model, self.samples, about, _version())
+                print_ = run_fingerprint(self.model, self.samples, about, version)
                 processes.agree(print_)
                 stores.append(open_(store, print_, "train", processes, resume))
                 collect(source, fmap, self.goal, stores[0], self.progress)
@@ -254,7 +254,7 @@ class Run:
                 with stages("validation features"):
                     options = {**common, "outputs": self.probe_outputs}
                     probes = Source(self.model, self.probes, options, *processes.slice(self.probes.n))
-                    print_ = run_fingerprint(self.model, self.probes, about, _version())
+                    print_ = run_fingerprint(self.model, self.probes, about, version)
                     processes.agree(print_)
                     stores.append(open_(store, print_, "validation", processes, resume))
                     collect(probes, fmap, None, stores[1], self.progress)
@@ -273,9 +273,8 @@ class Run:
                     seen = seen if self.candidates is not None else None
                 del moments
             with stages("leave one out"):
-                groups = self.groups if self.groups is not None or not whole else np.arange(n)
                 solver = LowRank(
-                    stores[0], spectrum, self.goal.rows, moment=moment, convention=self.convention, groups=groups,
+                    stores[0], spectrum, self.goal.rows, moment=moment, convention=self.convention, groups=self.groups,
                     device=device,
                 )  # fmt: skip
                 reg, extra = self.reg, {}
@@ -285,12 +284,18 @@ class Run:
                     reg, extra["reg_curve"] = float(regs[errors.argmin()]), _curve(regs, errors)
                 phi = make_filter(n, reg=reg, **self.training)
                 check_stability(phi, float(spectrum.s[-1]), n)
-                values, about = self._pass_two(solver, phi, n * reg, source.begin)
-                details, more = next(filter(None, processes.objects(about)))
+                noise = None
+                if "si_sgd" in self.wanted:
+                    removals = (solver.removal(shard, phi) for shard in solver.shards())
+                    noise = self._noise(removals, spectrum.s, n, reg, processes.every)
+                values, about = self._pass_two(solver, phi, noise, source.begin)
+                details = next(filter(None, processes.objects(about)))
                 values = processes.gather(values)
+                if noise is not None:
+                    extra[_SHARE] = values.pop(_SHARE).tolist()
                 self.left_out, self.suggested = values.pop("left_out", None), values.pop("suggested", None)
                 first_error, lost, missed = (float(values.pop(name).sum()) for name in ("first", "last", "missed"))
-                if self.suggested is not None and groups is None:
+                if self.suggested is not None and self.groups is None:
                     doubt = np.flatnonzero(self.suggested != self.labels.cpu().numpy())
                     measure = next(iter(values))
                     worst = values["loo_margin"][doubt] if "loo_margin" in values else -values[measure][doubt]
@@ -306,7 +311,7 @@ class Run:
                     columns, begin = [], new.begin
                     for added in solver.additions(new, fmap, self.new_goal, phi, seen, old, self.progress):
                         part = slice(begin, begin + len(added.rows))
-                        columns.append(self._measure(added, self.new_goal, part, n * reg)[0])
+                        columns.append(self._measure(added, self.new_goal, part)[0])
                         begin = part.stop
                     self.new_values = processes.gather(_joined(columns))
             with stages("error estimate"):
@@ -334,26 +339,25 @@ class Run:
             **self._about(n, first.k, first.shape[1], first.coverage, common["dtype"] or first_parameter.dtype),
             **self._errors(first_error / n, lost / n),
             **extra,
-            **more,
         )
         processes.objects(None)  # none begins another run before this one is over for all
         return values, details, reg, self.samples.ids if self.groups is None else np.unique(np.asarray(self.groups))
 
-    def _pass_two(self, solver: LowRank, phi, shift: float, begin: int):
+    def _pass_two(self, solver: LowRank, phi, noise: SgdNoise | None, begin: int):
         """(columns, what is to be said about them) of the samples of a store, from ``begin`` on."""
         columns, about = [], None
         for shard in solver.shards():
             removal = solver.removal(shard, phi)
             part = slice(begin, begin + len(shard["features"]))
             v, missed = removal.loo_residual, removal.missed_leverage.expand(part.stop - begin)
-            found, more = self._measure(removal, self.goal, part, shift)
+            found, more = self._measure(removal, self.goal, part, noise)
             own = {"first": self.goal.error(part, removal.residual), "last": self.goal.error(part, v), "missed": missed}
             if self.goal.suggests and self.groups is None:
                 own["suggested"] = self.goal.suggest(part, v)
             if "loo_margin" in self.wanted:
                 own["left_out"] = self.goal.left_out(part, v)
-            columns.append(found | {name: x.cpu().numpy() for name, x in own.items()})
-            about, begin = (removal.diagnostics, more), part.stop
+            columns.append(found | more | {name: x.cpu().numpy() for name, x in own.items()})
+            about, begin = removal.diagnostics, part.stop
         return _joined(columns), about
 
     @staticmethod
@@ -364,8 +368,11 @@ class Run:
         what = "mse" if self.goal.kind == "mse" else "loss"
         return {f"initial_{what}": initial, f"loo_{what}": left_out}
 
-    def _measure(self, removal: Removal, goal: Goal, part: slice, shift: float):
-        return _measure(removal, self.wanted, self.sigma, goal, part, shift=shift, **self.sgd)
+    def _measure(self, removal: Removal, goal: Goal, part: slice, noise: SgdNoise | None = None):
+        return _measure(removal, self.wanted, self.sigma, goal, part, noise)
+
+    def _noise(self, removals, s: Tensor, n: int, reg: float, every=None) -> SgdNoise:
+        return sgd_noise(removals, s, n, shift=n * reg, **self.sgd, every=every)
 
 
 def projected_kernel(jac, projection, seed: int, progress: bool):
@@ -404,16 +411,11 @@ def even_rows(cross: Tensor, m: int, rows: int) -> Tensor:
     return even * math.sqrt(len(even) / (m * rows))
 
 
-def _version() -> str:
-    return metadata.version("sui-fast")
-
-
 def _measure(
-    removal: Removal, wanted, sigma: float, goal: Goal, part: slice, *,
-    shift: float, lr: float, batch_size: int, jitter: float,
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:  # fmt: skip
+    removal: Removal, wanted, sigma: float, goal: Goal, part: slice, noise: SgdNoise | None
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The columns asked for, in the order asked for, and what is to be said about them."""
-    extra: dict[str, Any] = {}
+    extra: dict[str, np.ndarray] = {}
 
     def column(name: str):
         if name == "si":
@@ -423,8 +425,8 @@ def _measure(
         if name == "si_langevin":
             return information(removal.hessian_sqnorm, sigma)
         if name == "si_sgd":
-            value, share = sgd_information(removal, shift=shift, lr=lr, batch_size=batch_size, jitter=jitter)
-            extra["si_sgd_jitter_share"] = share.cpu().tolist()
+            value, share = sgd_information(removal, noise)
+            extra[_SHARE] = share.cpu().numpy()
             return value / sigma**2
         if name == "leverage":
             return removal.leverage

@@ -14,21 +14,24 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ._errors import ArgumentError, complaint
+from ._memory import free_memory, return_memory
 from .aims import aim, aim_at_few, check_mode, warn_of_rows
 from .aims import targets as targets_of
 from .checks import authors_definitions, check_arguments
 from .extremes import solvable
 from .jacobians import as_samples, jacobian, read_samples
+from .jacobians.capture import unwrapped
 from .jacobians.engine import predict
 from .jacobians.finite import check_products
+from .jacobians.quiet import alone_with
 from .loo import make_filter
 from .losses import name_of
 from .measures import UNITS
 from .parts import Part, check_layout, check_part
-from .planning import Plan, choose_method, free_memory, least_seconds, make_plan, return_memory
+from .planning import Plan, choose_method, least_seconds, make_plan
 from .probing import Probes, probed_dimension
 from .processes import Processes, Source, processes_of
-from .projections import Signed
+from .projections import Shared, Signed
 from .runcard import dtypes, model_digest, peak_bytes, versions
 from .runs import Run, Stages
 from .scores import Scores
@@ -118,7 +121,8 @@ def score(
         device: where to compute (default: where the model is).
         dtype: of the Jacobian (default float64; for methods of low rank the model's).
         seed: of the random numbers of a method of low rank; an exact run draws none.
-        groups: one label per sample, [n]: samples with equal labels are removed together, one row of scores each.
+        groups: one label per sample, [n]: samples with equal labels are removed together, one row of scores each. A run
+            of low rank then takes one process, and memory for the features of all samples at once.
         convention: "sum", "mean" or "iclr2021" (see ``leave_one_out``).
         progress: show a bar on runs longer than two seconds.
         candidates: samples with targets that are not trained on: what each would add. Their scores are
@@ -158,6 +162,8 @@ def score(
         reg = reg if isinstance(reg, str) else float(reg)
         sgd_lr = sgd_lr if sgd_lr is not None else (lr or 1.0)
         model = _placed(model.module if isinstance(model, DistributedDataParallel) else model, device)
+        if isinstance(model, torch.nn.Module):
+            held.enter_context(alone_with(unwrapped(model)))
 
         stages, training = Stages(7 + ("fsi" in wanted) * 2, progress), dict(time=time, lr=lr, dynamics=dynamics)
         held.callback(return_memory)
@@ -178,14 +184,13 @@ def score(
         common = dict(outputs=outputs, params=params, batch_size=batch_size)
         with stages("look"):
             k = predict(model, run.samples.slice(0, 1), dtype=dtype, **common).shape[1]
-            few = output_mode != "all" and output_rank + (output_mode == "top") < k
+            rows, few = _rows(k, loss, output_mode, output_rank)
             targets = loss_targets(loss, targets_of(run.samples, own, k), k)
             labels, inputs = targets[1], run.samples
             run.inputs, run.labels, run.probe_outputs = inputs, labels, outputs
             look = dict(common, outputs=Signed(outputs, 1, seed)) if few else common
             one = run.samples.slice(0, 1)
             first = jacobian(model, one.beside(torch.zeros(1, dtype=torch.long)) if few else one, dtype=dtype, **look)
-            rows = output_rank if few else k - (loss == "cross_entropy")
             if few:
                 check_mode(output_mode, loss, labels, wanted, candidates)
             run.agree(
@@ -339,19 +344,25 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     read = functools.partial(read_samples, named=False) if stored else as_samples
     samples = read(train, with_targets=None, argument="train")
     m = 0 if val is None else read(val, with_targets=None, argument="val").n
-    few = samples.slice(0, min(samples.n, bound.arguments["batch_size"]))
-    first = jacobian(model, few, **options)  # which also proves the capture
-    k = first.k
+    new = 0 if asked["candidates"] is None else read(asked["candidates"], with_targets=None, argument="candidates").n
+    batch = samples.slice(0, min(samples.n, bound.arguments["batch_size"]))
+    k, plain = predict(model, samples.slice(0, 1), **options).shape[1], dict(options)
+    rows, few = _rows(k, *(asked[name] for name in ("loss", "output_mode", "output_rank")))
+    if rows < k:
+        options["outputs"] = Shared(asked["outputs"], rows, asked["seed"])  # as many rows, at the same cost
+    first = jacobian(model, batch, **options)  # which also proves the capture
     method, rank, reason = choose_method(
-        samples.n, k, first.shape[1], method=method, rank=rank, device=first.device,
+        samples.n, rows, first.shape[1], method=method, rank=rank, device=first.device,
         memory=free_memory(first.device), stored=stored,
-        dimension=lambda: _dimension(model, samples, k, asked["reg"], training, options, asked["seed"]),
+        dimension=lambda: (
+            None if few else _dimension(model, samples, k, asked["reg"], training, plain, asked["seed"])
+        ),
     )  # fmt: skip
     if method == "dense":
         options["dtype"] = bound.arguments["dtype"] or torch.float64
-        first = jacobian(model, few, **options)
-    seconds = least_seconds(lambda: jacobian(model, few, **options))
-    small = small_inputs(few) if shown(samples) else None
+        first = jacobian(model, batch, **options)
+    seconds = least_seconds(lambda: jacobian(model, batch, **options))
+    small = small_inputs(batch) if shown(samples) else None
     given = 0 if small is None or samples.n * small[0].nbytes >= MOST_INPUTS else small[0].nbytes
     settled = asked["time"] is None and not isinstance(asked["reg"], str) and asked["reg"] > 0 and convention != "mean"
     spectral = not settled or "si_sgd" in asked["measures"] or asked["candidates"] is not None
@@ -359,10 +370,17 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     found = make_plan(
         first, seconds, samples.n, m, method, rank, reason, stored, given, asked["sketch"], spectral=spectral,
         own=tuple(end - begin for begin, end in own), alone=isinstance(processes, Part),
+        grouped=asked["groups"] is not None, new=new,
     )  # fmt: skip
     del first
     return_memory()
     return found
+
+
+def _rows(k: int, loss, output_mode: str, output_rank: int) -> tuple[int, bool]:
+    """Rows of the kernel for each sample, and whether they stand for more outputs."""
+    few = output_mode != "all" and output_rank + (output_mode == "top") < k
+    return output_rank if few else max(1, k - (loss == "cross_entropy")), few
 
 
 def _dimension(model, samples, k: int, reg, training, options, seed: int) -> float | None:

@@ -21,9 +21,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ._errors import StabilityError, StoreError, complaint
+from ._memory import return_memory
 from .jacobians import Jacobian, Sketch, portions
 from .jacobians.data import Samples
 from .jacobians.finite import check_products
+from .jacobians.reading import Kept
 from .loo import (
     Addition,
     SpectralRemoval,
@@ -34,7 +36,7 @@ from .loo import (
     shard_blocks,
 )
 from .losses import Goal, Rooted
-from .planning import HELD, PORTION, PROBES, SHARD, return_memory, shard_samples
+from .planning import HELD, PORTION, PROBES, SHARD, shard_samples
 from .processes import Processes, Source, grain, portion, power
 from .spectra import (
     INNER,
@@ -191,7 +193,7 @@ def _sketched(
         rest = np.setdiff1d(rest, places)
         known = [x[there] for x in (ahead.outputs, ahead.features, ahead.own) if x is not None]
     if len(rest):
-        some = samples.keep(rest) if len(places) else samples
+        some = Kept(samples, rest) if len(places) else samples
         found = portions(source.model, some, fmap.portion(own), **source.options)
         if fmap.reduce is not None:
             found = (found[0], *(x for x in fmap.reduce(found[1], own) if x is not None))
@@ -249,7 +251,7 @@ class LowRank:
             self.spectrum.shard(features), phi, self.convention, blocks, residual, None, False, idle.reshape(-1),
             gain=self.spectrum.gain, moment=self.moment,
         )  # fmt: skip
-        if "missed" in shard and self.groups is None:
+        if "missed" in shard:
             found.add_missed(shard["missed"].to(self.device))
         return found
 

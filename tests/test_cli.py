@@ -129,6 +129,10 @@ def test_candidates_are_written_apart(task, capsys):
 def test_plan_and_a_store_that_resumes(task, capsys):
     assert main(["plan", "my_task:build", "--method", "sketch", "--rank", "16"]) == 0
     assert "method sketch, rank 16" in capsys.readouterr().out
+    assert main(["plan", "my_task:build", "--loss", "cross_entropy", "--reg", "0.1", "--part", "1/2"]) == 2
+    assert "'sketch' or 'nystrom' with part=" in capsys.readouterr().err
+    assert main(["plan", "my_task:build", "--loss", "cross_entropy", "--reg", "0.1", "--measures", "si"]) == 0
+    assert "8 rows" in capsys.readouterr().out
     run = ["score", "my_task:build", "--reg", "0.1", "--method", "sketch", "--rank", "16", "--store", "store"]
     assert main([*run, "--out", "a.parquet"]) == 0 and main([*run, "--out", "b.parquet"]) == 0
     one, two = sui_fast.Scores.load("a.parquet"), sui_fast.Scores.load("b.parquet")

@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from torch import nn
 
 import sui_fast
@@ -35,6 +36,62 @@ def test_plan_of_subspace_counts_what_products_with_several_outputs_hold():
         peaks.append(sui_fast.plan(model, train, method="subspace", rank=256).peak_bytes)
     columns, largest = 256 + 128 + 96, 200 * 100
     assert peaks[1] - peaks[0] > 2 * 4 * columns * largest  # measured: 104 MB
+
+
+@pytest.mark.parametrize(
+    "settings, rows",
+    [
+        (dict(loss="cross_entropy"), 19),
+        (dict(loss="cross_entropy", output_mode="random", output_rank=4), 4),
+        (dict(output_mode="random", output_rank=4), 4),
+        (dict(loss="cross_entropy", output_mode="top", output_rank=3), 3),
+    ],
+)
+def test_plan_counts_the_rows_of_a_sample_as_score_does(settings, rows):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 20))
+    train, common = (torch.randn(40, 5), torch.arange(40) % 20), dict(settings, measures=("si",), reg=1.0)
+    planned = sui_fast.plan(model, train, **common)
+    found = sui_fast.score(model, train, progress=False, **common)
+    assert planned.method == found.diagnostics["method"] and planned.rank == 40 * rows
+    assert planned.reason == found.diagnostics["method_reason"]
+    low = [sui_fast.plan(model, train, **given, method="sketch", rank=16) for given in (common, dict(reg=1.0))]
+    assert low[0].disk_bytes * 20 == pytest.approx(low[1].disk_bytes * rows)
+
+
+def test_plan_counts_groups_and_candidates():
+    model = nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 1))
+    train, common = (torch.randn(4000, 30), torch.randn(4000, 1)), dict(method="sketch", rank=256, reg=0.1)
+    plain, grouped, new = (
+        sui_fast.plan(model, train, store="unused", **common, **more).peak_bytes
+        for more in ({}, dict(groups=np.arange(4000) // 4), dict(candidates=train))
+    )
+    assert min(grouped, new) - plain > 12 * 256 * 4000
+
+
+def test_a_rank_whose_sums_do_not_fit_memory_is_refused():
+    model, train = nn.Linear(3, 1), (torch.randn(30, 3), torch.randn(30, 1))
+    for call in (sui_fast.plan, sui_fast.score):
+        with pytest.raises(sui_fast.ArgumentError, match="rank: expected columns whose sums fit"):
+            call(model, train, method="sketch", rank=10**12, measures=("si",))
+
+
+@pytest.mark.parametrize("method, rank", [("nystrom", 2), ("sketch", 19)])
+@pytest.mark.parametrize("training", [dict(reg=50.0), dict(time=1, lr=0.002)], ids=["reg", "time"])
+def test_a_regularisation_beyond_the_spectrum_needs_its_directions_all_the_same(method, rank, training):
+    """The effective dimension is below one then, and F-SI of as few features as that asks for correlates 0.3 to 0.8."""
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(4, 40), nn.Tanh(), nn.Linear(40, 3))
+    train, val = (torch.randn(110, 4), torch.randn(110, 3)), torch.randn(40, 4)
+    exact = sui_fast.score(model, train, val, method="dense", progress=False, **training)
+    assert exact.diagnostics["effective_dimension"] < 1
+    common = dict(method=method, progress=False, **training)
+    with pytest.warns(RuntimeWarning, match="is small for an effective dimension of"):
+        few = sui_fast.score(model, train, val, rank=rank, **common)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = sui_fast.score(model, train, val, rank=few.diagnostics["rank_wanted"], **common)
+    assert all(spearmanr(found[name], exact[name])[0] > 0.98 for name in ("si", "fsi"))
 
 
 @pytest.mark.parametrize("method, rank", [("nystrom", 400), ("subspace", 400), ("sketch", 4096)])

@@ -99,6 +99,20 @@ def test_conventions_and_groups(convention):
         assert np.array_equal(found.ids, exact.ids)
 
 
+@pytest.mark.parametrize("training", [dict(reg=0.05), dict(time=200, lr=0.1)], ids=["reg", "time"])
+def test_what_features_miss_counts_for_groups_as_for_samples(training):
+    model, (train, val), n = network(2, False), digits(300, 30, 2, False), 300
+    common = dict(measures=("si", "fsi", "leverage"), progress=False, **training)
+    low = dict(method="nystrom", rank=40, **common)
+    alone, found = (sui_fast.score(model, train, val, groups=given, **low) for given in (None, np.arange(n)))
+    assert all(np.array_equal(alone[name], found[name]) for name in alone.values)
+    pairs = dict(groups=np.arange(n) // 2)
+    exact = sui_fast.score(model, train, val, method="dense", **common, **pairs)
+    np.testing.assert_allclose(
+        sui_fast.score(model, train, val, **low, **pairs)["si"].sum(), exact["si"].sum(), rtol=0.05
+    )
+
+
 def test_auto_regularisation_and_sgd():
     model, (train, _) = network(1, False), digits(80, 20, 1, False)
     common = dict(reg="auto", measures=("si", "si_sgd"), progress=False)
@@ -106,6 +120,18 @@ def test_auto_regularisation_and_sgd():
     found = sui_fast.score(model, train, method="nystrom", rank=80, **common)
     assert found.settings["reg"] == pytest.approx(exact.settings["reg"], rel=1e-3)
     np.testing.assert_allclose(found["si_sgd"], exact["si_sgd"], rtol=1e-2)
+
+
+def test_other_measures_do_not_change_with_sgd(tmp_path):
+    """Neither values nor what is in memory: it goes by shards like all of them."""
+    model, (train, _), common = network(1, False), digits(300, 20, 1, False), dict(reg=0.05, progress=False)
+    for method, rank in (("nystrom", 20), ("sketch", 64)):
+        alone, both = (
+            sui_fast.score(model, train, measures=measures, method=method, rank=rank, **common)
+            for measures in (("si", "leverage"), ("si", "leverage", "si_sgd"))
+        )
+        assert all(np.array_equal(alone[name], both[name]) for name in ("si", "leverage"))
+        assert len(both.diagnostics["si_sgd_jitter_share"]) == 300
 
 
 def test_the_sketch_is_unbiased_over_the_whole_gradient():

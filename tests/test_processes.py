@@ -65,6 +65,9 @@ def everything():
         numbers = {name: x for name, x in scores.diagnostics.items() if isinstance(x, int | float | str)}
         del numbers["peak_bytes"]
         found.append((method, columns(scores), numbers, scores.diagnostics.get("reg_curve")))
+    common = dict(measures=("si", "si_sgd"), method="sketch", rank=64, reg=0.01, progress=False)
+    scores = sui_fast.score(*problem(3)[:2], **common)
+    found.append(("sketch", dict(columns(scores), share=np.array(scores.diagnostics["si_sgd_jitter_share"])), {}, None))
     return found
 
 

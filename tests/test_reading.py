@@ -167,6 +167,28 @@ def test_data_that_change_are_refused(tmp_path, kind, message, wrap):
         sui_fast.score(network(), wrap(Unsteady(*arrays(), kind)), store=tmp_path, measures=("si",), **COMMON)
 
 
+@pytest.mark.parametrize("number", [3, 900])
+@pytest.mark.parametrize("what", ["input", "target"])
+def test_what_is_no_number_is_named_with_its_sample(tmp_path, number, what):
+    x, y = arrays()
+    y = y.double()
+    (x[number] if what == "input" else y[number : number + 1]).fill_(torch.nan)
+    for data in (Counted(x, y), DataLoader(TensorDataset(x, y), batch_size=50), Stream(x, y)):
+        with pytest.raises(sui_fast.DataError, match=f"{what} of sample {number}"):
+            sui_fast.score(network(), data, measures=("si",), store=tmp_path, **COMMON)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("size, message", [(None, r"as many targets as inputs \(6\)"), (1, "targets of one shape")])
+def test_rows_and_batches_that_were_taken_for_each_other(tmp_path, size, message, stored):
+    x, y = arrays(50)
+    y = y[:, None].double()
+    rows = TensorDataset(x, y) if size is None else Stream(x.split(7), y.split(7), length=False)
+    with pytest.raises(sui_fast.DataError, match=message):
+        data = DataLoader(rows, batch_size=size)
+        sui_fast.score(network(), data, measures=("si",), store=tmp_path if stored else None, **COMMON)
+
+
 def test_a_stream_that_runs_dry_is_refused(tmp_path):
     class Once(Stream):
         def __iter__(self):
@@ -242,12 +264,13 @@ def test_a_store_of_other_inputs_is_refused(tmp_path):
     first = run((x, y), val)
     for train in ((x, y), Counted(x, y), DataLoader(TensorDataset(x, y), batch_size=50)):
         np.testing.assert_array_equal(run(train, val)["fsi"], first["fsi"])
-    for train, probes in (((moved, y), val), (Counted(moved, y), val), ((x, y), val + 1e-9)):
-        with pytest.raises(sui_fast.StoreError, match="another: inputs was"):
+    changed = ("train", (moved, y), val), ("train", Counted(moved, y), val), ("validation", (x, y), val + 1e-9)
+    for folder, train, probes in changed:
+        with pytest.raises(sui_fast.StoreError, match=f"another in .*{folder}-0000-of-0001: inputs was"):
             run(train, probes)
     again = dict(store=tmp_path / "read", **COMMON)
     sui_fast.score(model, (x, y), Counted(val, y), **again)
-    with pytest.raises(sui_fast.StoreError, match="another: inputs was"):
+    with pytest.raises(sui_fast.StoreError, match="another in .*: inputs was"):
         sui_fast.score(model, (x, y), Counted(val + 1e-9, y), **again)
-    with pytest.raises(sui_fast.StoreError, match="another: loss was"):
+    with pytest.raises(sui_fast.StoreError, match="another in .*: loss was"):
         sui_fast.score(model, (x, y), val, loss="binary_cross_entropy", store=tmp_path / "store", **COMMON)

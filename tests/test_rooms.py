@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sui_fast"
 ROOMS = [
-    ["_errors", "_waiting"],
+    ["_errors", "_memory", "_waiting"],
     ["ops"],
     ["jacobians"],
     ["spectra"],

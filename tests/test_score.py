@@ -1,6 +1,7 @@
 """``score`` as users call it: kinds of data, invariances, edge cases, no side effects."""
 
 import copy
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -212,6 +213,20 @@ def test_threads_share_a_model():
         got = list(pool.map(lambda call: run(model=model, **call)["fsi"], 3 * calls))
     assert all(np.array_equal(a, b) for a, b in zip(got, 3 * want, strict=True))
     assert all(module.training for module in model.modules())
+
+
+def test_threads_meet_in_a_model_not_seen_before():
+    """The proof puts other tensors in the places of its parameters: none may look at them meanwhile."""
+    want = run(model=network(width=24), method="sketch", rank=16)["si"]
+    for _ in range(4):
+        model, start = network(width=24), threading.Barrier(3)
+
+        def score(_, model=model, start=start):
+            start.wait(10)
+            return run(model=model, method="sketch", rank=16)["si"]
+
+        with ThreadPoolExecutor(3) as pool:
+            assert all(np.array_equal(got, want) for got in pool.map(score, range(3)))
 
 
 def test_model_is_left_as_found():

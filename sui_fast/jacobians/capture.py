@@ -21,7 +21,7 @@ from .._errors import ArgumentError, CoverageError, DataError, ModelError, compl
 from .arriving import Take, backward_into
 from .data import batch_length
 from .layers import Use
-from .quiet import modules_as_they_are, quiet
+from .quiet import alone_with, modules_as_they_are, quiet
 from .recorder import Recorder, Replay
 from .recurrent import own_body
 from .survey import Call, Survey, transformed
@@ -66,6 +66,10 @@ class Evaluator:
         if outputs is not None and not callable(outputs):
             raise ArgumentError(complaint("outputs", "a function (model, batch) -> [b, k]", repr(outputs), "Pass one."))
         model = unwrapped(model)
+        with alone_with(model):
+            self._look_at(model, outputs, params, dtype)
+
+    def _look_at(self, model: nn.Module, outputs: Callable | None, params: Any, dtype: torch.dtype | None) -> None:
         named, modules = dict(model.named_parameters()), dict(model.named_modules())
         sharded = next((m for m in modules.values() if type(m).__name__ == "FullyShardedDataParallel"), None)
         if sharded is None:

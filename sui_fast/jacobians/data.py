@@ -129,28 +129,6 @@ class Samples:
             offset += length
         return Samples(parts, None, self.ids[numbers], self.argument, self.number(numbers))
 
-    def keep(self, numbers: np.ndarray) -> Samples:
-        """As ``pick``, of batches that are read one after the other, each of them less than whole."""
-        return _Kept(self, numbers)
-
-
-class _Kept(Samples):
-    """Some of the samples, as they come."""
-
-    def __init__(self, samples: Samples, numbers: np.ndarray):
-        self._samples, self._numbers, self.n, self.targets = samples, numbers, len(numbers), None
-        self.argument, self.ids, self.first = samples.argument, samples.ids[numbers], samples.number(numbers)
-
-    def batches(self, batch_size: int) -> Iterator[Any]:
-        """What is left of batches of ``batch_size``, in order."""
-        end = 0
-        for batch in self._samples.batches(batch_size):
-            begin, end = end, end + batch_length(batch)
-            bounds = np.searchsorted(self._numbers, (begin, end))
-            own = torch.from_numpy(self._numbers[slice(*bounds)] - begin)
-            if len(own):
-                yield map_batch(lambda x, own=own: x[own.to(x.device)], batch)
-
 
 @torch.random.fork_rng(devices=[])  # reading may draw random numbers; the user's stay as they are
 def as_samples(data: Any, *, with_targets: bool | None, argument: str = "train") -> Samples:
@@ -210,7 +188,7 @@ def as_samples(data: Any, *, with_targets: bool | None, argument: str = "train")
     chunks = [inputs for inputs, _, _ in items]
     ids = join_ids([i for _, _, i in items], argument)
     check_stream(data, ids, argument)
-    samples = Samples(chunks, join_targets([t for _, t, _ in items]), ids, argument)
+    samples = Samples(chunks, join_targets([t for _, t, _ in items], argument), ids, argument)
     if with_targets and samples.targets is None:
         raise DataError(complaint(argument, "samples with targets", "inputs only", "Pass (inputs, targets)."))
     offset = 0
@@ -404,16 +382,27 @@ def split(batch: Any, with_targets: bool | None, argument: str) -> tuple[Any, Te
     elif type(inputs) is tuple:
         inputs = tuple(as_array(part, argument) if isinstance(part, list) else part for part in inputs)
     inputs = map_batch(lambda x: as_tensor(x, argument), inputs)
-    batch_length(inputs)
+    count = batch_length(inputs)
     target = None if target is None else as_tensor(target, argument, "targets")
     if target is not None and target.ndim == 0:
         raise DataError(complaint(argument, "one target per sample", "a scalar", "Pass a batch of targets."))
+    if target is not None and len(target) != count:
+        todo = (
+            "Align them; of single samples, which are no batches, pass the Dataset, or a DataLoader with a batch_size."
+        )
+        raise DataError(complaint(argument, f"as many targets as inputs ({count})", len(target), todo))
     return inputs, target, ids
 
 
-def join_targets(parts: list[Tensor | None]) -> Tensor | None:
-    found = [part for part in parts if part is not None]
-    return torch.cat([part.cpu() for part in found]) if len(found) == len(parts) and found else None
+def join_targets(parts: list[Tensor | None], argument: str) -> Tensor | None:
+    found = [part.cpu() for part in parts if part is not None]
+    if len(found) < len(parts) or not found:
+        return None
+    odd = next((x for x in found if x.shape[1:] != found[0].shape[1:]), None)
+    if odd is not None:
+        got, todo = f"{list(found[0].shape[1:])} and {list(odd.shape[1:])}", "Pad them, or batch single samples."
+        raise DataError(complaint(argument, "targets of one shape", got, todo))
+    return torch.cat(found)
 
 
 def join_ids(parts: list[Any], argument: str) -> np.ndarray | None:

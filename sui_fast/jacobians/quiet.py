@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import MethodType
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,6 +17,16 @@ from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 _visits: WeakKeyDictionary[nn.Module, _Visit] = WeakKeyDictionary()
 _visits_lock = threading.Lock()
+_alone: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+@contextmanager
+def alone_with(model: nn.Module) -> Iterator[None]:
+    """One thread at a time: the proof puts other tensors in the places of parameters, where all threads see them."""
+    with _visits_lock:
+        lock = _alone.setdefault(model, threading.RLock())
+    with lock:
+        yield
 
 
 @contextmanager
@@ -23,6 +34,7 @@ def quiet(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Eval mode and gradients on, nothing compiled; mode, buffers and random state as they were afterwards."""
     cuda = [device] if device.type == "cuda" else []
     with ExitStack() as stack:
+        stack.enter_context(alone_with(model))
         stack.enter_context(torch.random.fork_rng(cuda))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())

@@ -117,6 +117,24 @@ class Read(Samples):
         return Samples(chunks, None, self.ids[numbers], self.argument, rows)
 
 
+class Kept(Samples):
+    """Some of the samples, from batches that are read one after the other."""
+
+    def __init__(self, samples: Samples, numbers: np.ndarray):
+        self._samples, self._numbers, self.n, self.targets = samples, numbers, len(numbers), None
+        self.argument, self.ids, self.first = samples.argument, samples.ids[numbers], samples.number(numbers)
+
+    def batches(self, batch_size: int) -> Iterator[Any]:
+        """What is left of batches of ``batch_size``, in order."""
+        end = 0
+        for batch in self._samples.batches(batch_size):
+            begin, end = end, end + batch_length(batch)
+            bounds = np.searchsorted(self._numbers, (begin, end))
+            own = torch.from_numpy(self._numbers[slice(*bounds)] - begin)
+            if len(own):
+                yield map_batch(lambda x, own=own: x[own.to(x.device)], batch)
+
+
 class _Tape:
     """Batches of a reader by the number of their samples; the one read last stays, so that going on costs nothing."""
 
@@ -151,7 +169,7 @@ class _Tape:
                 raise self._changed("nothing at the second reading")
             got, todo = "an empty data set", "Check how it was filtered."
             raise DataError(complaint(self._argument, "at least one sample", got, todo))
-        self._targets, self.digest = join_targets(targets), str(digest)
+        self._targets, self.digest = join_targets(targets, self._argument), str(digest)
         return self._targets, join_ids(ids, self._argument), n
 
     def chunks(self, begin: int, end: int) -> Iterator[tuple[int, Any]]:
@@ -289,7 +307,13 @@ def _by_number(loader: DataLoader) -> bool:
 
 def _equal(one: Any, two: Any) -> bool:
     (a, form), (b, other) = tree_flatten(one), tree_flatten(two)
-    same = lambda x, y: (  # noqa: E731
-        x.shape == y.shape and torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x is y
+    return form == other and all(map(_same, a, b))
+
+
+def _same(x: Any, y: Any) -> bool:
+    """Whether two are equal; NaN is equal to NaN, as what is not a number is found later, with its sample."""
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        return x is y
+    return x.shape == y.shape and (
+        torch.equal(x, y) or bool(torch.isclose(x, y, rtol=0.0, atol=0.0, equal_nan=True).all())
     )
-    return form == other and all(map(same, a, b))

@@ -262,14 +262,14 @@ class SpectralRemoval(Removal):
         (rows of a sketch that are too long), half of what scaling by the true length gives is kept.
 
         Args:
-            missed: Theta_ii minus its low-rank form, [n, k, k]; single samples only.
+            missed: Theta_ii minus its low-rank form, [n, k, k]; what samples of a group share of it is not known.
         """
         weights = self.spectrum.u @ (self._scale * self._gain)
         beyond = float(self._phi(np.zeros(1))[0])
         if np.isfinite(beyond):
             weights = weights + beyond * (self.residual.reshape(-1) - self.spectrum.u @ self._gain)
         weights = weights.reshape(self.residual.shape)
-        self._missed = torch.einsum("nk,nkl,nl->n", weights, missed, weights)
+        self._missed = self.sum_over_blocks(torch.einsum("nk,nkl,nl->n", weights, missed, weights))
         self._weights = weights
         self.missed_leverage = missed.diagonal(dim1=1, dim2=2).sum(1) * (beyond if np.isfinite(beyond) else 0.0)
         self._unseen = missed if np.isfinite(beyond) and beyond > 0 else None
@@ -287,10 +287,11 @@ class SpectralRemoval(Removal):
         total = found + self._missed
         over = total < found / 2  # rows of a sketch may be far longer than what they stand for
         if over.any():
-            alpha = self._weights[over]
-            rows = self.spectrum.u.view(len(self), -1, len(self.spectrum.s))[over]
-            own = torch.einsum("nkr,nk->nr", rows, alpha).square() @ self.spectrum.s
-            total[over] = torch.maximum(total[over], found[over] / 2 * (1 + self._missed[over] / own).clamp_min(0))
+            some = over[torch.from_numpy(self._blocks.block_of_sample).to(over.device)]
+            rows, own = self.spectrum.u.view(*self._weights.shape, -1)[some], found.new_zeros(len(some))
+            own[some] = torch.einsum("nkr,nk->nr", rows, self._weights[some]).square() @ self.spectrum.s
+            share = self._missed[over] / self.sum_over_blocks(own)[over]
+            total[over] = torch.maximum(total[over], found[over] / 2 * (1 + share).clamp_min(0))
         return total
 
     def _hessian_sqnorm(self) -> Tensor:
@@ -327,8 +328,7 @@ class SpectralRemoval(Removal):
     def _leverage(self) -> Tensor:
         weight = (self._scale * self.spectrum.s)[:, None]
         rows = _dots(self.spectrum.u, self.spectrum.u, weight).reshape(self.residual.shape).sum(1)
-        found = self.sum_over_blocks(rows)
-        return found if self._unseen is None else self._leverage_beyond(found)
+        return self.sum_over_blocks(rows if self._unseen is None else self._leverage_beyond(rows))
 
     def _leverage_beyond(self, found: Tensor) -> Tensor:
         """The leverage h with what features miss: h + (1 - h) s phi(s) for positive eigenvalues s of that, as if each
@@ -348,6 +348,11 @@ class SpectralRemoval(Removal):
         if self.spectrum.complete:
             return (self.spectrum.u @ (share * self._gain)).reshape(self.residual.shape)
         return self.residual - (self.spectrum.u @ ((1 - share) * self._gain)).reshape(self.residual.shape)
+
+    def trained_pull(self) -> Tensor:
+        """-J^T (Y - f) over all samples at the end of the training, in the row space of J, [r]."""
+        s, gain = self.spectrum.s[self._reached], self._gain[self._reached]
+        return -s.sqrt() * _on(s, self._phi.remaining(s.cpu().numpy())) * gain
 
 
 def _form(factor: Tensor, x: Tensor) -> Tensor:

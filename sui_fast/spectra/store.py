@@ -104,7 +104,7 @@ class Store:
                 complaint(
                     "store",
                     "a store of this run",
-                    f"one of another: {differs}",
+                    f"one of another in {self.path}: {differs}",
                     "Name another folder, or pass resume=False to begin anew.",
                 )
             )
@@ -259,6 +259,9 @@ def _read(path: Path, most: int) -> bytes:
     try:
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
             return file.read(most + 1)
+    except PermissionError as error:
+        todo = "Give this user the right to read them, or name another folder."
+        raise StoreError(complaint("store", f"files in {path.parent} that can be read", str(error), todo)) from error
     except (OSError, MemoryError) as error:
         raise _damage(path.parent, f"{path.name} ({str(error) or 'larger than memory'})") from error
 

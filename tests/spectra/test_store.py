@@ -271,3 +271,19 @@ def test_files_of_others_stay_and_names_that_no_file_can_have_are_refused(tmp_pa
     for path in (tmp_path / ("n" * 300), f"{tmp_path}/\0x"):
         with pytest.raises(StoreError, match="store"):
             Store(path, PRINT)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shard-000000.safetensors"])
+def test_files_that_may_not_be_read_are_not_called_damaged(tmp_path, monkeypatch, name):
+    """To delete them, as for damage, would lose the work."""
+    fill(tmp_path / "s")
+    usual = os.open
+
+    def refuse(path, *flags):
+        if os.path.basename(path) == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return usual(path, *flags)
+
+    monkeypatch.setattr(stores.os, "open", refuse)
+    with pytest.raises(StoreError, match=f"that can be read, got .*{name}.*right to read"):
+        read(tmp_path / "s")
