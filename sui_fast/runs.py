@@ -229,7 +229,7 @@ class Run:
             fmap = fit_map(source, self.goal, method, rank, self.seed, processes, self.sketch)
         some = None
         if fmap.portion is not None:
-            with stages("error estimate"):
+            with stages("probes"):
                 some = drawn(source, fmap, self.seed, ahead=True, kernel=not alone)
                 source.ahead = some.ahead
         options = {name: re.sub(r" at 0x[0-9a-fA-F]+", "", repr(x)) for name, x in common.items()}  # the same tomorrow

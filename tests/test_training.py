@@ -457,7 +457,7 @@ def test_the_budget_counts_what_hooks_cannot_see():
     net, seconds = model(), 0.0
     with TrainingScores(net, rank=16, overhead=0.5) as live:
         begin = time.perf_counter()
-        for _ in steps(net, live, 400):
+        for _ in steps(net, live, 4000):
             if live._watching:
                 time.sleep(2e-3)  # as much of the training's time as in a cold cache
                 seconds += 2e-3
