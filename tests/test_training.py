@@ -454,14 +454,15 @@ def test_overhead_is_kept_within_its_budget(monkeypatch):
 
 
 def test_the_budget_counts_what_hooks_cannot_see():
-    net, seconds = model(), 0.0
-    with TrainingScores(net, rank=16, overhead=0.5) as live:
-        begin = time.perf_counter()
-        for _ in steps(net, live, 4000):
+    """Steps of 2.5 ms, watched ones of 2 ms more, as in a cold cache; whatever the speed of the machine."""
+    net, hidden, begin = model(), 0.0, time.perf_counter()
+    with TrainingScores(net, rank=16, overhead=0.2) as live:
+        for _ in steps(net, live, 400):
+            time.sleep(2.5e-3)
             if live._watching:
-                time.sleep(2e-3)  # as much of the training's time as in a cold cache
-                seconds += 2e-3
-        assert seconds <= 0.75 * (time.perf_counter() - begin - seconds)
+                time.sleep(2e-3)
+                hidden += 2e-3
+        assert 0 < hidden <= 0.3 * (time.perf_counter() - begin - hidden)
 
 
 def test_the_budget_holds_in_the_trainer_of_hugging_face(tmp_path, monkeypatch):
