@@ -524,6 +524,11 @@ def test_anchors_grow_with_the_rank_where_they_cost_little():
     held = sui_fast.jacobian(large, torch.randn(2, 3, 16, 16))
     assert pool_size(held, 2000, 1024) == (0, 0) and pool_size(held, 2000, 256) == (256, 0)
     assert pool_size(held, 160, 512)[1] >= 64  # few samples for the rank
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(i, o, 3, stride, padding=1) for i, o, stride in ((3, 32, 1), (32, 64, 2), (64, 128, 2))]
+    small = sui_fast.jacobian(nn.Sequential(*layers, nn.Flatten(), nn.Linear(8192, 1)), torch.randn(2, 3, 32, 32))
+    assert [pool_size(small, 1000, rank)[1] for rank in (512, 1023, 1024, 1400)] == [32, 32, 0, 0]  # within an epoch
+    assert pool_size(small, 600, 1024)[1] >= 32
 
 
 class Encoder(nn.Module):

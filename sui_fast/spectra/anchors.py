@@ -28,7 +28,7 @@ _BESIDE = 8  # directions of outputs that the loss leaves alone; a third of the 
 _SOLUTIONS = (1e-1, 1e-2, 1e-3, 1e-4)  # ridge of the pool's solutions, in units of its largest eigenvalue
 _MOMENTS = {False: 2.0, True: 6.0}  # operations that anchors may add, in those of Z^T Z; True: no layer has positions
 _NOISE, _LEAST = 0.5, 1e-6  # eigenvalues, and squares of what a solution adds, that are rounding
-_SECOND = 4e10  # operations that anchors of a sketch below INNER columns may add over all samples
+_SECOND = 4e10  # operations that anchors may add over all samples, where these are few
 INNER = 1024  # columns of a sketch without anchors, brought down to fewer
 _MOST = 1 << 28  # bytes of B; of the explicit rows of a pool
 
@@ -54,7 +54,8 @@ def anchor_count(first: Jacobian, n: int, rank: int, pool: int, needed: bool = F
     """Anchors from a pool of so many of n samples: ANCHORS where they are worth it, more where they cost little."""
     most = min(rank // _SHARE, pool * first.k - 1, _MANY)
     count, few = min(ANCHORS, most), n if 2 * rank >= 3 * n * first.k else math.inf
-    if count <= len(_SOLUTIONS) or _burden(first, rank, count, pool, n) > (sys.float_info.max if needed else 1):
+    some = n if rank < INNER else few  # of more columns a sketch of many samples has little to gain
+    if count <= len(_SOLUTIONS) or _burden(first, rank, count, pool, some) > (sys.float_info.max if needed else 1):
         return 0
     while count < most and _burden(first, rank, min(2 * count, most), pool, few) <= 0.5:
         count = min(2 * count, most)
@@ -208,9 +209,9 @@ def _layers(jac: Jacobian) -> list[Outer]:
 def _burden(first: Jacobian, rank: int, count: int, pool: int, n: float) -> float:
     """Operations that anchors add over those that they may: some times the moment's, of a rank of 1024 or more.
 
-    Over all n samples a second is allowed below INNER columns, where n is not infinite.
+    Over all n samples a second is allowed in any case, where n is not infinite.
     """
-    second, rank, layers = _SECOND / n if rank < INNER else 0.0, max(rank, 1024), _layers(first)
+    rank, layers = max(rank, 1024), _layers(first)
     explicit = _explicit(first, pool * first.k)
     kernel = lambda layer: not explicit and goes_by_kernel(layer, pool, count)  # noqa: E731
     if not all(map(kernel, layers)) and 4 * count * first.shape[1] > _MOST:
@@ -226,4 +227,4 @@ def _burden(first: Jacobian, rank: int, count: int, pool: int, n: float) -> floa
             added += 2.0 * pool * (i + k * k * o)
         else:
             added += 2.0 * k * o * i * count
-    return added / max(_MOMENTS[flat] * 2 * first.k * rank**2, second)
+    return added / max(_MOMENTS[flat] * 2 * first.k * rank**2, _SECOND / n)
