@@ -25,6 +25,7 @@ _RANKS = {"subspace": (64, 4096), "sketch": (1024, 8192)}  # least and largest t
 _MARGIN, _STEP = 1.25, 64  # of a chosen rank: the effective dimension is an estimate, and may differ in the last bit
 ENOUGH = 0.95  # of the rank that the effective dimension asks for: it is an estimate
 PROBES = 64  # samples whose exact kernel the error estimate looks at
+FEW_SAMPLES = 1024  # samples, of which more probes are drawn where the rank will not do
 _PROBE_ROWS = 512  # rows of the exact kernel that the effective dimension is estimated from
 HELD = 1 << 30  # bytes of factors that may stay in memory between passes
 _LIBRARIES = 11_000_000  # bytes that libraries take on first use, and malloc keeps
@@ -344,8 +345,11 @@ def _stage_bytes(
     after = 3.0 * square + 0.4 * seen  # with what a product of float64 keeps
     probes = probe_count(first, n)
     at_once = probes if probes * each <= HELD else max(1, int(HELD / (2 * each)))
+    estimate = min(probes, 2 * at_once) * each + max(at_once * worked, compute) + 40 * (probes * k) ** 2
+    ahead = method == "sketch" and n > FEW_SAMPLES  # the probes of a sketch are captured before there are features
     return {
         "map": fit + held,
+        "probes": ahead * (held + estimate),
         "features": held + max(kept, features) + compute + (5 if stored else 1) * shard,
         "sums": held + features + 3.0 * square + 3 * shard * stored + 8 * min(piece, 1 << 20),
         "spectrum": held + features + 9.0 * square + seen,
@@ -356,13 +360,7 @@ def _stage_bytes(
         + 2 * shard * stored
         + 72 * n  # columns of the scores and targets, and the columns joined
         + (24 if k == 1 else 72) * min(piece, PORTION),
-        "error estimate": held
-        + features
-        + after
-        + 40 * n
-        + min(probes, 2 * at_once) * each
-        + max(at_once * worked, compute)
-        + 40 * (probes * k) ** 2,
+        "error estimate": held + features + after + 40 * n + (not ahead) * estimate,
         "scores": n * given + 60 * n * k,
     }
 
