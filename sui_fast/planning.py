@@ -332,7 +332,7 @@ def _stage_bytes(
             made = lambda count, of: count * each + part * each / 2 + 24 / item * of * formed  # noqa: E731
             fit = max(fit, about.wide * (8 * some * k * d + max(run, made(some, some))))
             compute += max(run, made(landmarks, rank) + (not about.wide) * 8 * rank * d)
-        fit = pool * each + max(fit, landmarks * each) + 30 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
+        fit = pool * each + max(fit, landmarks * each) + 20 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
         fit -= held - landmarks * 8 * k * rank  # what is held is made when the pool is gone
     else:
         held, turned = 4 * wide * d, wide * d * item * (item != 4)  # the basis, and it in the dtype of the model

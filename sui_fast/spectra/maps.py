@@ -138,7 +138,7 @@ def _nystrom(
     known = torch.zeros(n * k, wanted * k, dtype=torch.float64, device=pool.device)
     if wide:
         _fill(known, pool, drawn)
-    factor, used = torch.cat([here, torch.zeros_like(known)], 1), here.shape[1]
+    factor, used = torch.nn.functional.pad(here, (0, known.shape[1])), here.shape[1]
     while len(chosen) < wanted:
         weight = diagonal.sum(1).clamp_min(0).cpu()
         weight[chosen] = 0.0
