@@ -25,7 +25,6 @@ _RANKS = {"subspace": (64, 4096), "sketch": (1024, 8192)}  # least and largest t
 _MARGIN, _STEP = 1.25, 64  # of a chosen rank: the effective dimension is an estimate, and may differ in the last bit
 ENOUGH = 0.95  # of the rank that the effective dimension asks for: it is an estimate
 PROBES = 64  # samples whose exact kernel the error estimate looks at
-FEW_SAMPLES = 1024  # samples, of which more probes are drawn where the rank will not do
 _PROBE_ROWS = 512  # rows of the exact kernel that the effective dimension is estimated from
 HELD = 1 << 30  # bytes of factors that may stay in memory between passes
 _LIBRARIES = 11_000_000  # bytes that libraries take on first use, and malloc keeps
@@ -346,7 +345,7 @@ def _stage_bytes(
     probes = probe_count(first, n)
     at_once = probes if probes * each <= HELD else max(1, int(HELD / (2 * each)))
     estimate = min(probes, 2 * at_once) * each + max(at_once * worked, compute) + 40 * (probes * k) ** 2
-    ahead = method == "sketch" and n > FEW_SAMPLES  # the probes of a sketch are captured before there are features
+    ahead = method == "sketch" and not draws_more(n, each)  # captured before there are features, and not again
     return {
         "map": fit + held,
         "probes": ahead * (held + estimate),
@@ -363,6 +362,14 @@ def _stage_bytes(
         "error estimate": held + features + after + 40 * n + (not ahead) * estimate,
         "scores": n * given + 60 * n * k,
     }
+
+
+def draws_more(n: int, nbytes: float) -> bool:
+    """Whether a run of n samples, each with factors of so many bytes, draws more probes where the rank will not do.
+
+    Of more samples, or a larger model, their kernel would take many times the run.
+    """
+    return n <= 1024 and n * nbytes <= HELD // 8
 
 
 def shard_samples(k: int, columns: int, most: int = SHARD) -> int:

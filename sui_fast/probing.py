@@ -14,7 +14,7 @@ from torch import Tensor
 from .jacobians.finite import check_products
 from .loo import TrainingFilter, loo_error_curve, make_blocks
 from .losses import Goal
-from .planning import ENOUGH, FEW_SAMPLES, HELD, PROBES, probe_count
+from .planning import ENOUGH, HELD, PROBES, draws_more, probe_count
 from .processes import Ahead, Source
 from .spectra import RANK_FOR, FeatureMap, Spectrum
 
@@ -23,7 +23,6 @@ _MARGIN = 1.25  # of the rank that a warning names
 _FEWEST = {False: 32, True: 96}  # columns of a sketch whatever the dimension; True: of logits seen by validation
 _REST = 2.0**-36  # of the squared residuals: rounding has 2% of what is left
 _MISSED = 0.4  # leverage beyond the features over that in them; from 0.5 on scores correlated less than 0.98
-_FITS = HELD // 8  # bytes of the factors of FEW_SAMPLES samples, of which more probes are drawn
 
 
 @dataclass
@@ -110,8 +109,7 @@ def quality(
         training: of the run, its convention among them.
     """
     n, error, one = source.samples.n, None, source.part(0, 1)
-    few = n <= FEW_SAMPLES and n * one.nbytes <= _FITS  # of a larger model their kernel would take many times the run
-    for share in (_SHARE, _MORE) if few else (_SHARE,):
+    for share in (_SHARE, _MORE) if draws_more(n, one.nbytes) else (_SHARE,):
         some, probes = probes or drawn(source, fmap, seed, share), None
         error = kernel_error(n, some) if error is None else error
         edf = max(kept, probed_dimension(n, some, phi, top, seed))
