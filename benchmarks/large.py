@@ -61,6 +61,7 @@ def features(samples: int, rank: int, folder: Path) -> None:
             start = time.process_time()
             removal = solver.removal(shard, phi)
             total += float(removal.weight_sqnorm.sum()) + float(removal.prediction_sqnorm.sum())
+            del removal
             middle = time.process_time()
             wide = shard["features"][:, 0].double()
             again = time.process_time()

@@ -358,6 +358,7 @@ class Run:
                 own["left_out"] = self.goal.left_out(part, v)
             columns.append(found | more | {name: x.cpu().numpy() for name, x in own.items()})
             about, begin = removal.diagnostics, part.stop
+            del removal  # or its rows lie beside those of the next portion
         return _joined(columns), about
 
     @staticmethod

@@ -2,7 +2,8 @@
 // set (see CMakeLists.txt), therefore without the standard library.
 //
 // A tile of C x holds kRows rows of C and kVectors vectors of samples in registers, and never leaves them: its squares
-// are added to one sum per sample. C lies in panels of kRows rows, each from its diagonal on, column after column; a
+// are added to one sum per sample. C lies in panels of kRows rows, each from its diagonal on, column after column, and
+// chunk after chunk of columns, so that those of a group stay in the first cache while all of C passes by; a
 // group of samples is turned to [r, group], so that a column of it is kVectors loads and every number of C one broadcast.
 #include "triangular.h"
 
@@ -23,23 +24,35 @@ constexpr Index kRows = 4, kVectors = 2;
 constexpr Index kGroup = kVectors * kLanes;
 static_assert(kGroups % kGroup == 0, "a portion is whole groups");
 
+constexpr Index kChunk = 128;  // columns at a time: of a group they fit the first cache
+static_assert(kChunk % kRows == 0, "a chunk is whole panels");
+
+SUI_FN Index least(Index a, Index b) { return a < b ? a : b; }
 SUI_FN Index panels(Index p) { return (p + kRows - 1) / kRows; }
 
-// Columns of a panel: from the diagonal of its first row on.
-SUI_FN Index columns(Index panel, Index r) { return r - panel * kRows; }
+// Column at which a panel begins in the chunk from `begin` on: that of its first row at the earliest.
+SUI_FN Index start(Index panel, Index begin) { return panel * kRows > begin ? panel * kRows : begin; }
+
+// Panels that have numbers in the columns before `end`.
+SUI_FN Index reached(Index p, Index end) { return least(panels(p), panels(end)); }
 
 Index packed(Index p, Index r) {
   Index total = 0;
-  for (Index panel = 0; panel < panels(p); ++panel) total += kRows * columns(panel, r);
+  for (Index panel = 0; panel < panels(p); ++panel) total += kRows * (r - panel * kRows);
   return total;
 }
 
-Index scratch(Index r) { return r * kGroup; }
+// A turned group, and the sums of it that chunks hand on.
+Index scratch(Index r) { return (r + panels(r) * kRows) * kGroup; }
 
 void pack(const double* c, Index p, Index r, double* out) {
-  for (Index panel = 0; panel < panels(p); ++panel)
-    for (Index l = panel * kRows; l < r; ++l)
-      for (Index row = panel * kRows; row < (panel + 1) * kRows; ++row) *out++ = row < p && row <= l ? c[row * r + l] : 0;
+  for (Index begin = 0; begin < r; begin += kChunk) {
+    const Index end = least(begin + kChunk, r);
+    for (Index panel = 0; panel < reached(p, end); ++panel)
+      for (Index l = start(panel, begin); l < end; ++l)
+        for (Index row = panel * kRows; row < (panel + 1) * kRows; ++row)
+          *out++ = row < p && row <= l ? c[row * r + l] : 0;
+  }
 }
 
 // [count, r] to [r, kGroup], zeros beyond count
@@ -59,30 +72,56 @@ void turn(const double* x, Index count, Index r, double* out) {
   }
 }
 
+// A panel of C times `count` columns of a group, on top of `held` unless First; its squares to total if Last, or else held.
+template <bool First, bool Last>
+SUI_FN void tile(const double* c, const double* column, Index count, double* held, Lane* total) {
+  Lane sums[kRows][kVectors] = {};
+  if (!First)
+#pragma GCC unroll 8
+    for (Index a = 0; a < kRows; ++a)
+#pragma GCC unroll 8
+      for (Index v = 0; v < kVectors; ++v) sums[a][v] = at(held + a * kGroup + v * kLanes);
+  for (Index l = 0; l < count; ++l, column += kGroup, c += kRows) {
+    Lane own[kVectors];
+#pragma GCC unroll 8
+    for (Index v = 0; v < kVectors; ++v) own[v] = at(column + v * kLanes);
+#pragma GCC unroll 8
+    for (Index a = 0; a < kRows; ++a)
+#pragma GCC unroll 8
+      for (Index v = 0; v < kVectors; ++v) sums[a][v] += c[a] * own[v];
+  }
+#pragma GCC unroll 8
+  for (Index a = 0; a < kRows; ++a)
+#pragma GCC unroll 8
+    for (Index v = 0; v < kVectors; ++v)
+      if (Last)
+        total[v] += sums[a][v] * sums[a][v];
+      else
+        at(held + a * kGroup + v * kLanes) = sums[a][v];
+}
+
 void run(const double* packed, Index p, Index r, const double* x, Index count, double* scratch, double* out) {
-  for (Index begin = 0; begin < count; begin += kGroup) {
-    const Index live = count - begin < kGroup ? count - begin : kGroup;
-    turn(x + begin * r, live, r, scratch);
+  double* held = scratch + r * kGroup;
+  for (Index first = 0; first < count; first += kGroup) {
+    const Index live = least(kGroup, count - first);
+    turn(x + first * r, live, r, scratch);
     Lane total[kVectors] = {};
     const double* c = packed;
-    for (Index panel = 0; panel < panels(p); ++panel) {
-      Lane sums[kRows][kVectors] = {};
-      const double *column = scratch + panel * kRows * kGroup, *end = scratch + r * kGroup;
-      for (; column < end; column += kGroup, c += kRows) {
-        Lane held[kVectors];
-#pragma GCC unroll 8
-        for (Index v = 0; v < kVectors; ++v) held[v] = at(column + v * kLanes);
-#pragma GCC unroll 8
-        for (Index a = 0; a < kRows; ++a)
-#pragma GCC unroll 8
-          for (Index v = 0; v < kVectors; ++v) sums[a][v] += c[a] * held[v];
+    for (Index begin = 0; begin < r; begin += kChunk) {
+      const Index end = least(begin + kChunk, r);
+      for (Index panel = 0; panel < reached(p, end); ++panel) {
+        const Index from = start(panel, begin), width = end - from;
+        const double* column = scratch + from * kGroup;
+        double* sums = held + panel * kRows * kGroup;
+        const bool fresh = panel * kRows >= begin;
+        if (end < r)
+          fresh ? tile<true, false>(c, column, width, sums, total) : tile<false, false>(c, column, width, sums, total);
+        else
+          fresh ? tile<true, true>(c, column, width, sums, total) : tile<false, true>(c, column, width, sums, total);
+        c += kRows * width;
       }
-#pragma GCC unroll 8
-      for (Index a = 0; a < kRows; ++a)
-#pragma GCC unroll 8
-        for (Index v = 0; v < kVectors; ++v) total[v] += sums[a][v] * sums[a][v];
     }
-    for (Index i = 0; i < live; ++i) out[begin + i] = total[i / kLanes][i % kLanes];
+    for (Index i = 0; i < live; ++i) out[first + i] = total[i / kLanes][i % kLanes];
   }
 }
 

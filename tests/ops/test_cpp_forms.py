@@ -20,6 +20,8 @@ SHAPES = [  # vectors, rows of the factor, columns
     pytest.param(25, 7, 9, id="odd"),
     pytest.param(100, 33, 64, id="wide"),
     pytest.param(203, 130, 131, id="large"),
+    pytest.param(30, 140, 389, id="chunks"),
+    pytest.param(26, 256, 256, id="whole-chunks"),
     pytest.param(0, 3, 5, id="no-vectors"),
     pytest.param(4, 0, 5, id="no-factor"),
 ]
