@@ -15,7 +15,7 @@ from .jacobians.arriving import LARGE, held_batch
 from .jacobians.gram import by_rows
 from .jacobians.layers import Outer
 from .processes import grain, power
-from .spectra import INNER, RANK_FOR, pool_size, subspace_columns
+from .spectra import INNER, RANK_FOR, pool_size, sketch_rank, subspace_columns
 from .spectra.maps import coordinates, directions_fit, landmarks_at_once, landmarks_of
 
 DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs up to which an eigendecomposition is worth its time
@@ -28,6 +28,7 @@ PROBES = 64  # samples whose exact kernel the error estimate looks at
 _PROBE_ROWS = 512  # rows of the exact kernel that the effective dimension is estimated from
 HELD = 1 << 30  # bytes of factors that may stay in memory between passes
 _LIBRARIES = 11_000_000  # bytes that libraries take on first use, and malloc keeps
+_CONVOLUTIONS = 4_000_000  # bytes more after some batches of these
 SHARD = 1 << 21  # features of a shard: 8 MB, of 4096 samples at most
 PORTION = 1 << 19  # float64 features at a time in pass 2: larger intermediates are fresh memory each time
 METHODS = ("auto", "dense", "nystrom", "subspace", "sketch")
@@ -127,6 +128,7 @@ def make_plan(
     alone: bool = False,
     grouped: bool = False,
     new: int = 0,
+    softmax: bool = False,
 ) -> Plan:
     """Costs from the Jacobian of a few samples and the seconds its capture took; products with it are timed here.
 
@@ -136,7 +138,7 @@ def make_plan(
         given: bytes of an input where the scores keep it. spectral: an exact kernel needs its eigenvectors, not a
             Cholesky factor alone.
         own: of the training and validation samples those of this process. alone: it ends with their features.
-        grouped: groups leave, which may span shards. new: candidates.
+        grouped: groups leave, which may span shards. new: candidates. softmax: the loss leaves a direction alone.
     """
     (n_own, m_own), k, each, d = own or (n, m), first.k, first.nbytes / max(first.n, 1), first.shape[1]
     rows = n * k
@@ -148,8 +150,12 @@ def make_plan(
         gram = _pair_seconds(first) * (n * n / 2 + n * m)
         total = capture * (n + m) + gram + (12 if spectral else 2) * rows**3 * product + 0.1
         return Plan(method, rows, reason, 1, 0, peak, total)
+    pool, anchors = pool_size(first, n, rank, sketch, softmax) if method == "sketch" else (0, 0)
     wide = min(subspace_columns(rank), rows) if method == "subspace" else rank  # columns that come out
-    stages = _stage_bytes(first, n, m, method, rank, wide, each, stored, given, sketch, (n_own, m_own))
+    if method == "sketch" and (anchors or not pool):
+        wide = anchors + sketch_rank(rank - anchors, sketch)
+    drawn = pool, anchors, pool * (k + softmax)
+    stages = _stage_bytes(first, n, m, method, rank, wide, each, stored, given, drawn, (n_own, m_own))
     if grouped:  # all features at once, and of them rows of eigenvectors, these by groups, and changes
         stages["leave one out"] += 24 * wide * n * k
     shard = 4 * k * wide * min(new, shard_samples(k, wide))
@@ -162,7 +168,6 @@ def make_plan(
     work = 2.0 * rows * wide * least * (1.8 + 0.5 * (m > 0)) + m_own * k * wide * seen + 15.0 * (least**3 + seen**3)
     work = 0.0 if alone else work
     if method == "sketch":
-        pool, anchors = pool_size(first, n, rank, sketch)
         columns = INNER if pool and not anchors else rank
         sketched = lambda: first.sketch(columns, 0, sketch)  # noqa: E731
         if anchors:
@@ -271,7 +276,8 @@ def _rounding_hides(first: Jacobian, rank: int, rows: int) -> bool:
         return math.log2(max(float(s[math.ceil(min(1.0, rank / rows) * size) - 1] / s[0].clamp_min(1e-300)), 2.0**-30))
 
     half, whole = weakest((len(exact) + 1) // 2), weakest(len(exact))
-    return whole + math.log2(rows / len(exact)) * (whole - half) < math.log2(rows * torch.finfo(torch.float32).eps)
+    found = whole + math.log2(rows / len(exact)) * (whole - half)
+    return found < math.log2(2 * rows * torch.finfo(torch.float32).eps)  # twice: what is carried on is too large
 
 
 def _stage_bytes(
@@ -284,7 +290,7 @@ def _stage_bytes(
     each: float,
     stored: bool,
     given: int,
-    sketch: str,
+    drawn: tuple[int, int, int],
     own: tuple[int, int],
 ) -> dict[str, float]:
     """Of a run of low rank: at its stages, each with what it finds in memory and what it adds."""
@@ -301,13 +307,13 @@ def _stage_bytes(
     twice = max((x.a.shape[2] * x.g.shape[3] for x in layers if x.a.shape[1] > 1 and not by_rows(x)), default=0)
     worked = 2 * patches + max(formed, 2 * item * k * twice)
     capture = part * each + first.n * each * 2
-    pool, anchors = pool_size(first, n, rank, sketch) if method == "sketch" else (0, 0)
+    pool, anchors, pool_rows = drawn
     if anchors:
         formed_of = [x for x in layers if not goes_by_kernel(x, pool, anchors)]
         held = anchors * item * d if formed_of or len(layers) < len(first.factors()) else 0
         widest = anchors * item * max(((x.a.shape[2] + 1) * x.g.shape[3] for x in formed_of), default=0)
-        written = item * k * d if formed else 0
-        fit = pool * (1.3 * each + 8 * k * rank + min(written, 1 << 20)) + max(56 * (pool * k) ** 2, 1.5 * widest)
+        written = min(pool_rows * item * d, 1 << 28) if formed else 0
+        fit = pool * (1.3 * each + 8 * k * rank) + written + max(56 * (pool * k) ** 2, 1.5 * widest)
         compute = first.n * (2 * each + patches + 10 * k * rank) + 2 * min(first.n * formed, item << 24)
     elif method == "sketch":  # layers are sketched as the backward pass reaches them
         columns = INNER if pool else rank
@@ -340,18 +346,21 @@ def _stage_bytes(
         spread = max((x.a.shape[2] * x.g.shape[3] for x in layers if k > x.a.shape[1]), default=0)
         fit = kept + wide * d * (8.2 + item) + turned + 2 * wide * spread * item + part * (each + d * item)
         compute = capture + turned + part * (d * item + 16 * k * wide)
-    seen = 8 * wide * min(wide, m * k) * (1.0 if m * k < wide else 6.5)  # the moment of the validation samples
-    after = 3.0 * square + 0.4 * seen  # with what a product of float64 keeps
+    seen = 8 * wide * min(wide, m * k)  # rows or sums of the validation samples, and their factor
+    factor = 2.1 * square + 4.5 * seen if m * k < wide else 1.1 * square + 7.6 * seen  # while it is made
+    after = 3.0 * square + (0.4 if m * k < wide else 2.6) * seen  # with what a product of float64 keeps
     probes = probe_count(first, n)
     at_once = probes if probes * each <= HELD else max(1, int(HELD / (2 * each)))
-    estimate = min(probes, 2 * at_once) * each + max(at_once * worked, compute) + 40 * (probes * k) ** 2
+    kernel = 40 * (probes * k) ** 2
     ahead = method == "sketch" and not draws_more(n, each)  # captured before there are features, and not again
-    return {
-        "map": fit + held,
-        "probes": ahead * (held + estimate),
+    mapped = 1.0 if ahead else min(1.0, PROBES / part)  # else features of a few of them only
+    estimate = min(probes, 2 * at_once) * each + max(at_once * worked, mapped * compute) + kernel
+    stages = {"map": fit + held, "probes": ahead * (held + estimate)}
+    held += ahead * (4 * probes * k * wide + 8 * (probes * k) ** 2) + _CONVOLUTIONS * (patches > 0)
+    return stages | {
         "features": held + max(kept, features) + compute + (5 if stored else 1) * shard,
         "sums": held + features + 3.0 * square + 3 * shard * stored + 8 * min(piece, 1 << 20),
-        "spectrum": held + features + 9.0 * square + seen,
+        "spectrum": held + features + max(6.6 * square + 0.6 * shard * stored, factor * (m > 0)),
         "leave one out": held
         + features
         + after
@@ -359,7 +368,7 @@ def _stage_bytes(
         + 2 * shard * stored
         + 72 * n  # columns of the scores and targets, and the columns joined
         + (24 if k == 1 else 72) * min(piece, PORTION),
-        "error estimate": held + features + after + 40 * n + (not ahead) * estimate,
+        "error estimate": held + features + after + 40 * n + (kernel if ahead else estimate),
         "scores": n * given + 60 * n * k,
     }
 

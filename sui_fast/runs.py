@@ -266,12 +266,13 @@ class Run:
                 moments = moments_of(stores[0], n, fmap.rank, device, n * k < fmap.rank, processes)
                 check_squares(moments.mean_square, common["dtype"] or next(self.model.parameters()).dtype)
                 spectrum = feature_spectrum(moments)
+                del moments
+                return_memory()
                 if self.probes is not None:
                     m = self.probes.n
                     seen = moments_of(stores[1], m, fmap.rank, device, m * k < fmap.rank, processes)
                     moment = spectrum.moment(seen)
                     seen = seen if self.candidates is not None else None
-                del moments
             with stages("leave one out"):
                 solver = LowRank(
                     stores[0], spectrum, self.goal.rows, moment=moment, convention=self.convention, groups=self.groups,

@@ -371,6 +371,7 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
         first, seconds, samples.n, m, method, rank, reason, stored, given, asked["sketch"], spectral=spectral,
         own=tuple(end - begin for begin, end in own), alone=isinstance(processes, Part),
         grouped=asked["groups"] is not None, new=new,
+        softmax=asked["loss"] == "cross_entropy" and not few,
     )  # fmt: skip
     del first
     return_memory()

@@ -96,9 +96,10 @@ def leave_one_out(
         found = cholesky_inverse(theta, phi.shift)
         if found is not None:
             removal = DualRemoval(found[0], phi.shift, found[1], blocks, r0, cross, as_numpy, idle)
-            sound = removal.rounding <= CHOLESKY_ROUNDING if phi.shift > 0 else found[1] <= _RIDGELESS_CONDITION
-            if sound or method == "dual":
+            if method == "dual" or _sound(removal, theta, phi.shift, found[1]):
                 return removal
+            del removal
+        del found
         if method == "dual":
             raise ArgumentError(
                 complaint(
@@ -118,6 +119,16 @@ def leave_one_out(
         as_numpy=as_numpy,
         idle=idle,
     )
+
+
+def _sound(removal: DualRemoval, theta: Tensor, shift: float, condition: float) -> bool:
+    """Whether rounding leaves what a Cholesky factor gives enough digits."""
+    if shift == 0:
+        return condition <= _RIDGELESS_CONDITION
+    if removal.rounding <= CHOLESKY_ROUNDING:
+        return True
+    few = condition * torch.finfo(theta.dtype).eps <= CHOLESKY_ROUNDING
+    return few and removal.rounding_by_rows(theta.diagonal()) <= CHOLESKY_ROUNDING
 
 
 def remove_from_spectrum(

@@ -37,8 +37,8 @@ def add_exactly(total: Tensor, x: Tensor) -> None:
 
 
 def mirrored(upper: Tensor) -> Tensor:
-    """The symmetric matrix with this upper triangle."""
-    return upper.triu() + upper.triu(1).T
+    """The symmetric matrix with this upper triangle, in its place."""
+    return upper.triu_().add_(upper.triu(1).T)
 
 
 class Moments:
@@ -85,7 +85,8 @@ class Moments:
     @property
     def mean_square(self) -> float:
         """||z||^2, the mean over samples."""
-        total = self._upper.sum(0).trace() if self.rows is None else sum(x.square().sum() for x in self.rows)
+        own = self._upper.diagonal(dim1=1, dim2=2)
+        total = own.sum() if self.rows is None else sum(x.square().sum() for x in self.rows)
         return float(total) / max(self.samples, 1)
 
     @property
@@ -159,8 +160,9 @@ class FeatureSpectrum:
             values, vectors = torch.linalg.eigh(seen.gram)
             keep = values > 1e-16 * values[-1].clamp_min(0)
             root = (vectors[:, keep] * values[keep].sqrt()).T
+            del vectors
         check_products(root)
-        root = root @ (self.turn * self.s) / seen.samples**0.5
+        root = (root @ self.turn).mul_(self.s / seen.samples**0.5)
         return torch.linalg.qr(root, mode="r").R.contiguous()
 
 
@@ -177,12 +179,14 @@ def feature_spectrum(moments: Moments, precision: float = 2.0**-24) -> FeatureSp
     if not torch.isfinite(gram).all():
         raise SpectrumError(complaint("features", "finite numbers", "NaN or infinity", "Check the model's outputs."))
     s, v = torch.linalg.eigh((gram + gram.T) / 2 if rows is not None else gram)
+    del gram
     top = float(s[-1]) if len(s) else 0.0
     if not top > 0:
         raise SpectrumError(complaint("features", "some that are not zero", "zeros", "Check params=."))
-    keep = s > top * max(precision**2 * moments.samples, len(s) * 2.0**-52)
-    s, v = s[keep], v[:, keep]
+    least = top * max(precision**2 * moments.samples, len(s) * 2.0**-52)
+    first = int((s <= least).sum())
+    s, v = s[first:], v[:, first:]
     if rows is not None:
         v = (rows.T @ v) / s.sqrt()
-    turn = (v / s.sqrt()).T.contiguous().T  # columns together: products of rows with it are faster
+    turn = v.T.contiguous().div_(s.sqrt()[:, None]).T  # columns together: products of rows with it are faster
     return FeatureSpectrum(s, turn, turn.T @ moments.pull, moments.samples)
