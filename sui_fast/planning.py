@@ -328,7 +328,8 @@ def _stage_bytes(
         about = _Landmarks.of(first, n, rank)
         landmarks, pool = about.count, about.pool
         tile = min(pool, 2048 // k, (1 << 26) // max(1, formed))
-        held, fit = landmarks * (each + 8 * k * rank), tile * (patches + 2 * formed)
+        unfolded = item * max(x.a[0].numel() for x in layers) if patches else 0  # by a layer, beside those before it
+        held, fit = landmarks * (each + 8 * k * rank), tile * (patches + unfolded + 2 * formed)
         compute = capture + part * k * (12 * landmarks * k + 12 * rank)
         if about.formed:
             held = landmarks * 8 * k * rank + (8 if about.wide else 4) * rank * d
@@ -344,7 +345,8 @@ def _stage_bytes(
         kept = own[0] * each if own[0] * each <= HELD else 0  # factors that wait; pass 1 lets go of them
         # with more outputs than positions vjp goes by positions: as much as its result again, twice
         spread = max((x.a.shape[2] * x.g.shape[3] for x in layers if k > x.a.shape[1]), default=0)
-        fit = kept + wide * d * (8.2 + item) + turned + 2 * wide * spread * item + part * (each + d * item)
+        products = part * each + min(part * d * item, 100_000_000) + 11 * wide * rows
+        fit = kept + wide * d * (8.2 + item) + turned + 2 * wide * spread * item + products
         compute = capture + turned + part * (d * item + 16 * k * wide)
     seen = 8 * wide * min(wide, m * k)  # rows or sums of the validation samples, and their factor
     factor = 2.1 * square + 4.5 * seen if m * k < wide else 1.1 * square + 7.6 * seen  # while it is made
@@ -355,8 +357,9 @@ def _stage_bytes(
     ahead = method == "sketch" and not draws_more(n, each)  # captured before there are features, and not again
     mapped = 1.0 if ahead else min(1.0, PROBES / part)  # else features of a few of them only
     estimate = min(probes, 2 * at_once) * each + max(at_once * worked, mapped * compute) + kernel
-    stages = {"map": fit + held, "probes": ahead * (held + estimate)}
-    held += ahead * (4 * probes * k * wide + 8 * (probes * k) ** 2) + _CONVOLUTIONS * (patches > 0)
+    before, held = held, held + _CONVOLUTIONS * (patches > 0)
+    stages = {"map": fit + before, "probes": ahead * (held + estimate)}
+    held += ahead * (4 * probes * k * wide + 8 * (probes * k) ** 2)
     return stages | {
         "features": held + max(kept, features) + compute + (5 if stored else 1) * shard,
         "sums": held + features + 3.0 * square + 3 * shard * stored + 8 * min(piece, 1 << 20),
