@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time as clock
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from .jacobians.layers import Outer
 from .processes import grain, power
 from .spectra import INNER, RANK_FOR, pool_size, sketch_rank, subspace_columns
 from .spectra.maps import coordinates, directions_fit, landmarks_at_once, landmarks_of
+from .timing import carried_on, pair_seconds, product_seconds, repeated, seconds_of
 
 DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs up to which an eigendecomposition is worth its time
 DEFAULT_RANK = 1024
@@ -142,12 +142,12 @@ def make_plan(
     """
     (n_own, m_own), k, each, d = own or (n, m), first.k, first.nbytes / max(first.n, 1), first.shape[1]
     rows = n * k
-    capture, product = seconds / first.n, _product_seconds()
+    capture, product = seconds / first.n, product_seconds()
     if method == "dense":
         held = 1.2 * (n + m) * each + 8 * rows * m * k
         solve = 8 * rows * rows * (5.2 if spectral else 4.0) + 30_000_000 * (not spectral)
         peak = int(_LIBRARIES + held + max(solve, 8 * rows * rows + _tile_bytes(first, n)))
-        gram = _pair_seconds(first) * (n * n / 2 + n * m)
+        gram = pair_seconds(first, _tile_rows(first, n) // k) * (n * n / 2 + n * m)
         total = capture * (n + m) + gram + (12 if spectral else 2) * rows**3 * product + 0.1
         return Plan(method, rows, reason, 1, 0, peak, total)
     pool, anchors = pool_size(first, n, rank, sketch, softmax) if method == "sketch" else (0, 0)
@@ -171,20 +171,20 @@ def make_plan(
         columns = INNER if pool and not anchors else rank
         sketched = lambda: first.sketch(columns, 0, sketch)  # noqa: E731
         if anchors:
-            many = _many(first)
+            many = repeated(first)
             along = make_anchors(many, many.outputs.new_ones(many.n * k, anchors, dtype=torch.float64))
             sketched = lambda: project(first, along, columns, 0, sketch, True)  # noqa: E731
-        each_map = _seconds_of(sketched) / first.n
+        each_map = seconds_of(sketched) / first.n
         fit = pool * (capture + each_map) + 15.0 * (pool * k) ** 3 * product
     elif method == "nystrom":
         about = _Landmarks.of(first, n, rank)
         draw, each_map = about.seconds(first, rank, product)
         fit = about.pool * (capture + draw) + (2.0 * about.pool + 10.0 * about.count) * k**3 * about.count**2 * product
     else:
-        few, many = min(wide, max(4, (1 << 22) // d)), _many(first)
+        few, many = min(wide, max(4, (1 << 22) // d)), repeated(first)
         tangents, cotangents = first.outputs.new_ones(few, d), first.outputs.new_ones(many.n * k, few)
-        each_map = _carried_on(lambda count: many.jvp(tangents[:count]), few, wide) / many.n
-        back = _carried_on(lambda count: many.vjp(cotangents[:, :count]), few, wide) / many.n
+        each_map = carried_on(lambda count: many.jvp(tangents[:count]), few, wide) / many.n
+        back = carried_on(lambda count: many.vjp(cotangents[:, :count]), few, wide) / many.n
         again = 1 if n_own * each < HELD else 2
         fit = n_own * (again * capture + each_map + 2 * back) + 6.0 * d * wide**2 * product
     probes = 0 if alone else probe_count(first, n)
@@ -193,11 +193,17 @@ def make_plan(
     return Plan(method, rank, reason, passes, disk, size, total, sketch if method == "sketch" else None, stored)
 
 
+def _tile_rows(first: Jacobian, n: int) -> int:
+    """Rows of a tile of the exact kernel."""
+    positions = any(x.a.shape[1] > 1 for x in first.select(range(1)).factors() if isinstance(x, Outer))
+    return min(n * first.k, 2048 if positions else 640)
+
+
 def _tile_bytes(first: Jacobian, n: int) -> int:
     """What a tile of the exact kernel takes: rows of the widest layer where it has positions, and products."""
     layers = [factor for factor in first.select(range(1)).factors() if isinstance(factor, Outer)]
     spread = [x.a.shape[2] * (x.g.shape[3] + x.a.shape[1]) for x in layers if x.a.shape[1] > 1]
-    tile = min(n * first.k, 2048 if spread else 640)
+    tile = _tile_rows(first, n)
     return first.outputs.element_size() * tile * (max(spread, default=0) + 3 * tile)
 
 
@@ -248,16 +254,16 @@ class _Landmarks:
 
     def seconds(self, first: Jacobian, rank: int, product: float) -> tuple[float, float]:
         """Of a sample of the pool while landmarks are drawn, and of the features of a sample."""
-        many = first if self.formed else _many(first)
+        many = first if self.formed else repeated(first)
         some = many.select(range(max(1, min(many.n, self.count // 8))))
-        own = _seconds_of(many.own_blocks) / many.n
-        draw = own + _seconds_of(lambda: many.gram(some)) / many.n * self.count / some.n
+        own = seconds_of(many.own_blocks) / many.n
+        draw = own + seconds_of(lambda: many.gram(some)) / many.n * self.count / some.n
         if not self.formed:
-            whole = _pair_seconds(first) * self.count * (3 if self.wide else 1) + 2.0 * self.count * rank * product
+            whole = pair_seconds(first, _FEW) * self.count * (3 if self.wide else 1) + 2.0 * self.count * rank * product
             return draw + self.wide * whole, own + whole
         root = first.outputs.new_ones(first.n * first.k, _FEW, dtype=torch.float64)
         along = coordinates(first.wide() if self.wide else first, root, HELD)
-        few, each = _seconds_of(lambda: along(first, True)) / first.n, 2.0 * self.formed * product
+        few, each = seconds_of(lambda: along(first, True)) / first.n, 2.0 * self.formed * product
         if self.wide:
             passes = -(-self.count // self.at_once(first))
             draw += own + passes * few + max(0, self.count * first.k - passes * _FEW) * each
@@ -387,52 +393,6 @@ def draws_more(n: int, nbytes: float) -> bool:
 def shard_samples(k: int, columns: int, most: int = SHARD) -> int:
     """Samples of a shard: a power of two, so that slices share their batches with one process."""
     return power(max(16, min(most // (k * columns), 4096)))
-
-
-def least_seconds(work: Callable[[], object], times: int = 3) -> float:
-    """Of several calls: what else the machine does meanwhile does not count."""
-    # processor time is that of a machine of one's own; on several threads, or a device, it is another thing
-    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
-    now, found = clock.process_time if alone else clock.perf_counter, []
-    for _ in range(times):
-        start = now()
-        work()
-        found.append(now() - start)
-    return min(found)
-
-
-def _seconds_of(work: Callable[[], object]) -> float:
-    """Of a call, the first of which does not count."""
-    work()
-    return least_seconds(work)
-
-
-def _carried_on(work: Callable[[int], object], few: int, wide: int) -> float:
-    """Seconds of ``wide`` columns from those of a few and of half of these: what columns share is counted once."""
-    whole = _seconds_of(lambda: work(few))
-    if few == wide:
-        return whole
-    return whole + (wide - few) * max(0.0, whole - _seconds_of(lambda: work(few // 2))) / (few - few // 2)
-
-
-def _pair_seconds(first: Jacobian) -> float:
-    """Of the kernel of two samples among many, of which it costs less than among few."""
-    few = _seconds_of(lambda: first.gram(first))
-    if few > 0.1:
-        return few / first.n**2
-    many = _many(first)
-    return _seconds_of(lambda: many.gram(many)) / many.n**2
-
-
-def _many(first: Jacobian) -> Jacobian:
-    """The samples four times over, where they fit memory: products of many cost less a sample."""
-    return first if 4 * first.nbytes > HELD else first.select(list(range(first.n)) * 4)
-
-
-def _product_seconds(size: int = 384) -> float:
-    """Seconds of one multiplication and addition's half in a float64 matrix product here."""
-    a = torch.ones(size, size, dtype=torch.float64)
-    return _seconds_of(lambda: a @ a) / (2 * size**3)
 
 
 def _size(count: int) -> str:

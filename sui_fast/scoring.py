@@ -28,7 +28,7 @@ from .loo import make_filter
 from .losses import name_of
 from .measures import UNITS
 from .parts import Part, check_layout, check_part
-from .planning import Plan, choose_method, least_seconds, make_plan
+from .planning import Plan, choose_method, make_plan
 from .probing import Probes, probed_dimension
 from .processes import Processes, Source, processes_of
 from .projections import Shared, Signed
@@ -37,6 +37,7 @@ from .runs import Run, Stages
 from .scores import Scores
 from .showing import MOST_INPUTS, shown, small_inputs, texts_of
 from .targets import loss_targets
+from .timing import least_seconds
 
 _FEW = 1024  # rows of the kernel that tell the effective dimension before a run, of 128 samples at most
 
