@@ -311,7 +311,8 @@ def _stage_bytes(
     # rows of the widest layer with positions are written out, for a batch and for the kernel of some samples
     formed = item * k * max((x.a.shape[2] * x.g.shape[3] for x in layers if x.a.shape[1] > 1), default=0)
     twice = max((x.a.shape[2] * x.g.shape[3] for x in layers if x.a.shape[1] > 1 and not by_rows(x)), default=0)
-    worked = 2 * patches + max(formed, 2 * item * k * twice)
+    unfolded = item * max(x.a[0].numel() for x in layers) if patches else 0  # by a layer, beside those before it
+    worked = patches + unfolded + max(formed, 2 * item * k * twice)
     capture = part * each + first.n * each * 2
     pool, anchors, pool_rows = drawn
     if anchors:
@@ -319,7 +320,7 @@ def _stage_bytes(
         held = anchors * item * d if formed_of or len(layers) < len(first.factors()) else 0
         widest = anchors * item * max(((x.a.shape[2] + 1) * x.g.shape[3] for x in formed_of), default=0)
         written = min(pool_rows * item * d, 1 << 28) if formed else 0
-        fit = pool * (1.3 * each + 8 * k * rank) + written + max(56 * (pool * k) ** 2, 1.5 * widest)
+        fit = pool * (1.3 * each + 8 * k * rank) + written + max(64 * (pool * k) ** 2, 1.5 * widest)
         compute = first.n * (2 * each + patches + 10 * k * rank) + 2 * min(first.n * formed, item << 24)
     elif method == "sketch":  # layers are sketched as the backward pass reaches them
         columns = INNER if pool else rank
@@ -334,7 +335,6 @@ def _stage_bytes(
         about = _Landmarks.of(first, n, rank)
         landmarks, pool = about.count, about.pool
         tile = min(pool, 2048 // k, (1 << 26) // max(1, formed))
-        unfolded = item * max(x.a[0].numel() for x in layers) if patches else 0  # by a layer, beside those before it
         held, fit = landmarks * (each + 8 * k * rank), tile * (patches + unfolded + 2 * formed)
         compute = capture + part * k * (12 * landmarks * k + 12 * rank)
         if about.formed:
