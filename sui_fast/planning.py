@@ -179,7 +179,9 @@ def make_plan(
     elif method == "nystrom":
         about = _Landmarks.of(first, n, rank)
         draw, each_map = about.seconds(first, rank, product)
-        fit = about.pool * (capture + draw) + (2.0 * about.pool + 10.0 * about.count) * k**3 * about.count**2 * product
+        solve, decompose = (4.25, 20.0) if about.count * k > rank else (1.25, 10.0)  # with fewer columns to come, or not
+        fit = about.pool * (capture + draw)
+        fit += (solve * about.pool + decompose * about.count) * k**3 * about.count**2 * product
     else:
         few, many = min(wide, max(4, (1 << 22) // d)), repeated(first)
         tangents, cotangents = first.outputs.new_ones(few, d), first.outputs.new_ones(many.n * k, few)
@@ -254,12 +256,13 @@ class _Landmarks:
 
     def seconds(self, first: Jacobian, rank: int, product: float) -> tuple[float, float]:
         """Of a sample of the pool while landmarks are drawn, and of the features of a sample."""
-        many = first if self.formed else repeated(first)
+        many, k = first if self.formed else repeated(first), first.k
         some = many.select(range(max(1, min(many.n, self.count // 8))))
         own = seconds_of(many.own_blocks) / many.n
         draw = own + seconds_of(lambda: many.gram(some)) / many.n * self.count / some.n
         if not self.formed:
-            whole = pair_seconds(first, _FEW) * self.count * (3 if self.wide else 1) + 2.0 * self.count * rank * product
+            whole = pair_seconds(first, _FEW) * self.count * (3 if self.wide else 1)
+            whole += 2.0 * self.count * k**2 * rank * product
             return draw + self.wide * whole, own + whole
         root = first.outputs.new_ones(first.n * first.k, _FEW, dtype=torch.float64)
         along = coordinates(first.wide() if self.wide else first, root, HELD)

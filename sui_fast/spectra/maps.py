@@ -172,8 +172,9 @@ def _nystrom(
         return None
     root = u[:, keep] / s[keep].sqrt()
     if root.shape[1] > rank:
-        known = known @ root
-        root = root @ torch.linalg.eigh(known.T @ known)[1][:, -rank:]
+        square = root.new_zeros(root.shape[1], root.shape[1])
+        add_upper(square, known @ root)
+        root = root @ torch.linalg.eigh(mirrored(square))[1][:, -rank:]
     landmarks = pool.select(chosen)
     whole, turn = coordinates(landmarks.wide() if wide else landmarks, root, pool.nbytes), there.T @ root
 
