@@ -179,7 +179,7 @@ def make_plan(
     elif method == "nystrom":
         about = _Landmarks.of(first, n, rank)
         draw, each_map = about.seconds(first, rank, product)
-        solve, decompose = (4.25, 20.0) if about.count * k > rank else (1.25, 10.0)  # with fewer columns to come, or not
+        solve, decompose = (4.25, 20.0) if about.count * k > rank else (1.25, 10.0)  # to fewer columns, or not
         fit = about.pool * (capture + draw)
         fit += (solve * about.pool + decompose * about.count) * k**3 * about.count**2 * product
     else:
