@@ -261,7 +261,7 @@ class _Landmarks:
         own = seconds_of(many.own_blocks) / many.n
         draw = own + seconds_of(lambda: many.gram(some)) / many.n * self.count / some.n
         if not self.formed:
-            whole = pair_seconds(first, _FEW) * self.count * (3 if self.wide else 1)
+            whole = pair_seconds(first, first.n) * self.count * (3 if self.wide else 1)
             whole += 2.0 * self.count * k**2 * rank * product
             return draw + self.wide * whole, own + whole
         root = first.outputs.new_ones(first.n * first.k, _FEW, dtype=torch.float64)

@@ -65,6 +65,11 @@ class DualRemoval(Removal):
         return change
 
     @cached_property
+    def _moves(self) -> Tensor:
+        """Blocks with a row that is not zero."""
+        return self.sum_over_blocks((~self._idle).reshape(self.residual.shape).any(1).to(self._inverse)) > 0
+
+    @cached_property
     def _norms(self) -> tuple[Tensor, Tensor, float]:
         """v^T (A - shift A^2)_bb v = ||dw||^2, v^T (I - shift A)_bb v, and the rounding error of the worst ||dw||^2."""
         change = self._change
@@ -76,7 +81,7 @@ class DualRemoval(Removal):
         total = self.sum_over_blocks(self._left_out.square().reshape(self.residual.shape).sum(1))
         weight = explained - self._shift * change.square().sum(1)
         hessian = total - self._shift * explained
-        moves = self.sum_over_blocks((~self._idle).reshape(self.residual.shape).any(1).to(weight)) > 0
+        moves = self._moves
         weight, hessian = (
             torch.where(moves, x.clamp_min(0.0), 0.0) for x in (weight, hessian)
         )  # rows of zeros: exactly 0
@@ -101,9 +106,8 @@ class DualRemoval(Removal):
         root, change = (diagonal + self._shift).sqrt(), self._change
         step = max(1, CHUNK // 8 // len(root))
         spread = torch.cat([part.abs() @ root for part in change.split(step)]).square()
-        weight = self._norms[0]
-        lost = (spread / weight)[weight > 0]
-        return _MARGIN * torch.finfo(weight.dtype).eps * float(lost.max()) if len(lost) else 0.0
+        lost = (spread / self._norms[0].clamp_min(torch.finfo(spread.dtype).tiny))[self._moves]
+        return _MARGIN * torch.finfo(spread.dtype).eps * float(lost.max()) if len(lost) else 0.0
 
     def _weight_sqnorm(self) -> Tensor:
         return self._norms[0]

@@ -58,3 +58,15 @@ def test_the_estimate_by_rows_covers_the_error():
 def test_what_the_rows_do_not_bear_out_takes_the_spectrum():
     theta, r0, _ = problem(200, 5, 0, seed=0)
     assert leave_one_out(theta * 1e4, r0[:, None], reg=1 / 200).diagnostics["form"] == "converged, primal"
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_rows_of_which_nothing_is_left_take_the_spectrum(k):
+    """A sample so short that A - A^2 rounds to zero is no sample without gradient."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((60 * k, 20))
+    rows[: 3 * k] *= 1e-10
+    rows[-k:] = 0.0  # this one has none, and its zero is exact
+    found = leave_one_out(rows @ rows.T, rng.standard_normal((60, k)), reg=1 / 60, outputs=k)
+    assert found.diagnostics["form"] == "converged, primal"
+    assert (np.asarray(found.weight_sqnorm)[:-1] > 0).all() and found.weight_sqnorm[-1] == 0
