@@ -83,9 +83,10 @@ def test_rational_kernel(benchmark, k):
 @pytest.mark.parametrize("k", [1, 3])
 def test_rational_sums(benchmark, k):
     n, rank, rows = 20_000, 512, 300
-    args = removal(n, rank, k)
-    args = (*args, args[2] * 0.1, torch.triu(torch.randn(rank, rank, dtype=torch.float64))[:rows].contiguous())
-    few = (args[0][:200], *args[1:3], *(x[:200] for x in args[3:6]), *args[6:])
+    u, s, g, _, _, r0, *filter_ = removal(n, rank, k)
+    factor = torch.triu(torch.randn(rank, rank, dtype=torch.float64))[:rows].contiguous()
+    args = (u, s, g, r0, True, *filter_, g * 0.1, g * 0.3, factor)
+    few = (u[:200], s, g, r0[:200], *args[4:])
     for got, want in zip(kernel(ops.rational_sums, *few), body(ops.rational_sums, *few), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
     compare(

@@ -30,7 +30,7 @@ HELD = 1 << 30  # bytes of factors that may stay in memory between passes
 _LIBRARIES = 11_000_000  # bytes that libraries take on first use, and malloc keeps
 _CONVOLUTIONS = 4_000_000  # bytes more after some batches of these
 SHARD = 1 << 21  # features of a shard: 8 MB, of 4096 samples at most
-PORTION = 1 << 19  # float64 features at a time in pass 2: larger intermediates are fresh memory each time
+PORTION = 1 << 20  # float64 features at a time in pass 2: larger intermediates are fresh memory each time
 METHODS = ("auto", "dense", "nystrom", "subspace", "sketch")
 
 

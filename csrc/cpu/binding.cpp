@@ -159,13 +159,13 @@ PYBIND11_MODULE(_cpu, module) {
       py::call_guard<py::gil_scoped_release>());
   module.def(
       "rational_sums",
-      [](Address u, sui::Index blocks, int m, sui::Index r, Address s, Address g, Address rest, Address null,
-         Address r0, int count, Address poles, Address residues, double constant, Address base, Address c,
-         sui::Index rows, Address reached, Address sqnorm, Address form, int threads) {
-        return sui::rational_sums(at<double>(u), blocks, m, r, at<double>(s), at<double>(g), at<double>(rest),
-                                  at<double>(null), at<double>(r0), count, at<sui::Complex>(poles),
-                                  at<sui::Complex>(residues), constant, at<double>(base), at<double>(c), rows,
-                                  at<double>(reached), at<double>(sqnorm), at<double>(form), threads);
+      [](Address u, sui::Index blocks, int m, sui::Index r, Address s, Address g, Address r0, bool outside, Address rest,
+         Address null, int count, Address poles, Address residues, double constant, Address base, Address trained,
+         Address c, sui::Index rows, Address reached, Address sqnorm, Address form, int threads) {
+        return sui::rational_sums(at<double>(u), blocks, m, r, at<double>(s), at<double>(g), at<double>(r0), outside,
+                                  at<double>(rest), at<double>(null), count, at<sui::Complex>(poles),
+                                  at<sui::Complex>(residues), constant, at<double>(base), at<double>(trained),
+                                  at<double>(c), rows, at<double>(reached), at<double>(sqnorm), at<double>(form), threads);
       },
       py::call_guard<py::gil_scoped_release>());
   module.def(

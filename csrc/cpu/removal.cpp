@@ -1,6 +1,8 @@
 // Tables of the eigenvalues, and blocks shared among threads.
 #include "removal.h"
 
+#include <numeric>
+
 #include "sui/resolvent.h"
 #include "triangular.h"
 #include "variant.h"
@@ -20,9 +22,7 @@ Index run(const Removal& p, int threads) {
   in_parts(p.blocks, parts, [&](Index part, Index begin, Index end) {
     singular[part] = kernels.run(p, begin, end, scratch.data() + part * room);
   });
-  Index total = 0;
-  for (const Index count : singular) total += count;
-  return total;
+  return std::accumulate(singular.begin(), singular.end(), Index{0});
 }
 
 std::vector<double> padded(const double* values, Index r, Index width) {
@@ -82,10 +82,10 @@ Index rational_removal(const void* u, bool single, Index blocks, int m, Index r,
              threads);
 }
 
-Index rational_sums(const double* u, Index blocks, int m, Index r, const double* s, const double* g, const double* rest,
-                    const double* null, const double* r0, int count, const Complex* poles, const Complex* residues,
-                    double constant, const double* base, const double* c, Index rows, double* reached, double* sqnorm,
-                    double* form, int threads) {
+Index rational_sums(const double* u, Index blocks, int m, Index r, const double* s, const double* g, const double* r0,
+                    bool outside, const double* rest, const double* null, int count, const Complex* poles,
+                    const Complex* residues, double constant, const double* base, const double* trained, const double* c,
+                    Index rows, double* reached, double* sqnorm, double* form, int threads) {
   const Poles made(r, s, g, count, poles);
   const Removal all{u, false, blocks, r, m, 2 * count, rest, null, r0, constant, nullptr, nullptr, padded_width(r),
                     made.table.data(), made.gain.data(), made.scale.data(), count ? residues : &kNone};
@@ -94,10 +94,22 @@ Index rational_sums(const double* u, Index blocks, int m, Index r, const double*
   std::vector<double> packed(static_cast<std::size_t>(forms.packed(rows, r)));
   forms.pack(c, rows, r, packed.data());
   const double work = double(blocks) * double(r) * (double(features(m) + m) * 2 * count + double(rows) / 2);
-  const Index parts = parts_for(blocks, work, threads), room = kernels.scratch(all), turned = forms.scratch(r);
+  const Index parts = parts_for(blocks, work, threads);
+  std::vector<Index> singular(parts);
+  if (m == 1) {
+    std::vector<double> table(static_cast<std::size_t>(forms.single_table(2 * count, r)));
+    forms.pack_singles(all, table.data());
+    const Index each = forms.single_scratch(2 * count, r);
+    std::vector<double> scratch(static_cast<std::size_t>(each * parts));
+    in_parts(blocks, parts, [&](Index part, Index begin, Index end) {
+      singular[part] = forms.singles(all, outside, table.data(), base, trained, s, packed.data(), rows, begin, end,
+                                     scratch.data() + part * each, reached, sqnorm, form);
+    });
+    return std::accumulate(singular.begin(), singular.end(), Index{0});
+  }
+  const Index room = kernels.scratch(all), turned = forms.scratch(r);
   const Index each = room + turned + kGroups * r;
   std::vector<double> scratch(static_cast<std::size_t>(each * parts));
-  std::vector<Index> singular(parts);
   in_parts(blocks, parts, [&](Index part, Index begin, Index end) {
     double *own = scratch.data() + part * each, *coef = own + room + turned;
     for (Index first = begin; first < end; first += kGroups) {
@@ -107,13 +119,11 @@ Index rational_sums(const double* u, Index blocks, int m, Index r, const double*
       some.rest = rest + first * m, some.null = null + first * m * m, some.r0 = r0 + first * m;
       some.blocks = held, some.coef = coef;
       singular[part] += kernels.run(some, 0, held, own);
-      forms.weigh(coef, base, s, u + first * m * r, m, r, held, sqnorm + first, reached + first * m);
+      forms.weigh(coef, base, trained, s, u + first * m * r, m, r, held, sqnorm + first, reached + first * m);
       forms.run(packed.data(), rows, r, coef, held, own + room, form + first);
     }
   });
-  Index total = 0;
-  for (const Index count_of : singular) total += count_of;
-  return total;
+  return std::accumulate(singular.begin(), singular.end(), Index{0});
 }
 
 }  // namespace sui

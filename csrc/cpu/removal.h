@@ -45,11 +45,12 @@ Index rational_removal(const void* u, bool single, Index blocks, int m, Index r,
                        const double* rest, const double* null, const double* r0, int count, const Complex* poles,
                        const Complex* residues, double constant, double* coef, int threads);
 
-// The same coef plus base, of which only sums are kept: reached = u (s coef) [blocks, m], sqnorm = sum_l s_l coef_l^2
-// [blocks], form = ||c coef||^2 [blocks], c upper triangular [rows, r]. u is double.
-Index rational_sums(const double* u, Index blocks, int m, Index r, const double* s, const double* g, const double* rest,
-                    const double* null, const double* r0, int count, const Complex* poles, const Complex* residues,
-                    double constant, const double* base, const double* c, Index rows, double* reached, double* sqnorm,
-                    double* form, int threads);
+// The same coef plus base, of which only sums are kept: reached = u (s (coef + trained)) [blocks, m],
+// sqnorm = sum_l s_l coef_l^2 [blocks], form = ||c coef||^2 [blocks], c upper triangular [rows, r]. u is double. Of single
+// rows (m = 1) rest and null are not read: they are what u misses of the residual and of 1 where `outside`, else zero.
+Index rational_sums(const double* u, Index blocks, int m, Index r, const double* s, const double* g, const double* r0,
+                    bool outside, const double* rest, const double* null, int count, const Complex* poles,
+                    const Complex* residues, double constant, const double* base, const double* trained, const double* c,
+                    Index rows, double* reached, double* sqnorm, double* form, int threads);
 
 }  // namespace sui

@@ -1,6 +1,7 @@
 // Quadratic forms of many vectors, with one triangular factor or a diagonal. Plain pointers and sizes; arrays are dense, row by row.
 #pragma once
 
+#include "removal.h"
 #include "sizes.h"
 
 namespace sui {
@@ -17,9 +18,17 @@ struct TriangularKernels {
   Index (*scratch)(Index r);
   void (*pack)(const double* c, Index p, Index r, double* out);
   void (*run)(const double* packed, Index p, Index r, const double* x, Index count, double* scratch, double* out);
-  // x += base; sqnorm[i] = sum_l s_l x_il^2; inner[i, a] = sum_l s_l x_il u[i, a, l] for m rows u of every vector
-  void (*weigh)(double* x, const double* base, const double* s, const double* u, Index m, Index r, Index count,
-                double* sqnorm, double* inner);
+  // x += base; sqnorm[i] = sum_l s_l x_il^2; inner[i, a] = sum_l s_l (x_il + trained_l) u[i, a, l] for m rows u of every vector
+  void (*weigh)(double* x, const double* base, const double* trained, const double* s, const double* u, Index m, Index r,
+                Index count, double* sqnorm, double* inner);
+  // Changes as single rows leave, plus base (all.m = 1): sums as in rational_sums for rows [begin, end) of all.u, with c packed;
+  // returns singular rows.
+  Index (*single_table)(Index columns, Index r);  // numbers of the packed table
+  Index (*single_scratch)(Index columns, Index r);
+  void (*pack_singles)(const Removal& all, double* out);
+  Index (*singles)(const Removal& all, bool outside, const double* table, const double* base, const double* trained,
+                   const double* s, const double* c, Index p, Index begin, Index end, double* scratch, double* reached,
+                   double* sqnorm, double* form);
   Index (*product_scratch)(Index t, Index v);
   // out[i] = sum_j (base[i, j] + sum_l a[i, l] m[l, j])^2 for a [t, v], m [v, p], base [t, p]
   void (*products)(const Rows& a, const Rows& m, const Rows& base, Index p, double* scratch, double* out);

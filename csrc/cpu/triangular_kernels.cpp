@@ -1,5 +1,5 @@
-// out[i] = ||C x_i||^2, C upper triangular, forms with a diagonal, and squared rows of products; compiled once per instruction
-// set (see CMakeLists.txt), therefore without the standard library.
+// out[i] = ||C x_i||^2, C upper triangular, of vectors or of the changes as single rows leave, forms with a diagonal, and
+// squared rows of products; compiled once per instruction set (see CMakeLists.txt), therefore without the standard library.
 //
 // A tile of C x holds kRows rows of C and kVectors vectors of samples in registers, and never leaves them: its squares
 // are added to one sum per sample. C lies in panels of kRows rows, each from its diagonal on, column after column, and
@@ -8,6 +8,7 @@
 #include "triangular.h"
 
 #include "simd.h"
+#include "sui/resolvent.h"
 
 namespace sui {
 namespace {
@@ -48,10 +49,14 @@ Index scratch(Index r) { return (r + panels(r) * kRows) * kGroup; }
 void pack(const double* c, Index p, Index r, double* out) {
   for (Index begin = 0; begin < r; begin += kChunk) {
     const Index end = least(begin + kChunk, r);
-    for (Index panel = 0; panel < reached(p, end); ++panel)
-      for (Index l = start(panel, begin); l < end; ++l)
-        for (Index row = panel * kRows; row < (panel + 1) * kRows; ++row)
-          *out++ = row < p && row <= l ? c[row * r + l] : 0;
+    for (Index panel = 0; panel < reached(p, end); ++panel) {
+      const Index from = start(panel, begin), first = panel * kRows;
+      for (Index row = first; row < first + kRows; ++row) {
+        double* to = out + row - first;
+        for (Index l = from; l < end; ++l, to += kRows) *to = row < p && row <= l ? c[row * r + l] : 0;
+      }
+      out += kRows * (end - from);
+    }
   }
 }
 
@@ -100,30 +105,170 @@ SUI_FN void tile(const double* c, const double* column, Index count, double* hel
         at(held + a * kGroup + v * kLanes) = sums[a][v];
 }
 
+// ||C x||^2 of a turned group x [r, kGroup]
+void form(const double* c, Index p, Index r, const double* x, Index live, double* held, double* out) {
+  Lane total[kVectors] = {};
+  for (Index begin = 0; begin < r; begin += kChunk) {
+    const Index end = least(begin + kChunk, r);
+    for (Index panel = 0; panel < reached(p, end); ++panel) {
+      const Index from = start(panel, begin), width = end - from;
+      const double* column = x + from * kGroup;
+      double* sums = held + panel * kRows * kGroup;
+      const bool fresh = panel * kRows >= begin;
+      if (end < r)
+        fresh ? tile<true, false>(c, column, width, sums, total) : tile<false, false>(c, column, width, sums, total);
+      else
+        fresh ? tile<true, true>(c, column, width, sums, total) : tile<false, true>(c, column, width, sums, total);
+      c += kRows * width;
+    }
+  }
+  for (Index i = 0; i < live; ++i) out[i] = total[i / kLanes][i % kLanes];
+}
+
 void run(const double* packed, Index p, Index r, const double* x, Index count, double* scratch, double* out) {
-  double* held = scratch + r * kGroup;
   for (Index first = 0; first < count; first += kGroup) {
     const Index live = least(kGroup, count - first);
     turn(x + first * r, live, r, scratch);
-    Lane total[kVectors] = {};
-    const double* c = packed;
-    for (Index begin = 0; begin < r; begin += kChunk) {
-      const Index end = least(begin + kChunk, r);
-      for (Index panel = 0; panel < reached(p, end); ++panel) {
-        const Index from = start(panel, begin), width = end - from;
-        const double* column = scratch + from * kGroup;
-        double* sums = held + panel * kRows * kGroup;
-        const bool fresh = panel * kRows >= begin;
-        if (end < r)
-          fresh ? tile<true, false>(c, column, width, sums, total) : tile<false, false>(c, column, width, sums, total);
-        else
-          fresh ? tile<true, true>(c, column, width, sums, total) : tile<false, true>(c, column, width, sums, total);
-        c += kRows * width;
-      }
-    }
-    for (Index i = 0; i < live; ++i) out[first + i] = total[i / kLanes][i % kLanes];
+    form(packed, p, r, scratch, live, scratch + r * kGroup, out + first);
   }
 }
+
+// Single rows -------------------------------------------------------------------------------------------------------
+//
+// A row u that leaves changes the weights on the eigenvectors by -(constant r0 + sum_c weight_c table_c) u, its weights from
+// the sums of u^2 and u g against the table, to which a column of ones may be added: what u misses. A turned group stays in
+// cache from u over its change to the form.
+
+#if defined(__AVX512F__)
+constexpr Index kPass = 4, kColumns = 4;  // rows of the table in one look at a group; columns of it at a time on the way back
+#elif defined(__AVX2__)
+constexpr Index kPass = 1, kColumns = 2;
+#else
+constexpr Index kPass = 2, kColumns = 2;
+#endif
+
+// Passes over a table with the column of ones.
+SUI_FN Index passes(Index columns) { return (columns + kPass) / kPass; }
+
+Index single_table(Index columns, Index r) { return r * (2 * passes(columns) * kPass + columns); }
+
+Index single_scratch(Index columns, Index r) { return scratch(r) + (2 * passes(columns) * kPass + columns + 1) * kGroup; }
+
+// For every pass and l kPass numbers of the table, and these times g; then for every l all numbers of the table.
+void pack_singles(const Removal& all, double* out) {
+  for (Index pass = 0; pass < passes(all.columns); ++pass)
+    for (Index l = 0; l < all.r; ++l)
+      for (int times = 0; times < 2; ++times)
+        for (Index c = pass * kPass; c < (pass + 1) * kPass; ++c)
+          *out++ = (c < all.columns ? all.table[c * all.width + l] : c == all.columns) * (times ? all.gain[l] : 1);
+  for (Index l = 0; l < all.r; ++l)
+    for (Index c = 0; c < all.columns; ++c) *out++ = all.table[c * all.width + l];
+}
+
+// out[c] = sum_l table[l, c] x[l]^2 for kPass columns, then sum_l table[l, c] x[l] for as many
+void look(const double* table, const double* x, Index r, double* out) {
+  Lane sums[2 * kPass][kVectors] = {};
+  for (Index l = 0; l < r; ++l, x += kGroup, table += 2 * kPass) {
+    Lane own[kVectors], square[kVectors];
+#pragma GCC unroll 8
+    for (Index v = 0; v < kVectors; ++v) own[v] = at(x + v * kLanes), square[v] = own[v] * own[v];
+#pragma GCC unroll 8
+    for (Index c = 0; c < kPass; ++c)
+#pragma GCC unroll 8
+      for (Index v = 0; v < kVectors; ++v) sums[c][v] += table[c] * square[v];
+#pragma GCC unroll 8
+    for (Index c = kPass; c < 2 * kPass; ++c)
+#pragma GCC unroll 8
+      for (Index v = 0; v < kVectors; ++v) sums[c][v] += table[c] * own[v];
+  }
+#pragma GCC unroll 8
+  for (Index c = 0; c < 2 * kPass; ++c)
+#pragma GCC unroll 8
+    for (Index v = 0; v < kVectors; ++v) at(out + c * kGroup + v * kLanes) = sums[c][v];
+}
+
+// Weights [columns + 1, kGroup] of the table and of a constant, from what `look` found [passes, 2, kPass, kGroup].
+Index solve_singles(const Removal& all, bool outside, Index first, Index live, const double* found, double* weights) {
+  const auto sums = [&](Index column) { return found + (column / kPass * 2 * kPass + column % kPass) * kGroup; };
+  Index singular = 0;
+  for (Index i = 0; i < kGroup; ++i) {
+    const bool counts = i < live;
+    for (Index q = 0; 2 * q < all.columns; ++q) {
+      Complex y{0, 0};
+      if (counts) {
+        const double *re = sums(2 * q) + i, *im = sums(2 * q + 1) + i, *ones = sums(all.columns) + i;
+        const double null = outside ? 1 - ones[0] : 0, rest = outside ? all.r0[first + i] - ones[kPass * kGroup] : 0;
+        Complex kernel = add(Complex{re[0], im[0]}, scaled(all.scale[q], null));
+        y = add(Complex{re[kPass * kGroup], im[kPass * kGroup]}, scaled(all.scale[q], rest));
+        singular += !solve(&kernel, &y, 1);
+      }
+      const Complex weight = multiply(all.residues[q], y);
+      weights[2 * q * kGroup + i] = weight.re;
+      weights[(2 * q + 1) * kGroup + i] = -weight.im;
+    }
+    weights[all.columns * kGroup + i] = counts ? all.constant * all.r0[first + i] : 0;
+  }
+  return singular;
+}
+
+// x = base - (weights . table) x for L columns l; sqnorm += s x^2, inner += s (x + trained) u with the x of before as u.
+template <Index L>
+SUI_FN void change(const double* table, Index columns, const double* weights, const double* base, const double* trained,
+                   const double* s, double* x, Lane* sqnorm, Lane* inner) {
+  Lane sums[L][kVectors];
+#pragma GCC unroll 8
+  for (Index i = 0; i < L; ++i)
+#pragma GCC unroll 8
+    for (Index v = 0; v < kVectors; ++v) sums[i][v] = at(weights + columns * kGroup + v * kLanes);
+  for (Index c = 0; c < columns; ++c) {
+    Lane weight[kVectors];
+#pragma GCC unroll 8
+    for (Index v = 0; v < kVectors; ++v) weight[v] = at(weights + c * kGroup + v * kLanes);
+#pragma GCC unroll 8
+    for (Index i = 0; i < L; ++i)
+#pragma GCC unroll 8
+      for (Index v = 0; v < kVectors; ++v) sums[i][v] += table[i * columns + c] * weight[v];
+  }
+#pragma GCC unroll 8
+  for (Index i = 0; i < L; ++i)
+#pragma GCC unroll 8
+    for (Index v = 0; v < kVectors; ++v) {
+      Lane& own = at(x + i * kGroup + v * kLanes);
+      const Lane moved = base[i] - sums[i][v] * own, weighed = s[i] * moved;
+      sqnorm[v] += weighed * moved, inner[v] += (weighed + s[i] * trained[i]) * own;
+      own = moved;
+    }
+}
+
+Index singles(const Removal& all, bool outside, const double* table, const double* base, const double* trained,
+              const double* s, const double* c, Index p, Index begin, Index end, double* room, double* reached, double* sqnorm,
+              double* out) {
+  const Index r = all.r, columns = all.columns, wide = 2 * kPass * r;
+  const double *u = static_cast<const double*>(all.u), *back = table + passes(columns) * wide;
+  double *x = room, *held = x + r * kGroup, *found = room + scratch(r), *weights = found + passes(columns) * 2 * kPass * kGroup;
+  Index singular = 0;
+  for (Index first = begin; first < end; first += kGroup) {
+    const Index live = least(kGroup, end - first);
+    turn(u + first * r, live, r, x);
+    for (Index pass = 0; pass < passes(columns); ++pass)
+      look(table + pass * wide, x, r, found + pass * 2 * kPass * kGroup);
+    singular += solve_singles(all, outside, first, live, found, weights);
+    Lane square[kVectors] = {}, inner[kVectors] = {};
+    Index l = 0;
+    for (; l + kColumns <= r; l += kColumns)
+      change<kColumns>(back + l * columns, columns, weights, base + l, trained + l, s + l, x + l * kGroup, square, inner);
+    for (; l < r; ++l)
+      change<1>(back + l * columns, columns, weights, base + l, trained + l, s + l, x + l * kGroup, square, inner);
+    for (Index i = 0; i < live; ++i) {
+      sqnorm[first + i] = square[i / kLanes][i % kLanes];
+      reached[first + i] = inner[i / kLanes][i % kLanes];
+    }
+    form(c, p, r, x, live, held, out + first);
+  }
+  return singular;
+}
+
+// Blocks of rows ----------------------------------------------------------------------------------------------------
 
 SUI_FN double sum(const Lane& x) {
   double total = 0;
@@ -131,8 +276,8 @@ SUI_FN double sum(const Lane& x) {
   return total;
 }
 
-void weigh(double* x, const double* base, const double* s, const double* u, Index m, Index r, Index count,
-           double* sqnorm, double* inner) {
+void weigh(double* x, const double* base, const double* trained, const double* s, const double* u, Index m, Index r,
+           Index count, double* sqnorm, double* inner) {
   for (Index i = 0; i < count; ++i, x += r) {
     Lane square = {}, first = {};
     const double* row = u + i * m * r;
@@ -142,20 +287,20 @@ void weigh(double* x, const double* base, const double* s, const double* u, Inde
       const Lane moved = at(x + l) + at(base + l), weighed = at(s + l) * moved;
       at(x + l) = moved;
       square += weighed * moved;
-      if (m) first += weighed * at(row + l);
+      if (m) first += (weighed + at(s + l) * at(trained + l)) * at(row + l);
     }
     for (; l < r; ++l) {
       x[l] += base[l];
       square_rest += s[l] * x[l] * x[l];
-      if (m) first_rest += s[l] * x[l] * row[l];
+      if (m) first_rest += s[l] * (x[l] + trained[l]) * row[l];
     }
     sqnorm[i] = sum(square) + square_rest;
     if (m) inner[i * m] = sum(first) + first_rest;
     for (Index a = 1; a < m; ++a) {
       Lane total = {};
       double rest = 0;
-      for (l = 0; l + kLanes <= r; l += kLanes) total += at(s + l) * at(x + l) * at(row + a * r + l);
-      for (; l < r; ++l) rest += s[l] * x[l] * row[a * r + l];
+      for (l = 0; l + kLanes <= r; l += kLanes) total += at(s + l) * (at(x + l) + at(trained + l)) * at(row + a * r + l);
+      for (; l < r; ++l) rest += s[l] * (x[l] + trained[l]) * row[a * r + l];
       inner[i * m + a] = sum(total) + rest;
     }
   }
@@ -227,7 +372,7 @@ void products(const Rows& a, const Rows& m, const Rows& base, Index p, double* s
 }  // namespace
 
 extern const TriangularKernels SUI_JOIN(triangular_, SUI_VARIANT);
-const TriangularKernels SUI_JOIN(triangular_, SUI_VARIANT) = {packed,          scratch,  pack, run, weigh,
-                                                                     product_scratch, products};
+const TriangularKernels SUI_JOIN(triangular_, SUI_VARIANT) = {
+    packed, scratch, pack, run, weigh, single_table, single_scratch, pack_singles, singles, product_scratch, products};
 
 }  // namespace sui

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._errors import StabilityError, complaint
 from ..ops import converged_removal, rational_removal, rational_sums, triangular_sqnorm
+from ..ops.removal import missed_by
 from ..spectra import Spectrum
 from .blocks import Blocks
 from .converged import ridgeless_removal
@@ -66,6 +67,9 @@ class SpectralRemoval(Removal):
                 self._left_out[rows] = residual.reshape(-1)[rows]
                 continue
             settled = changed.is_settled(float(s[0]), spectrum.top)
+            if settled and light and blocks.k == 1 and changed.shift > 0:
+                self._remove_lightly(rows, changed, fit_rational(changed, spectrum.top), changed)
+                continue
             if settled and blocks.single and blocks.k == 1 and changed.shift == phi.shift > 0:
                 self._remove_rows(phi.shift, idle)
                 continue
@@ -157,13 +161,7 @@ class SpectralRemoval(Removal):
 
     def _outside(self, block: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """What the eigenvectors miss of the removed residual [b, m], and the removed block of 1 - u u^T [b, m, m]."""
-        if self.spectrum.complete:
-            return block.new_zeros(index.shape), block.new_zeros(*index.shape, index.shape[1])
-        rest = self.residual.reshape(-1)[index] - block @ self._gain
-        if index.shape[1] == 1:
-            return rest, 1 - torch.linalg.vector_norm(block, dim=2, keepdim=True).square()
-        null = torch.eye(index.shape[1], dtype=block.dtype, device=block.device) - block @ block.transpose(1, 2)
-        return rest, null
+        return missed_by(block, self._gain, self.residual.reshape(-1)[index], not self.spectrum.complete)
 
     def _remove_rows(self, shift: float, idle: Tensor) -> None:
         """``converged_removal`` of single rows: all that is asked of them are sums over u and its squares."""
@@ -221,7 +219,7 @@ class SpectralRemoval(Removal):
     def _rational_parts(self, numbers: np.ndarray, rows: Tensor, fit: Rational):
         """(blocks, arguments of ``rational_removal``) portion by portion."""
         s = self.spectrum.s
-        poles, residues = (torch.from_numpy(x).to(s.device) for x in (fit.poles, fit.residues))
+        poles, residues = _poles(fit, s)
         for part, index, block in self._chunks(numbers, rows):
             own = self.residual.reshape(-1)[index]
             yield part, (block, s, self._gain, *self._outside(block, index), own, poles, residues, fit.constant)
@@ -232,14 +230,14 @@ class SpectralRemoval(Removal):
 
     def _remove_lightly(self, rows: Tensor, changed: TrainingFilter, fit: Rational, beyond) -> None:
         """``_remove_rational`` of every sample, of whose change only sums are asked as a rule."""
-        s, g, numbers = self.spectrum.s, self._gain, np.arange(len(self))
+        s, g = self.spectrum.s, self._gain
         base = (_on(s, beyond(s.cpu().numpy())) - self._scale) * g if changed != self._phi else torch.zeros_like(g)
         factor = g.new_zeros(0, len(g)) if self._moment is None else self._moment
-        sums = [rational_sums(*arguments, base, factor) for _, arguments in self._rational_parts(numbers, rows, fit)]
-        reached, self._sqnorm, form = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*sums, strict=True))
-        fitted = self.spectrum.u @ (s * self._scale * g)
-        self._left_out = self.residual.reshape(-1) - fitted - reached.reshape(-1)
-        self._form, self._light = form, (rows, fit, base)
+        u, filter_ = self.spectrum.u.view(*self.residual.shape, len(s)), (*_poles(fit, s), fit.constant)
+        reached, self._sqnorm, self._form = rational_sums(
+            u, s, g, self.residual, not self.spectrum.complete, *filter_, base, self._scale * g, factor
+        )
+        self._left_out, self._light = (self.residual - reached).reshape(-1), (rows, fit, base)
 
     def _residual_after(self, numbers: np.ndarray, rows: Tensor) -> Tensor:
         """r0 - Theta (alpha + D_b), removed rows."""
@@ -370,6 +368,11 @@ def _dots(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
         torch.mul(x[part], y[part], out=product)
         torch.mm(product, weights, out=out[part])
     return out
+
+
+def _poles(fit: Rational, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Poles and residues of a fit, on the device of ``like``."""
+    return torch.from_numpy(fit.poles).to(like.device), torch.from_numpy(fit.residues).to(like.device)
 
 
 def _on(like: Tensor, values: np.ndarray) -> Tensor:

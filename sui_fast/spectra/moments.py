@@ -13,7 +13,6 @@ from ..jacobians.finite import check_products
 from .dense import Spectrum
 
 BLOCK = 128  # columns of a block of a symmetric product
-_ROWS = 256  # of features made float64 at a time
 _PORTION = 1 << 20  # numbers made float64 at a time for a sum
 
 
@@ -134,14 +133,7 @@ class FeatureSpectrum:
 
     def rows(self, features: Tensor) -> Tensor:
         """Rows of u [n k, r'] of samples with features [n, k, r]."""
-        flat = features.flatten(0, 1)
-        if flat.device.type != "cpu":
-            return flat.to(torch.float64) @ self.turn
-        out = self.turn.new_empty(len(flat), self.turn.shape[1])
-        for begin in range(0, len(flat), _ROWS):  # the wide copy stays in cache
-            part = slice(begin, begin + _ROWS)
-            torch.mm(flat[part].to(torch.float64), self.turn, out=out[part])
-        return out
+        return features.flatten(0, 1).to(torch.float64) @ self.turn
 
     def shard(self, features: Tensor) -> Spectrum:
         """Spectrum with the rows of these samples."""

@@ -37,8 +37,9 @@ def _rational_examples(device):
 
 def _sums_examples(device):
     return [
-        (*example, example[2] * 0.1, torch.triu(torch.outer(example[1], example[2]))[:4].contiguous())
-        for example in _rational_examples(device)
+        (u, s, g, r0, outside, *filter_, g * 0.1, g * 0.3, torch.triu(torch.outer(s, g))[:4].contiguous())
+        for u, s, g, _, _, r0, *filter_ in _rational_examples(device)
+        for outside in (False, True)
     ]
 
 
@@ -139,12 +140,24 @@ def rational_removal(
     return torch.cat(results) if results else s.new_zeros(0, len(s))
 
 
+_REAL = dict.fromkeys(("u", "s", "g", "r0", "base", "trained", "c"), _DOUBLE)
+
+
 @op(
-    shapes=_SHAPES | {"r0": "b m", "poles": "q", "residues": "q", "base": "r", "c": "p r"},
+    shapes={
+        "u": "b m r",
+        "s": "r",
+        "g": "r",
+        "r0": "b m",
+        "poles": "q",
+        "residues": "q",
+        "base": "r",
+        "trained": "r",
+        "c": "p r",
+    },
     result="b m,b,b",
     examples=_sums_examples,
-    dtypes=_DTYPES
-    | {"u": _DOUBLE, "r0": _DOUBLE, "poles": _COMPLEX, "residues": _COMPLEX, "base": _DOUBLE, "c": _DOUBLE},
+    dtypes=_REAL | {"poles": _COMPLEX, "residues": _COMPLEX},
     result_dtype=torch.float64,
     check=lambda *args: check_triangular(args[-1]),
 )
@@ -152,26 +165,28 @@ def rational_sums(
     u: Tensor,
     s: Tensor,
     g: Tensor,
-    rest: Tensor,
-    null: Tensor,
     r0: Tensor,
+    outside: bool,
     poles: Tensor,
     residues: Tensor,
     constant: float,
     base: Tensor,
+    trained: Tensor,
     c: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over the change of ``rational_removal``, which itself is not kept.
 
     ::
 
+        rest, null = r0 - u g, 1 - u u^T where outside, else 0, 0
         coef    = base + rational_removal(u, s, g, rest, null, r0, poles, residues, constant)
-        reached = u (s coef)
+        reached = u (s (coef + trained))
         sqnorm  = sum_l s_l coef_l^2
         form    = ||c coef||^2
 
     Args:
-        u .. constant: as in ``rational_removal``, u float64. base: added to every change [r]. c: upper triangular
+        u .. constant: as in ``rational_removal``, u float64. outside: whether the eigenvectors do not span everything.
+            base: added to every change [r]. trained: weights on the eigenvectors before it [r]. c: upper triangular
             [p, r], p <= r; what lies below its diagonal counts as zero.
     Returns:
         reached [b, m], sqnorm [b], form [b]; float64.
@@ -179,9 +194,24 @@ def rational_sums(
         ArgumentError: shapes, dtypes or devices that disagree; p > r.
     Source: docs/math.md, sections 6 and 11.
     """
+    rest, null = missed_by(u, g, r0, outside)
     coef = base + rational_removal(u, s, g, rest, null, r0, poles, residues, constant)
-    weighed = s * coef
-    return torch.einsum("bmr,br->bm", u, weighed), (weighed * coef).sum(1), triangular_sqnorm(c, coef)
+    reached = torch.einsum("bmr,br->bm", u, s * (coef + trained))
+    return reached, (s * coef * coef).sum(1), triangular_sqnorm(c, coef)
+
+
+def missed_by(u: Tensor, g: Tensor, r0: Tensor, outside: bool = True) -> tuple[Tensor, Tensor]:
+    """What rows u [b, m, r] of the eigenvectors miss of the residual r0 [b, m], and their block of 1 - U U^T [b, m, m].
+
+    Both zero where nothing lies ``outside``.
+    """
+    m = u.shape[1]
+    if not outside:
+        return torch.zeros_like(r0), u.new_zeros(len(u), m, m)
+    rest = r0 - u @ g
+    if m == 1:
+        return rest, 1 - torch.linalg.vector_norm(u, dim=2, keepdim=True).square()
+    return rest, torch.eye(m, dtype=u.dtype, device=u.device) - u @ u.transpose(1, 2)
 
 
 def _times(real: Tensor, factor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _cpu
+from . import missed_by
 
 _LARGE = 1 << 20  # numbers of a result, beyond which the system clears fresh memory for every one
 
@@ -61,27 +62,30 @@ def rational_sums(
     u: Tensor,
     s: Tensor,
     g: Tensor,
-    rest: Tensor,
-    null: Tensor,
     r0: Tensor,
+    outside: bool,
     poles: Tensor,
     residues: Tensor,
     constant: float,
     base: Tensor,
+    trained: Tensor,
     c: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See the op of the same name."""
     blocks, m, r = u.shape
-    arrays = [_dense(x) for x in (u, s, g, rest, null, r0, poles, residues, base, c)]
+    arrays = [_dense(x) for x in (u, s, g, r0, poles, residues, base, trained, c)]
+    missed = missed_by(u, g, r0, outside) if m > 1 else (s.new_empty(0),) * 2
     reached, sqnorm, form = s.new_empty(blocks, m), s.new_empty(blocks), s.new_empty(blocks)
     singular = _cpu.rational_sums(
         arrays[0].data_ptr(),
         *(blocks, m, r),
-        *(x.data_ptr() for x in arrays[1:6]),
+        *(x.data_ptr() for x in arrays[1:4]),
+        outside,
+        *(x.data_ptr() for x in missed),
         len(poles),
-        *(x.data_ptr() for x in arrays[6:8]),
+        *(x.data_ptr() for x in arrays[4:6]),
         constant,
-        *(x.data_ptr() for x in arrays[8:]),
+        *(x.data_ptr() for x in arrays[6:]),
         len(c),
         *(x.data_ptr() for x in (reached, sqnorm, form)),
         torch.get_num_threads(),
@@ -101,12 +105,12 @@ def refuse_rational_removal(u, s, g, rest, null, r0, poles, residues, constant) 
     return _refuse(u, s, g, rest, null, r0)
 
 
-def refuse_rational_sums(u: Tensor, *others) -> str | None:  # those of rational_removal and two more
+def refuse_rational_sums(u, s, g, r0, outside, poles, residues, constant, base, trained, c) -> str | None:
     if u.dtype != torch.float64:
         return f"u is {u.dtype}; it takes torch.float64"
     if _cpu.instruction_set() == "baseline":
         return "vectors of two numbers, with which matrix products are faster"
-    return refuse_rational_removal(u, *others[:8])
+    return refuse_rational_removal(u, s, g, r0, base, c, poles, residues, constant)
 
 
 def _refuse(u: Tensor, *others: Tensor) -> str | None:
