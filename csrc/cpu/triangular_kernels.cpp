@@ -50,12 +50,18 @@ void pack(const double* c, Index p, Index r, double* out) {
   for (Index begin = 0; begin < r; begin += kChunk) {
     const Index end = least(begin + kChunk, r);
     for (Index panel = 0; panel < reached(p, end); ++panel) {
-      const Index from = start(panel, begin), first = panel * kRows;
-      for (Index row = first; row < first + kRows; ++row) {
-        double* to = out + row - first;
-        for (Index l = from; l < end; ++l, to += kRows) *to = row < p && row <= l ? c[row * r + l] : 0;
+      const Index first = panel * kRows;
+      for (Index l = start(panel, begin); l < end;) {
+        if (kRows == kLanes && first + kRows <= p && l >= first + kRows && l + kLanes <= end) {
+          Lane square[kLanes];
+          for (Index row = 0; row < kLanes; ++row) square[row] = at(c + (first + row) * r + l);
+          transpose<double>(square);
+          for (Index column = 0; column < kLanes; ++column, ++l, out += kRows) at(out) = square[column];
+        } else {
+          for (Index row = first; row < first + kRows; ++row) *out++ = row < p && row <= l ? c[row * r + l] : 0;
+          ++l;
+        }
       }
-      out += kRows * (end - from);
     }
   }
 }
