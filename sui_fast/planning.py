@@ -13,12 +13,13 @@ from .jacobians import Jacobian, goes_by_kernel, make_anchors, project
 from .jacobians.arriving import LARGE, held_batch
 from .jacobians.gram import by_rows
 from .jacobians.layers import Outer
+from .operations import Operations
 from .processes import grain, power
 from .spectra import INNER, RANK_FOR, pool_size, sketch_rank, subspace_columns
 from .spectra.maps import coordinates, directions_fit, landmarks_at_once, landmarks_of
 from .timing import carried_on, pair_seconds, product_seconds, repeated, seconds_of
 
-DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs up to which an eigendecomposition is worth its time
+DENSE_ROWS = {"cpu": 12_000, "cuda": 32_000}  # samples x outputs that an exact kernel has at most
 DEFAULT_RANK = 1024
 _FEW = 32  # directions that are timed
 _RANKS = {"subspace": (64, 4096), "sketch": (1024, 8192)}  # least and largest that are chosen
@@ -73,6 +74,7 @@ def choose_method(
     n: int,
     k: int,
     parameters: int,
+    work: Operations,
     *,
     method: str,
     rank: int | None,
@@ -83,12 +85,13 @@ def choose_method(
 ) -> tuple[str, int, str]:
     """(method, rank, reason) for n samples with k outputs.
 
-    memory: bytes that the run may take. dimension: about the effective one at the regularisation and time of the run,
+    work: what each method takes. memory: bytes that the run may take. dimension: about the effective one at the regularisation and time of the run,
     asked for where it decides; None where nothing tells.
     """
     rows = n * k
     most = DENSE_ROWS["cuda" if device.type == "cuda" else "cpu"]
-    if method == "dense" or method == "auto" and rank is None and rows <= most and 48 * rows * rows <= memory:
+    small = method == "auto" and rank is None and rows <= most and 48 * rows * rows <= memory
+    if method == "dense" or small and work.allow(work.dense):
         reason = "asked for" if method == "dense" else f"{rows} rows (samples x outputs) have an exact kernel"
         reason += "; store= is not used" * stored
         return "dense", rows, reason
@@ -100,16 +103,26 @@ def choose_method(
         raise ArgumentError(complaint("rank", expected, got, todo))
     if method != "auto":
         return method, wanted, "asked for"
-    edf, told = dimension() if rank is None else None, ""
-    ranks = dict.fromkeys(_RANKS, wanted)
+    edf, told, beyond = dimension() if rank is None else None, "", ""
+    ranks, asked = dict.fromkeys(_RANKS, wanted), dict.fromkeys(_RANKS, wanted)
     if edf is not None:
         told = f", effective dimension about {edf:.3g}"
         for kind, (least, largest) in _RANKS.items():
-            ranks[kind] = min(max(math.ceil(_MARGIN * RANK_FOR[kind] * edf / _STEP) * _STEP, least), largest)
+            asked[kind] = math.ceil(_MARGIN * RANK_FOR[kind] * edf / _STEP) * _STEP
+            ranks[kind] = min(max(asked[kind], least), largest)
     few = min(ranks["subspace"], rows)
+    if small:
+        beyond = f"; an exact kernel would take {_passes(work.dense, work)}"
     if 18 * subspace_columns(few) * parameters <= memory and n <= 200_000:
-        return "subspace", few, f"{rows} rows{told}; a basis of {few} directions of {parameters} parameters fits memory"
-    return "sketch", ranks["sketch"], f"{rows} rows of {parameters} parameters{told}; one pass, nothing to fit"
+        fits = f"{rows} rows{told}; a basis of {few} directions of {parameters} parameters fits memory{beyond}"
+        if work.allow(work.subspace(few)) or asked["sketch"] > ranks["sketch"]:  # as many directions as no sketch has
+            return "subspace", few, fits
+        beyond += f"; a basis of {few} directions would take {_passes(work.subspace(few), work)}"
+    return "sketch", ranks["sketch"], f"{rows} rows of {parameters} parameters{told}; one pass, nothing to fit{beyond}"
+
+
+def _passes(count: float, work: Operations) -> str:
+    return f"{count:.1e} operations, those of {count / max(1.0, work.one_pass):.3g} passes"
 
 
 def make_plan(
@@ -204,8 +217,13 @@ def _tile_rows(first: Jacobian, n: int) -> int:
 def _tile_bytes(first: Jacobian, n: int) -> int:
     """What a tile of the exact kernel takes: rows of the widest layer where it has positions, and products."""
     layers = [factor for factor in first.select(range(1)).factors() if isinstance(factor, Outer)]
-    spread = [x.a.shape[2] * (x.g.shape[3] + x.a.shape[1]) for x in layers if x.a.shape[1] > 1]
     tile = _tile_rows(first, n)
+    sides = 1 + (n * first.k > tile)  # rows that are formed: of the samples of either side
+    spread = [
+        x.width * (sides * x.g.shape[3] if by_rows(x) else x.g.shape[3] + x.g.shape[2])
+        for x in layers
+        if x.g.shape[2] > 1
+    ]
     return first.outputs.element_size() * tile * (max(spread, default=0) + 3 * tile)
 
 

@@ -28,6 +28,7 @@ from .loo import make_filter
 from .losses import name_of
 from .measures import UNITS
 from .parts import Part, check_layout, check_part
+from .operations import Operations
 from .planning import Plan, choose_method, make_plan
 from .probing import Probes, probed_dimension
 from .processes import Processes, Source, processes_of
@@ -200,10 +201,11 @@ def score(
                 resume=resume,
             )  # fmt: skip
             memory = min(run.processes.objects(free_memory(first.device)))
+            m, spectral = 0 if run.probes is None else run.probes.n, _spectral(reg, time, convention, wanted, candidates)
             chosen, rank, reason = run.processes.one_for_all(
                 lambda: choose_method(
-                    run.samples.n, rows, first.shape[1], method=method, rank=rank, device=first.device, memory=memory,
-                    stored=store is not None,
+                    run.samples.n, rows, first.shape[1], Operations(first, run.samples.n, m, rows, spectral),
+                    method=method, rank=rank, device=first.device, memory=memory, stored=store is not None,
                     dimension=lambda: (
                         None if few else _dimension(model, run.samples, k, reg, training, dict(look, dtype=dtype), seed)
                     ),
@@ -352,8 +354,11 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     if rows < k:
         options["outputs"] = Shared(asked["outputs"], rows, asked["seed"])  # as many rows, at the same cost
     first = jacobian(model, batch, **options)  # which also proves the capture
+    spectral = _spectral(*(asked[name] for name in ("reg", "time")), convention, asked["measures"], asked["candidates"])
+    sees = m if "fsi" in asked["measures"] else 0
+    work = Operations(jacobian(model, samples.slice(0, 1), **options), samples.n, sees, rows, spectral)
     method, rank, reason = choose_method(
-        samples.n, rows, first.shape[1], method=method, rank=rank, device=first.device,
+        samples.n, rows, first.shape[1], work, method=method, rank=rank, device=first.device,
         memory=free_memory(first.device), stored=stored,
         dimension=lambda: (
             None if few else _dimension(model, samples, k, asked["reg"], training, plain, asked["seed"])
@@ -365,8 +370,6 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     seconds = least_seconds(lambda: jacobian(model, batch, **options))
     small = small_inputs(batch) if shown(samples) else None
     given = 0 if small is None or samples.n * small[0].nbytes >= MOST_INPUTS else small[0].nbytes
-    settled = asked["time"] is None and not isinstance(asked["reg"], str) and asked["reg"] > 0 and convention != "mean"
-    spectral = not settled or "si_sgd" in asked["measures"] or asked["candidates"] is not None
     own = processes.slice(samples.n), processes.slice(m) if m else (0, 0)
     found = make_plan(
         first, seconds, samples.n, m, method, rank, reason, stored, given, asked["sketch"], spectral=spectral,
@@ -377,6 +380,12 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     del first
     return_memory()
     return found
+
+
+def _spectral(reg, time, convention: str, measures, candidates) -> bool:
+    """Whether an exact kernel needs its eigenvectors, not a Cholesky factor alone."""
+    settled = time is None and not isinstance(reg, str) and reg > 0 and convention != "mean"
+    return not settled or "si_sgd" in measures or candidates is not None
 
 
 def _rows(k: int, loss, output_mode: str, output_rank: int) -> tuple[int, bool]:

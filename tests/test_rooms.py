@@ -19,7 +19,7 @@ ROOMS = [
     ["losses", "outputs", "targets", "scores", "showing", "runcard"],
     ["projections"],
     ["aims"],
-    ["processes", "timing"],
+    ["operations", "processes", "timing"],
     ["planning"],
     ["checks"],
     ["extremes", "probing", "streaming"],

@@ -77,7 +77,7 @@ def goes_by_kernel(factor: Factor, pool: int, directions: int, shared: bool = Tr
 
     shared: the rows of a layer with positions are formed for a sketch anyway, and the pool is there for it alone.
     """
-    if not isinstance(factor, Outer) or shared and factor.a.shape[1] > 1:
+    if not isinstance(factor, Outer) or shared and factor.g.shape[2] > 1:
         return False
     (_, k, s, o), i = factor.g.shape, factor.a.shape[2]
     formed = k * o * i * (directions + (s if s > 1 else 0))
@@ -99,7 +99,7 @@ def project(
         kernel = None
         for stream, factor in enumerate(factors):
             near = [factors[stream] for factors in anchors.near if factors[stream] is not None]
-            if not near and isinstance(factor, Outer) and factor.a.shape[1] > 1:
+            if not near and isinstance(factor, Outer) and factor.g.shape[2] > 1:
                 _form(jac, factor, anchors.rows, stream, sums, along, blocks)
                 continue
             if near:

@@ -90,7 +90,7 @@ def _samples(factor: Factor, numbers: int, jac: Jacobian) -> int:
     (s, o), table = factor.g.shape[2:], sum(jac._shapes[name].numel() for name in factor.names.values())
     if isinstance(factor, Index):  # rows of the tokens that two tiles hold, of the whole table at most
         return max(numbers // max(1, table), math.isqrt(numbers // max(1, 2 * s * o)))
-    return numbers // max(1, o * factor.a.shape[2]) if s > 1 else numbers
+    return numbers // max(1, o * factor.width) if s > 1 else numbers
 
 
 def _product(mine: list[Factor], theirs: list[Factor], tile: Tensor, scratch: _Scratch) -> Tensor:
@@ -108,7 +108,7 @@ def _product(mine: list[Factor], theirs: list[Factor], tile: Tensor, scratch: _S
         elif not in_place:
             fused.append((one, two))
             continue
-        elif one.a.shape[1] == 1:
+        elif one.g.shape[2] == 1 == two.g.shape[2]:
             (b, k, _, o), (c, m, _, _) = one.g.shape, two.g.shape
             inner = one.a[:, 0] @ two.a[:, 0].T
             inner = (inner + 1 if "bias" in one.names else inner).repeat_interleave(m, 1)[:, None]
@@ -120,8 +120,8 @@ def _product(mine: list[Factor], theirs: list[Factor], tile: Tensor, scratch: _S
                 tile.view(b, k, c * m).addcmul_(outer.view(b, k, c * m), inner)
             fresh = False
             continue
-        elif one is two and (block := _by_rows(one)) is not None:
-            pass
+        elif by_rows(one, two):
+            block = _rows_gram(one, two)
         else:
             block = ntk_gram(one.augmented(), one.g.contiguous(), two.augmented(), two.g.contiguous())
         tile = tile.copy_(block) if fresh else tile.add_(block)
@@ -137,28 +137,26 @@ def _product(mine: list[Factor], theirs: list[Factor], tile: Tensor, scratch: _S
     return tile
 
 
-def _by_rows(one: Outer) -> Tensor | None:
-    """Gram matrix [n k, n k] of a layer with itself from its rows, formed once; None where that costs more."""
-    (n, k, s, o), i = one.g.shape, one.a.shape[2]
-    if 0 in (n, s, i, o) or not by_rows(one):
-        return None
-    rows = torch.bmm(one.g.transpose(2, 3).reshape(n, k * o, s), one.a).view(n * k, o * i)
-    block = long_product(rows, rows)
+def _rows_gram(one: Outer, two: Outer) -> Tensor:
+    """Gram block [b k, c m] of a layer from its rows."""
+    rows = one.rows()
+    block = long_product(rows, rows if one is two else two.rows())
     if "bias" in one.names:
-        bias = one.g.sum(2).view(n * k, o)
-        block.addmm_(bias, bias.T)
+        left, right = (x.g.sum(2, dtype=rows.dtype).flatten(0, 1) for x in (one, two))
+        block.addmm_(left, right.T)
     return block
 
 
-def by_rows(one: Outer) -> bool:
-    """Whether the kernel of a layer with itself takes fewer operations by its rows than by pairs of positions."""
-    (_, k, s, o), i = one.g.shape, one.a.shape[2]
-    return o * i <= s * s * (o + i / (k * k) + 2)
+def by_rows(one: Outer, two: Outer | None = None) -> bool:
+    """Whether the kernel of a layer, with itself or another, takes fewer operations by rows than by pairs of positions."""
+    (_, k, s, o), i = one.g.shape, one.width
+    m, t = (k, s) if two is None else two.g.shape[1:3]
+    return s * t > 1 and o * i <= s * t * (o + i / max(1, k * m) + 2)
 
 
 def layer_gram(one: Outer, two: Outer) -> Tensor:
     """Gram block [b k, c m] of a layer."""
-    if one.a.shape[1] > 1 or two.a.shape[1] > 1:
+    if one.g.shape[2] > 1 or two.g.shape[2] > 1:
         return ntk_gram(one.augmented(), one.g.contiguous(), two.augmented(), two.g.contiguous())
     (b, k, _, o), (c, m, _, _) = one.g.shape, two.g.shape
     inner = one.a[:, 0] @ two.a[:, 0].T

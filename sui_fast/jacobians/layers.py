@@ -22,7 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.gram import wide_dtype
 from ..ops.sketching.window import Window
+
+_CACHED = 1 << 17  # numbers of a factor that stay in cache while its rows are formed
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,26 @@ class Outer:
     g: Tensor  # [n, k, s, o]
     places: dict[str, Place] = field(default_factory=dict)  # roles that are not a whole parameter in order
 
+    @property
+    def width(self) -> int:
+        """Inputs i."""
+        return self.a.shape[2]
+
+    def some(self, part: slice) -> Outer:
+        """The factor of some of the samples."""
+        return Outer(self.names, self.a[part], self.g[part], self.places)
+
+    def rows(self) -> Tensor:
+        """sum_s g a^T of the weight [n k, o i], float32 at least; samples at a time of which all stays in cache."""
+        (n, k, s, o), i, dtype = self.g.shape, self.width, wide_dtype(self.g.dtype)
+        out = self.g.new_empty(n, k * o, i, dtype=dtype)
+        step = max(1, _CACHED // max(1, s * (i + k * o)))
+        for begin in range(0, n, step):
+            part = self.some(slice(begin, begin + step))
+            g = part.g.transpose(2, 3).reshape(-1, k * o, s).to(dtype)
+            torch.bmm(g, part.a.to(dtype), out=out[begin : begin + step])
+        return out.view(n * k, o * i)
+
     def augmented(self) -> Tensor:
         """a [n, s, i + 1] with the ones of the bias, or a."""
         return torch.cat([self.a, self.a.new_ones(*self.a.shape[:2], 1)], 2) if "bias" in self.names else self.a
@@ -175,6 +198,15 @@ class Patches(Outer):
     @cached_property
     def a(self) -> Tensor:  # type: ignore[override]
         return self.image.unfolded()
+
+    @property
+    def width(self) -> int:
+        """Inputs i."""
+        return self.image.x.shape[1] * prod(self.image.window.kernel)
+
+    def some(self, part: slice) -> Patches:
+        """The factor of some of the samples."""
+        return Patches(self.names, Image(self.image.x[part], self.image.window), self.g[part], self.places)
 
 
 @dataclass
