@@ -10,7 +10,7 @@ from .spectra import subspace_columns
 
 # Worth their time where a few passes over the data take less: on a core of 50 GFLOP/s a minute or two.
 WORTH = {"cpu": 5e12, "cuda": 4e14}
-_PASSES = 4  # over the data, forward and backward, that any method may take
+_PASSES = 10  # over the data, forward and backward, that any method may take
 _EIGEN, _CHOLESKY, _SPECTRUM = 12, 2, 15  # times r^3: eigenvectors and changes, a factor and its inverse, of moments
 
 
@@ -23,7 +23,7 @@ class Operations:
     """
 
     def __init__(self, first: Jacobian, n: int, m: int, k: int, spectral: bool):
-        """first: Jacobian of a sample. spectral: an exact kernel needs its eigenvectors, not a Cholesky factor alone."""
+        """first: Jacobian of a sample. spectral: an exact kernel needs eigenvectors, not a Cholesky factor alone."""
         self._n, self._k, self._parameters = n, k, first.shape[1]
         self._layers = list(_layers(first))
         capture = sum(2.0 * s * i * o * (1 + k) for s, i, o in self._layers)
@@ -36,13 +36,20 @@ class Operations:
 
     def subspace(self, rank: int) -> float:
         """Of a basis of so many directions, found in two passes, and the coordinates along it."""
-        wide = min(subspace_columns(rank), self._n * self._k)
-        each = sum(2.0 * i * o * (wide * min(s, self._k) + self._k * s) for s, i, o in self._layers)
+        wide, k = min(subspace_columns(rank), self._n * self._k), self._k
+        each = sum(min(2.0 * k * i * o * (s + wide), 2.0 * s * o * wide * (i + k)) for s, i, o in self._layers)
         return 2 * self.one_pass + 3 * each * self._n + 6.0 * self._parameters * wide**2 + _SPECTRUM * float(wide) ** 3
 
-    def allow(self, count: float) -> bool:
-        """Whether a method may take so many."""
-        return count <= self.worth
+    def sketch(self, columns: int) -> float:
+        """Of a pass and what comes after it: sums, their eigenvectors, a turn of the features (transforms are few)."""
+        rows = float(self._n * self._k)
+        return self.one_pass + 3.6 * rows * columns * min(columns, rows) + _SPECTRUM * min(columns, rows) ** 3
+
+
+def needs_spectrum(reg, time, convention: str, measures, candidates) -> bool:
+    """Whether an exact kernel needs its eigenvectors, not a Cholesky factor alone."""
+    settled = time is None and not isinstance(reg, str) and reg > 0 and convention != "mean"
+    return not settled or "si_sgd" in measures or candidates is not None
 
 
 def _layers(first: Jacobian) -> Iterator[tuple[int, int, int]]:

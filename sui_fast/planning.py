@@ -85,16 +85,15 @@ def choose_method(
 ) -> tuple[str, int, str]:
     """(method, rank, reason) for n samples with k outputs.
 
-    work: what each method takes. memory: bytes that the run may take. dimension: about the effective one at the regularisation and time of the run,
-    asked for where it decides; None where nothing tells.
+    work: what each method takes. memory: bytes that the run may take. dimension: about the effective one at the
+    regularisation and time of the run, asked for where it decides; None where nothing tells.
     """
     rows = n * k
     most = DENSE_ROWS["cuda" if device.type == "cuda" else "cpu"]
     small = method == "auto" and rank is None and rows <= most and 48 * rows * rows <= memory
-    if method == "dense" or small and work.allow(work.dense):
-        reason = "asked for" if method == "dense" else f"{rows} rows (samples x outputs) have an exact kernel"
-        reason += "; store= is not used" * stored
-        return "dense", rows, reason
+    exact = f"{rows} rows (samples x outputs) have an exact kernel", "; store= is not used" * stored
+    if method == "dense" or small and work.dense <= work.worth:
+        return "dense", rows, ("asked for" if method == "dense" else exact[0]) + exact[1]
     wanted = min(rank or DEFAULT_RANK, rows) if method != "sketch" else rank or DEFAULT_RANK
     least = 16 * wanted * min(wanted, rows)  # sums in twice the digits
     if method == "sketch" and least > max(memory, 1 << 28):
@@ -103,25 +102,29 @@ def choose_method(
         raise ArgumentError(complaint("rank", expected, got, todo))
     if method != "auto":
         return method, wanted, "asked for"
-    edf, told, beyond = dimension() if rank is None else None, "", ""
+    edf, told = dimension() if rank is None else None, ""
     ranks, asked = dict.fromkeys(_RANKS, wanted), dict.fromkeys(_RANKS, wanted)
     if edf is not None:
         told = f", effective dimension about {edf:.3g}"
         for kind, (least, largest) in _RANKS.items():
             asked[kind] = math.ceil(_MARGIN * RANK_FOR[kind] * edf / _STEP) * _STEP
             ranks[kind] = min(max(asked[kind], least), largest)
-    few = min(ranks["subspace"], rows)
-    if small:
-        beyond = f"; an exact kernel would take {_passes(work.dense, work)}"
-    if 18 * subspace_columns(few) * parameters <= memory and n <= 200_000:
-        fits = f"{rows} rows{told}; a basis of {few} directions of {parameters} parameters fits memory{beyond}"
-        if work.allow(work.subspace(few)) or asked["sketch"] > ranks["sketch"]:  # as many directions as no sketch has
-            return "subspace", few, fits
-        beyond += f"; a basis of {few} directions would take {_passes(work.subspace(few), work)}"
-    return "sketch", ranks["sketch"], f"{rows} rows of {parameters} parameters{told}; one pass, nothing to fit{beyond}"
+    few, many = min(ranks["subspace"], rows), ranks["sketch"]
+    limit = math.inf if asked["sketch"] > many else max(work.worth, work.sketch(many))  # no sketch has as many columns
+    fits = 18 * subspace_columns(few) * parameters <= memory and n <= 200_000
+    other = "subspace" if fits and work.subspace(few) <= limit else "sketch"
+    count = work.subspace(few) if other == "subspace" else work.sketch(many)
+    if small and work.dense <= count:
+        return "dense", rows, f"{exact[0]}; {_count(count, work)} by {other}{exact[1]}"
+    beyond = f"; an exact kernel would take {_count(work.dense, work)}" * small
+    if other == "subspace":
+        why = f"{rows} rows{told}; a basis of {few} directions of {parameters} parameters fits memory{beyond}"
+        return other, few, why
+    beyond += f"; a basis of {few} directions would take {_count(work.subspace(few), work)}" * fits
+    return other, many, f"{rows} rows of {parameters} parameters{told}; one pass, nothing to fit{beyond}"
 
 
-def _passes(count: float, work: Operations) -> str:
+def _count(count: float, work: Operations) -> str:
     return f"{count:.1e} operations, those of {count / max(1.0, work.one_pass):.3g} passes"
 
 

@@ -27,8 +27,8 @@ from .jacobians.quiet import alone_with
 from .loo import make_filter
 from .losses import name_of
 from .measures import UNITS
+from .operations import Operations, needs_spectrum
 from .parts import Part, check_layout, check_part
-from .operations import Operations
 from .planning import Plan, choose_method, make_plan
 from .probing import Probes, probed_dimension
 from .processes import Processes, Source, processes_of
@@ -201,7 +201,10 @@ def score(
                 resume=resume,
             )  # fmt: skip
             memory = min(run.processes.objects(free_memory(first.device)))
-            m, spectral = 0 if run.probes is None else run.probes.n, _spectral(reg, time, convention, wanted, candidates)
+            m, spectral = (
+                0 if run.probes is None else run.probes.n,
+                needs_spectrum(reg, time, convention, wanted, candidates),
+            )
             chosen, rank, reason = run.processes.one_for_all(
                 lambda: choose_method(
                     run.samples.n, rows, first.shape[1], Operations(first, run.samples.n, m, rows, spectral),
@@ -354,7 +357,9 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     if rows < k:
         options["outputs"] = Shared(asked["outputs"], rows, asked["seed"])  # as many rows, at the same cost
     first = jacobian(model, batch, **options)  # which also proves the capture
-    spectral = _spectral(*(asked[name] for name in ("reg", "time")), convention, asked["measures"], asked["candidates"])
+    spectral = needs_spectrum(
+        *(asked[name] for name in ("reg", "time")), convention, asked["measures"], asked["candidates"]
+    )
     sees = m if "fsi" in asked["measures"] else 0
     work = Operations(jacobian(model, samples.slice(0, 1), **options), samples.n, sees, rows, spectral)
     method, rank, reason = choose_method(
@@ -380,12 +385,6 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     del first
     return_memory()
     return found
-
-
-def _spectral(reg, time, convention: str, measures, candidates) -> bool:
-    """Whether an exact kernel needs its eigenvectors, not a Cholesky factor alone."""
-    settled = time is None and not isinstance(reg, str) and reg > 0 and convention != "mean"
-    return not settled or "si_sgd" in measures or candidates is not None
 
 
 def _rows(k: int, loss, output_mode: str, output_rank: int) -> tuple[int, bool]:

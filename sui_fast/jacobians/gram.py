@@ -148,7 +148,7 @@ def _rows_gram(one: Outer, two: Outer) -> Tensor:
 
 
 def by_rows(one: Outer, two: Outer | None = None) -> bool:
-    """Whether the kernel of a layer, with itself or another, takes fewer operations by rows than by pairs of positions."""
+    """Whether the kernel of a layer, with itself or another, takes fewer operations by rows than by positions."""
     (_, k, s, o), i = one.g.shape, one.width
     m, t = (k, s) if two is None else two.g.shape[1:3]
     return s * t > 1 and o * i <= s * t * (o + i / max(1, k * m) + 2)
