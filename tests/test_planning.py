@@ -158,10 +158,8 @@ def test_score_takes_what_plan_says(monkeypatch, training, measures):
         assert planned.method == found.settings["method"]
         assert planned.method == "dense" or planned.rank == found.settings["rank"]
         assert planned.reason == found.diagnostics["method_reason"]
-        assert (planned.method == "dense") == (operations_of(model, 600, *needs(measures, training)).dense <= worth)
+        least = operations_of(model, 600, 90 * ("fsi" in measures), "time" in training).dense
+        assert planned.method == "dense" or least > worth
         taken.add(planned.method)
-    assert len(taken) == 2
-
-
-def needs(measures, training):
-    return 90 * ("fsi" in measures), "time" in training
+    # a Cholesky factor of so few rows costs less than a basis
+    assert taken == ({"dense", "subspace"} if "time" in training else {"dense"})
