@@ -18,7 +18,7 @@ from ..spectra import dense_spectrum
 from .blocks import make_blocks
 from .dual import DualRemoval
 from .removal import Removal
-from .solve import CHOLESKY_ROUNDING, cholesky_inverse, make_filter, remove_from_spectrum
+from .solve import CHOLESKY_ROUNDING, cholesky_inverse, make_filter, remove_from_spectrum, sound
 
 _DRIFT = 1e-11  # relative residual of the down-dated inverse above which it is factored anew
 
@@ -105,15 +105,21 @@ class Remaining:
         blocks, idle = make_blocks(len(self.kept), self._k), (theta == 0).all(1)
         phi = self._phi
         if phi.converged and phi.shift > 0 and len(blocks) > 1 and self._convention != "mean":
-            if self._inverse is None or self._drifted(theta, phi.shift):
-                found = cholesky_inverse(theta, phi.shift)
-                self.factorisations += 1
-                self._inverse = None if found is None else found[0]
-            if self._inverse is not None:
+            if self._inverse is not None and not self._drifted(theta, phi.shift):
                 condition = (self._norm + phi.shift) * float(torch.linalg.matrix_norm(self._inverse, 1))
                 removal = DualRemoval(self._inverse, phi.shift, condition, blocks, r0, cross, False, idle)
                 if removal.rounding <= CHOLESKY_ROUNDING:
                     return removal
+                del removal
+            self._inverse = None
+            found = cholesky_inverse(theta, phi.shift)
+            self.factorisations += 1
+            if found is not None:
+                self._inverse, condition = found
+                removal = DualRemoval(self._inverse, phi.shift, condition, blocks, r0, cross, False, idle)
+                if sound(removal, theta, phi.shift, condition):  # rows tell more of a factor just made
+                    return removal
+                del removal
         self.factorisations += 1
         return remove_from_spectrum(
             dense_spectrum(theta), phi, r0, cross=cross, blocks=blocks, convention=self._convention, as_numpy=False,

@@ -96,7 +96,7 @@ def leave_one_out(
         found = cholesky_inverse(theta, phi.shift)
         if found is not None:
             removal = DualRemoval(found[0], phi.shift, found[1], blocks, r0, cross, as_numpy, idle)
-            if method == "dual" or _sound(removal, theta, phi.shift, found[1]):
+            if method == "dual" or sound(removal, theta, phi.shift, found[1]):
                 return removal
             del removal
         del found
@@ -121,7 +121,7 @@ def leave_one_out(
     )
 
 
-def _sound(removal: DualRemoval, theta: Tensor, shift: float, condition: float) -> bool:
+def sound(removal: DualRemoval, theta: Tensor, shift: float, condition: float) -> bool:
     """Whether rounding leaves what a Cholesky factor gives enough digits."""
     if shift == 0:
         return condition <= _RIDGELESS_CONDITION

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sui_fast import leave_one_out
-from sui_fast.loo import solve
+from sui_fast.loo import Remaining, solve
 from sui_fast.loo.dual import DualRemoval
 
 
@@ -70,3 +70,20 @@ def test_rows_of_which_nothing_is_left_take_the_spectrum(k):
     found = leave_one_out(rows @ rows.T, rng.standard_normal((60, k)), reg=1 / 60, outputs=k)
     assert found.diagnostics["form"] == "converged, primal"
     assert (np.asarray(found.weight_sqnorm)[:-1] > 0).all() and found.weight_sqnorm[-1] == 0
+
+
+def test_samples_that_leave_one_after_the_other():
+    """More samples than features: a fresh factor where down-dates are in doubt, and not the spectrum."""
+    theta, r0, expected = problem(200, 60, 1.5, seed=60)
+    remaining = Remaining(torch.from_numpy(theta), torch.from_numpy(r0)[:, None], reg=1 / 200)
+    np.testing.assert_allclose(remaining.removal().weight_sqnorm.numpy(), expected, rtol=solve.CHOLESKY_ROUNDING)
+    for gone in ([3, 150], [0, 1, 2], [199]):
+        remaining.drop(gone)
+        kept, found = remaining.kept, remaining.removal()
+        assert found.diagnostics["form"] == "converged, dual"
+        exact = inverse(theta[np.ix_(kept, kept)] + np.eye(len(kept)))
+        v = exact @ r0[kept] / exact.diagonal()
+        expected = ((exact @ theta[np.ix_(kept, kept)] * exact).sum(1) * v**2).astype(float)
+        np.testing.assert_allclose(found.weight_sqnorm.numpy(), expected, rtol=solve.CHOLESKY_ROUNDING)
+    hard = Remaining(torch.from_numpy(problem(200, 5, 0, seed=0)[0] * 1e4), torch.from_numpy(r0)[:, None], reg=1 / 200)
+    assert hard.removal().diagnostics["form"] == "converged, primal"
