@@ -12,7 +12,7 @@ from ._errors import ArgumentError, complaint
 from .jacobians import Jacobian, goes_by_kernel, make_anchors, project
 from .jacobians.arriving import LARGE, held_batch
 from .jacobians.gram import by_rows
-from .jacobians.layers import Outer
+from .jacobians.layers import Outer, Patches
 from .operations import Operations
 from .processes import grain, power
 from .spectra import INNER, RANK_FOR, pool_size, sketch_rank, subspace_columns
@@ -335,8 +335,10 @@ def _stage_bytes(
     # rows of the widest layer with positions are written out, for a batch and for the kernel of some samples
     formed = item * k * max((x.a.shape[2] * x.g.shape[3] for x in layers if x.a.shape[1] > 1), default=0)
     twice = max((x.a.shape[2] * x.g.shape[3] for x in layers if x.a.shape[1] > 1 and not by_rows(x)), default=0)
-    unfolded = item * max(x.a[0].numel() for x in layers) if patches else 0  # by a layer, beside those before it
-    worked = patches + unfolded + max(formed, 2 * item * k * twice)
+    spread = [x for x in layers if isinstance(x, Patches) and not by_rows(x)]  # the kernel unfolds their inputs
+    unfolded = item * sum(x.a.numel() - x.image.x.numel() for x in spread)
+    unfolded += item * max((x.a.numel() for x in spread), default=0)  # by a layer, beside those before it
+    worked = unfolded + patches / 2 + max(formed, 2 * item * k * twice)
     capture = part * each + first.n * each * 2
     pool, anchors, pool_rows = drawn
     if anchors:
@@ -359,15 +361,15 @@ def _stage_bytes(
         about = _Landmarks.of(first, n, rank)
         landmarks, pool = about.count, about.pool
         tile = min(pool, 2048 // k, (1 << 26) // max(1, formed))
-        held, fit = landmarks * (each + 8 * k * rank), tile * (patches + unfolded + 2 * formed)
+        held, fit = landmarks * (each + 8 * k * rank), tile * (unfolded + 1.5 * formed)
         compute = capture + part * k * (12 * landmarks * k + 12 * rank)
         if about.formed:
             held = landmarks * 8 * k * rank + (8 if about.wide else 4) * rank * d
             some = about.at_once(first)
             run = min(2 * part * each, 1 << 28) + 8 / item * min(part * formed, 1 << 26)
-            made = lambda count, of: count * each + part * each / 2 + 24 / item * of * formed  # noqa: E731
-            fit = max(fit, about.wide * (8 * some * k * d + max(run, made(some, some))))
-            compute += max(run, made(landmarks, rank) + (not about.wide) * 8 * rank * d)
+            made = lambda count, of: count * each + run + 8 / item * of * formed  # noqa: E731
+            fit = max(fit, about.wide * (8 * some * k * d + made(some, some)))
+            compute += made(landmarks, rank) + (not about.wide) * 8 * rank * d
         fit = pool * each + max(fit, landmarks * each) + 20 * pool * k * landmarks * k + 12 * (landmarks * k) ** 2
         fit -= held - landmarks * 8 * k * rank  # what is held is made when the pool is gone
     else:
