@@ -377,7 +377,8 @@ def _stage_bytes(
         kept = own[0] * each if own[0] * each <= HELD else 0  # factors that wait; pass 1 lets go of them
         # with more outputs than positions vjp goes by positions: as much as its result again, twice
         spread = max((x.a.shape[2] * x.g.shape[3] for x in layers if k > x.a.shape[1]), default=0)
-        products = part * each + min(part * d * item, 100_000_000) + 11 * wide * rows
+        unfolded = item * part * max((x.a.numel() for x in layers if isinstance(x, Patches)), default=0)
+        products = part * each + min(part * d * item, 100_000_000) + 11 * wide * part * k + unfolded
         fit = kept + wide * d * (8.2 + item) + turned + 2 * wide * spread * item + products
         compute = capture + turned + part * (d * item + 16 * k * wide)
     seen = 8 * wide * min(wide, m * k)  # rows or sums of the validation samples, and their factor

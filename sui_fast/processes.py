@@ -68,6 +68,7 @@ class Source:
             if part.nbytes * (self.end - self.begin) <= most * part.n:
                 self.kept[bounds] = part
             yield first, part
+            del part  # before the next is captured
 
     def last(self, begin: int, end: int) -> Jacobian:
         """``part``, and no longer kept."""

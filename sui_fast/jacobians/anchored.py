@@ -14,6 +14,7 @@ from .layers import Factor, Index, Outer, Rows
 from .streams import add_factor, layer_order
 
 _ENTRIES = 1 << 24  # of formed rows at a time
+_FEW = 16  # samples whose rows are formed at least
 
 
 @dataclass
@@ -69,7 +70,7 @@ def sketched_anchors(jac: Jacobian, rows: Tensor, rank: int, seed: int) -> Tenso
 
 
 def _width(factor: Outer | Index) -> int:
-    return factor.a.shape[2] if isinstance(factor, Outer) else factor.g.shape[3]
+    return factor.width if isinstance(factor, Outer) else factor.g.shape[3]
 
 
 def goes_by_kernel(factor: Factor, pool: int, directions: int, shared: bool = True) -> bool:
@@ -79,7 +80,7 @@ def goes_by_kernel(factor: Factor, pool: int, directions: int, shared: bool = Tr
     """
     if not isinstance(factor, Outer) or shared and factor.g.shape[2] > 1:
         return False
-    (_, k, s, o), i = factor.g.shape, factor.a.shape[2]
+    (_, k, s, o), i = factor.g.shape, factor.width
     formed = k * o * i * (directions + (s if s > 1 else 0))
     return pool * s * s * (i + k * k * o) < formed * (1 if shared else 2)
 
@@ -119,7 +120,7 @@ def project(
 
 def _form(jac, factor: Outer, directions: Tensor, stream: int, sums, along: Tensor, blocks: Tensor | None) -> None:
     """Rows of a layer, some samples at a time, to all that is made of them."""
-    (n, k, s, o), i = factor.g.shape, factor.a.shape[2]
+    (n, k, s, o), i = factor.g.shape, factor.width
     weight, bias = jac.part_of(directions, factor, "weight").flatten(1), None
     if "bias" in factor.names:
         bias = factor.g.sum(2)
@@ -127,11 +128,11 @@ def _form(jac, factor: Outer, directions: Tensor, stream: int, sums, along: Tens
         if blocks is not None:
             blocks += own_block(Rows({}, bias))
     turned = factor.g.transpose(2, 3).reshape(n, k * o, s)
-    step = max(1, min(n, _ENTRIES // (k * o * i)))
+    step = max(1, min(n, _ENTRIES // (k * o * i), max(_FEW, factor.at_once)))
     buffer = turned.new_empty(step, k * o, i)
     for begin in range(0, n, step):
         part = slice(begin, begin + step)
-        rows = torch.bmm(turned[part], factor.a[part], out=buffer[: min(step, n - begin)]).view(-1, k, o, i)
+        rows = torch.bmm(turned[part], factor.some(part).a, out=buffer[: min(step, n - begin)]).view(-1, k, o, i)
         flat = rows.flatten(2)
         along[part] += flat @ weight.T
         if blocks is not None:

@@ -162,7 +162,9 @@ class Jacobian:
         weight = parts["weight"].reshape(len(flat), factor.g.shape[3], -1)
         if "bias" in parts:
             weight = torch.cat([weight, parts["bias"][:, :, None]], 2)
-        return jvp(factor.augmented(), factor.g.contiguous(), weight.contiguous())
+        weight = weight.contiguous()
+        parts = [jvp(part.augmented(), part.g.contiguous(), weight) for part in factor.portions()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @_unrounded
     def jvp_and_own_blocks(self, tangents: Tensor, step: int = 64) -> tuple[Tensor, Tensor]:
@@ -177,17 +179,17 @@ class Jacobian:
 
     def _along_and_own(self, flat: Tensor, factor: Factor, total: Tensor, own: Tensor, step: int) -> None:
         """Add a factor's part to both results of ``jvp_and_own_blocks``."""
-        if not isinstance(factor, Outer) or factor.a.shape[1] <= self.k or _pairs_are_cheaper(factor):
+        if not isinstance(factor, Outer) or factor.g.shape[2] <= self.k or _pairs_are_cheaper(factor):
             total += self.along(flat, factor)
             own += own_block(factor)
             return
-        weight, a = self.part_of(flat, factor, "weight").flatten(1), factor.a
+        weight = self.part_of(flat, factor, "weight").flatten(1)
         if "bias" in factor.names:
             bias = factor.g.sum(2)
             total += bias @ self.part_of(flat, factor, "bias").flatten(1).T
             own += bias @ bias.transpose(1, 2)
-        for part in (slice(begin, begin + step) for begin in range(0, len(a), step)):
-            rows = (factor.g[part].transpose(2, 3) @ a[part, None]).flatten(2)
+        for part in (slice(begin, begin + step) for begin in range(0, len(own), step)):
+            rows = factor.some(part).rows().view(*own[part].shape[:2], -1)
             total[part] += rows @ weight.T
             own[part] += rows @ rows.transpose(1, 2)
 
@@ -207,8 +209,7 @@ class Jacobian:
 
     def _add_vjp(self, flat: Tensor, factor: Factor, c: Tensor) -> None:
         if isinstance(factor, Outer):
-            found = vjp(factor.augmented(), factor.g.contiguous(), c)
-            i = factor.a.shape[2]
+            found, i = vjp(factor.augmented(), factor.g.contiguous(), c), factor.width
             self._put(flat, factor, "weight", found[..., :i])
             if "bias" in factor.names:
                 self._put(flat, factor, "bias", found[..., i])
@@ -328,28 +329,32 @@ class Jacobian:
         writers.append(write)
 
     def _write_outer(self, view: Tensor, factor: Outer) -> Callable[[int], None]:
-        step, (_, k, s, o), i = len(view), factor.g.shape, factor.a.shape[2]
+        step, (n, k, s, o), i = len(view), factor.g.shape, factor.width
         target = self.part_of(view, factor, "weight")
         target = target.unflatten(2, (o, i)) if target.ndim == 3 else target
         if k == 1 and target.ndim == 4:  # the row itself is the result of the product
-            products = list(zip(factor.g[:, 0].transpose(1, 2).unbind(), factor.a.unbind(), strict=True))
-            places = target[:, 0].unbind()
-            turned = target.stride(3) != 1
+            places, turned = target[:, 0].unbind(), target.stride(3) != 1
 
-            def write(number: int) -> None:
-                for place, (g, a) in zip(places, products[number * step : (number + 1) * step], strict=False):
-                    if turned:
-                        torch.mm(a.T, g.T, out=place.T)
-                    else:
-                        torch.mm(g, a, out=place)
+            def put(place: Tensor, g: Tensor, a: Tensor) -> None:
+                if turned:
+                    torch.mm(a.T, g, out=place.T)
+                else:
+                    torch.mm(g.T, a, out=place)
 
         else:
-            turned, buffer = factor.g.transpose(2, 3), view.new_empty(k * o, i)
+            places, buffer = target.unbind(), view.new_empty(k * o, i)
 
-            def write(number: int) -> None:
-                for place, g, a in zip(target, turned[number * step :], factor.a[number * step :], strict=False):
-                    torch.mm(g.reshape(k * o, s), a, out=buffer)
-                    place.copy_(buffer.view(place.shape))
+            def put(place: Tensor, g: Tensor, a: Tensor) -> None:
+                torch.mm(g.view(k, s, o).transpose(1, 2).reshape(k * o, s), a, out=buffer)
+                place.copy_(buffer.view(place.shape))
+
+        def write(number: int) -> None:
+            begin, end = number * step, min((number + 1) * step, n)
+            for first in range(begin, end, factor.at_once):
+                part = factor.some(slice(first, min(first + factor.at_once, end)))
+                some = zip(places[first - begin :], part.g.flatten(1, 2).unbind(), part.a.unbind(), strict=False)
+                for place, g, a in some:
+                    put(place, g, a)
 
         return write
 
@@ -410,5 +415,5 @@ def own_block(factor: Factor) -> Tensor:
 
 def _pairs_are_cheaper(factor: Outer) -> bool:
     """Whether products of pairs of positions take fewer operations than the rows [o, i] of a sample."""
-    (_, k, s, o), i = factor.g.shape, factor.a.shape[2]
+    (_, k, s, o), i = factor.g.shape, factor.width
     return s * s * (i + k * k * o) < k * o * i * (s + k)

@@ -81,7 +81,7 @@ def _is_weight(factor: Factor, first: Factor, shapes: dict[str, torch.Size]) -> 
     shape = shapes[factor.names["weight"]]
     if "weight" in factor.places:
         return False
-    return isinstance(factor, Index) or (factor.g.shape[3], factor.a.shape[2]) == (shape[0], shape[1:].numel())
+    return isinstance(factor, Index) or (factor.g.shape[3], factor.width) == (shape[0], shape[1:].numel())
 
 
 def _join(group: list[Factor], shapes: dict[str, torch.Size]) -> list[Factor]:

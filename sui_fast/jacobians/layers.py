@@ -13,7 +13,7 @@ A factor may speak of some entries of a parameter only, or of its transpose (pac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -25,6 +25,7 @@ from torch import Tensor
 from ..ops.gram import wide_dtype
 from ..ops.sketching.window import Window
 
+_UNFOLDED = 64  # samples of a convolution
 _CACHED = 1 << 17  # numbers of a factor that stay in cache while its rows are formed
 
 
@@ -159,16 +160,25 @@ class Outer:
         """The factor of some of the samples."""
         return Outer(self.names, self.a[part], self.g[part], self.places)
 
+    def portions(self) -> Iterator[Outer]:
+        """The factor, samples at a time whose inputs may be at hand at once."""
+        return iter([self])
+
     def rows(self) -> Tensor:
-        """sum_s g a^T of the weight [n k, o i], float32 at least; samples at a time of which all stays in cache."""
+        """sum_s g a^T of the weight [n k, o i], float32 at least; a few samples at a time."""
         (n, k, s, o), i, dtype = self.g.shape, self.width, wide_dtype(self.g.dtype)
-        out = self.g.new_empty(n, k * o, i, dtype=dtype)
-        step = max(1, _CACHED // max(1, s * (i + k * o)))
+        out, step = self.g.new_empty(n, k * o, i, dtype=dtype), self.at_once
         for begin in range(0, n, step):
             part = self.some(slice(begin, begin + step))
             g = part.g.transpose(2, 3).reshape(-1, k * o, s).to(dtype)
             torch.bmm(g, part.a.to(dtype), out=out[begin : begin + step])
         return out.view(n * k, o * i)
+
+    @property
+    def at_once(self) -> int:
+        """Samples of which all stays in cache."""
+        _, k, s, o = self.g.shape
+        return max(1, _CACHED // max(1, s * (self.width + k * o)))
 
     def augmented(self) -> Tensor:
         """a [n, s, i + 1] with the ones of the bias, or a."""
@@ -182,11 +192,11 @@ class Image:
     x: Tensor
     window: Window
 
-    def unfolded(self) -> Tensor:
-        """[n, s, c * kernel]."""
+    def unfolded(self, ones: bool = False) -> Tensor:
+        """[n, s, c * kernel], and a column of ones where wanted."""
         pads, window = [p for pair in reversed(self.window.pads) for p in pair], self.window
         x = torch.nn.functional.pad(self.x, pads) if any(pads) else self.x
-        return _unfolded(x, dict(kernel=window.kernel, stride=window.stride, dilation=window.dilation))
+        return _unfolded(x, dict(kernel=window.kernel, stride=window.stride, dilation=window.dilation), ones)
 
 
 class Patches(Outer):
@@ -203,6 +213,14 @@ class Patches(Outer):
     def width(self) -> int:
         """Inputs i."""
         return self.image.x.shape[1] * prod(self.image.window.kernel)
+
+    def portions(self) -> Iterator[Outer]:
+        """A few samples at a time, as what is unfolded is many times the input."""
+        return (self.some(slice(begin, begin + _UNFOLDED)) for begin in range(0, max(1, len(self.g)), _UNFOLDED))
+
+    def augmented(self) -> Tensor:
+        """As of any layer; what was unfolded for it alone is not kept."""
+        return self.image.unfolded("bias" in self.names)
 
     def some(self, part: slice) -> Patches:
         """The factor of some of the samples."""
@@ -286,13 +304,18 @@ def _windows(x: Tensor, options: dict[str, Any], first: int) -> Tensor:
     return x
 
 
-def _unfolded(x: Tensor, options: dict[str, Any]) -> Tensor:
-    """x [m, c, *space] as columns [m, s, c * kernel]."""
+def _unfolded(x: Tensor, options: dict[str, Any], ones: bool = False) -> Tensor:
+    """x [m, c, *space] as columns [m, s, c * kernel], and one of ones."""
     dim = len(options["kernel"])
     x = _windows(x, options, 2)
     # positions innermost: the copy runs along the image, and the result is its transpose without another one
-    x = x.permute(0, 1, *range(2 + dim, 2 + 2 * dim), *range(2, 2 + dim)).flatten(2 + dim).flatten(1, 1 + dim)
-    return x.transpose(1, 2)
+    x = x.permute(0, 1, *range(2 + dim, 2 + 2 * dim), *range(2, 2 + dim))
+    width, space = prod(x.shape[1 : 2 + dim]), x.shape[2 + dim :]
+    out = x.new_empty(len(x), width + ones, prod(space))
+    out[:, :width].unflatten(1, x.shape[1 : 2 + dim]).unflatten(-1, space).copy_(x)
+    if ones:
+        out[:, width] = 1
+    return out.transpose(1, 2)
 
 
 def _conv_factors(use: Use, g: Tensor) -> list[Factor]:

@@ -289,6 +289,7 @@ def subspace_map(
             if total is None:
                 total = left.new_zeros(left.shape[1], part.shape[1], dtype=torch.float64)
             part.add_vjp(left, total)
+            del part, left  # before the next is captured
         # float64 sums in another order are the same in float32; weak directions, and what is rounded after them, hang
         # on the last bit
         total = reduce(total)
