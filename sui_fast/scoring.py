@@ -201,14 +201,12 @@ def score(
                 resume=resume,
             )  # fmt: skip
             memory = min(run.processes.objects(free_memory(first.device)))
-            m, spectral = (
-                0 if run.probes is None else run.probes.n,
-                needs_spectrum(reg, time, convention, wanted, candidates),
-            )
+            m = 0 if run.probes is None else run.probes.n
+            work = Operations(first, run.samples.n, m, rows, needs_spectrum(reg, time, convention, wanted, candidates))
             chosen, rank, reason = run.processes.one_for_all(
                 lambda: choose_method(
-                    run.samples.n, rows, first.shape[1], Operations(first, run.samples.n, m, rows, spectral),
-                    method=method, rank=rank, device=first.device, memory=memory, stored=store is not None,
+                    run.samples.n, rows, first.shape[1], work, method=method, rank=rank, device=first.device,
+                    memory=memory, stored=store is not None,
                     dimension=lambda: (
                         None if few else _dimension(model, run.samples, k, reg, training, dict(look, dtype=dtype), seed)
                     ),
