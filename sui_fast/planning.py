@@ -115,7 +115,7 @@ def choose_method(
     other = "subspace" if fits and work.subspace(few) <= limit else "sketch"
     count = work.subspace(few) if other == "subspace" else work.sketch(many)
     if small and work.dense <= count:
-        return "dense", rows, f"{exact[0]}; {_count(count, work)} by {other}{exact[1]}"
+        return "dense", rows, f"{exact[0]}; {other} would take {_count(count, work)}{exact[1]}"
     beyond = f"; an exact kernel would take {_count(work.dense, work)}" * small
     if other == "subspace":
         why = f"{rows} rows{told}; a basis of {few} directions of {parameters} parameters fits memory{beyond}"
