@@ -13,7 +13,7 @@ from .jacobians import Jacobian, goes_by_kernel, make_anchors, project
 from .jacobians.arriving import LARGE, held_batch
 from .jacobians.gram import by_rows
 from .jacobians.layers import Outer, Patches
-from .operations import Operations
+from .operations import CHOLESKY, EIGEN, SPECTRUM, Operations
 from .processes import grain, power
 from .spectra import INNER, RANK_FOR, pool_size, sketch_rank, subspace_columns
 from .spectra.maps import coordinates, directions_fit, landmarks_at_once, landmarks_of
@@ -31,7 +31,7 @@ HELD = 1 << 30  # bytes of factors that may stay in memory between passes
 _LIBRARIES = 11_000_000  # bytes that libraries take on first use, and malloc keeps
 _CONVOLUTIONS = 4_000_000  # bytes more after some batches of these
 SHARD = 1 << 21  # features of a shard: 8 MB, of 4096 samples at most
-PORTION = 1 << 20  # float64 features at a time in pass 2: larger intermediates are fresh memory each time
+PORTION = 1 << 20  # float64 features at a time in pass 2: fewer are more calls, more are more fresh memory
 METHODS = ("auto", "dense", "nystrom", "subspace", "sketch")
 
 
@@ -103,14 +103,14 @@ def choose_method(
     if method != "auto":
         return method, wanted, "asked for"
     edf, told = dimension() if rank is None else None, ""
-    ranks, asked = dict.fromkeys(_RANKS, wanted), dict.fromkeys(_RANKS, wanted)
+    ranks, short = dict.fromkeys(_RANKS, wanted), False
     if edf is not None:
         told = f", effective dimension about {edf:.3g}"
         for kind, (least, largest) in _RANKS.items():
-            asked[kind] = math.ceil(_MARGIN * RANK_FOR[kind] * edf / _STEP) * _STEP
-            ranks[kind] = min(max(asked[kind], least), largest)
+            asked = math.ceil(_MARGIN * RANK_FOR[kind] * edf / _STEP) * _STEP
+            ranks[kind], short = min(max(asked, least), largest), asked > largest
     few, many = min(ranks["subspace"], rows), ranks["sketch"]
-    limit = math.inf if asked["sketch"] > many else max(work.worth, work.sketch(many))  # no sketch has as many columns
+    limit = math.inf if short else max(work.worth, work.sketch(many))  # no sketch has as many columns
     fits = 18 * subspace_columns(few) * parameters <= memory and n <= 200_000
     other = "subspace" if fits and work.subspace(few) <= limit else "sketch"
     count = work.subspace(few) if other == "subspace" else work.sketch(many)
@@ -164,7 +164,7 @@ def make_plan(
         solve = 8 * rows * rows * (5.2 if spectral else 4.0) + 30_000_000 * (not spectral)
         peak = int(_LIBRARIES + held + max(solve, 8 * rows * rows + _tile_bytes(first, n)))
         gram = pair_seconds(first, _tile_rows(first, n) // k) * (n * n / 2 + n * m)
-        total = capture * (n + m) + gram + (12 if spectral else 2) * rows**3 * product + 0.1
+        total = capture * (n + m) + gram + (EIGEN if spectral else CHOLESKY) * rows**3 * product + 0.1
         return Plan(method, rows, reason, 1, 0, peak, total)
     pool, anchors = pool_size(first, n, rank, sketch, softmax) if method == "sketch" else (0, 0)
     wide = min(subspace_columns(rank), rows) if method == "subspace" else rank  # columns that come out
@@ -181,7 +181,7 @@ def make_plan(
     rows = n_own * k
     disk = (4 * wide + 8 + (8 * k if method != "sketch" else 0)) * rows + 4 * wide * m_own * k
     least, seen = min(wide, n * k), min(wide, m * k)  # of fewer rows than columns the rows are kept
-    work = 2.0 * rows * wide * least * (1.8 + 0.5 * (m > 0)) + m_own * k * wide * seen + 15.0 * (least**3 + seen**3)
+    work = 2.0 * rows * wide * least * (1.8 + 0.5 * (m > 0)) + m_own * k * wide * seen + SPECTRUM * (least**3 + seen**3)
     work = 0.0 if alone else work
     if method == "sketch":
         columns = INNER if pool and not anchors else rank
@@ -191,7 +191,7 @@ def make_plan(
             along = make_anchors(many, many.outputs.new_ones(many.n * k, anchors, dtype=torch.float64))
             sketched = lambda: project(first, along, columns, 0, sketch, True)  # noqa: E731
         each_map = seconds_of(sketched) / first.n
-        fit = pool * (capture + each_map) + 15.0 * (pool * k) ** 3 * product
+        fit = pool * (capture + each_map) + SPECTRUM * (pool * k) ** 3 * product
     elif method == "nystrom":
         about = _Landmarks.of(first, n, rank)
         draw, each_map = about.seconds(first, rank, product)

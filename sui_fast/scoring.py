@@ -355,10 +355,8 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     if rows < k:
         options["outputs"] = Shared(asked["outputs"], rows, asked["seed"])  # as many rows, at the same cost
     first = jacobian(model, batch, **options)  # which also proves the capture
-    spectral = needs_spectrum(
-        *(asked[name] for name in ("reg", "time")), convention, asked["measures"], asked["candidates"]
-    )
-    sees = m if "fsi" in asked["measures"] else 0
+    reg, time, measures, candidates = (asked[name] for name in ("reg", "time", "measures", "candidates"))
+    spectral, sees = needs_spectrum(reg, time, convention, measures, candidates), m * ("fsi" in measures)
     work = Operations(jacobian(model, samples.slice(0, 1), **options), samples.n, sees, rows, spectral)
     method, rank, reason = choose_method(
         samples.n, rows, first.shape[1], work, method=method, rank=rank, device=first.device,

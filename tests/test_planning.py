@@ -7,10 +7,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sui_fast
 from sui_fast import operations, planning
+from sui_fast.jacobians.gram import by_rows
 from sui_fast.jacobians.layers import Outer
 from sui_fast.operations import Operations
 from sui_fast.ops import jvp, ntk_gram
-from sui_fast.ops.gram import rows_are_fewer
 from sui_fast.spectra import subspace_columns
 
 NETWORKS = {
@@ -28,14 +28,6 @@ NETWORKS = {
 
 def samples(n):
     return torch.randn(n, 3, 4, 4, generator=torch.Generator().manual_seed(n))
-
-
-def first_parameters(model):
-    return sum(x.numel() for x in model.parameters())
-
-
-def ops_by_rows(one, two):
-    return one.g.shape[2] > 1 and rows_are_fewer(one.a, one.g, two.a, two.g)
 
 
 def counted(work):
@@ -66,13 +58,13 @@ def test_operations_are_those_that_pytorch_counts(name):
     for layer in (x for x in first if isinstance(x, Outer)):  # a pair of samples, and a sample along the basis
         one, two = layer.some(slice(0, 1)), layer.some(slice(1, 2))
         kernel += counted(lambda one=one, two=two: ntk_gram.op.body(one.a, one.g, two.a, two.g))
-        if ops_by_rows(one, two):  # they are formed once, not for every pair
+        if by_rows(one, two):  # they are formed once, not for every pair
             kernel -= 2 * counted(one.rows)
         directions = one.a.new_ones(columns, one.g.shape[3], one.width)
         along += counted(lambda one=one, directions=directions: jvp.op.body(one.a, one.g, directions))
     solve = 2 * (40 * 2) ** 3
     assert 0.95 < kernel * 40**2 / 2 / (work.dense - work.one_pass - solve) < 1.05
-    basis = 2 * work.one_pass + 6 * first_parameters(model) * columns**2 + 15 * columns**3
+    basis = 2 * work.one_pass + 6 * sum(x.numel() for x in model.parameters()) * columns**2 + 15 * columns**3
     assert 0.8 < along * 40 * 3 / (work.subspace(64) - basis) < 1.25
 
 

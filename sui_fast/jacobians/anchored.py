@@ -14,7 +14,6 @@ from .layers import Factor, Index, Outer, Rows
 from .streams import add_factor, layer_order
 
 _ENTRIES = 1 << 24  # of formed rows at a time
-_FEW = 16  # samples whose rows are formed at least
 
 
 @dataclass
@@ -120,19 +119,18 @@ def project(
 
 def _form(jac, factor: Outer, directions: Tensor, stream: int, sums, along: Tensor, blocks: Tensor | None) -> None:
     """Rows of a layer, some samples at a time, to all that is made of them."""
-    (n, k, s, o), i = factor.g.shape, factor.width
+    (n, k, _, o), i = factor.g.shape, factor.width
     weight, bias = jac.part_of(directions, factor, "weight").flatten(1), None
     if "bias" in factor.names:
         bias = factor.g.sum(2)
         along += bias @ jac.part_of(directions, factor, "bias").flatten(1).T
         if blocks is not None:
             blocks += own_block(Rows({}, bias))
-    turned = factor.g.transpose(2, 3).reshape(n, k * o, s)
-    step = max(1, min(n, _ENTRIES // (k * o * i), max(_FEW, factor.at_once)))
-    buffer = turned.new_empty(step, k * o, i)
+    step = max(1, min(n, _ENTRIES // (k * o * i)))
+    buffer = factor.g.new_empty(step, k * o, i)
     for begin in range(0, n, step):
         part = slice(begin, begin + step)
-        rows = torch.bmm(turned[part], factor.some(part).a, out=buffer[: min(step, n - begin)]).view(-1, k, o, i)
+        rows = factor.some(part).rows(buffer[: n - begin]).view(-1, k, o, i)
         flat = rows.flatten(2)
         along[part] += flat @ weight.T
         if blocks is not None:

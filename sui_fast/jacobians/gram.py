@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from .._errors import ArgumentError, complaint
 from ..ops import ntk_gram, ntk_gram_sum
-from ..ops.gram import long_product
+from ..ops.gram import long_product, rows_are_fewer
 from .layers import Factor, Index, Outer, Rows
 from .tokens import token_jvp
 
@@ -149,9 +149,7 @@ def _rows_gram(one: Outer, two: Outer) -> Tensor:
 
 def by_rows(one: Outer, two: Outer | None = None) -> bool:
     """Whether the kernel of a layer, with itself or another, takes fewer operations by rows than by positions."""
-    (_, k, s, o), i = one.g.shape, one.width
-    m, t = (k, s) if two is None else two.g.shape[1:3]
-    return s * t > 1 and o * i <= s * t * (o + i / max(1, k * m) + 2)
+    return rows_are_fewer(one.g, (two or one).g, one.width)
 
 
 def layer_gram(one: Outer, two: Outer) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.gram import wide_dtype
+from ..ops._register import wide_dtype
 from ..ops.sketching.window import Window
 
 _UNFOLDED = 64  # samples of a convolution
@@ -164,10 +164,10 @@ class Outer:
         """The factor, samples at a time whose inputs may be at hand at once."""
         return iter([self])
 
-    def rows(self) -> Tensor:
-        """sum_s g a^T of the weight [n k, o i], float32 at least; a few samples at a time."""
-        (n, k, s, o), i, dtype = self.g.shape, self.width, wide_dtype(self.g.dtype)
-        out, step = self.g.new_empty(n, k * o, i, dtype=dtype), self.at_once
+    def rows(self, out: Tensor | None = None) -> Tensor:
+        """sum_s g a^T of the weight [n k, o i], float32 at least, in ``out`` [n, k o, i]; a few samples at a time."""
+        (n, k, s, o), i, dtype, step = self.g.shape, self.width, wide_dtype(self.g.dtype), self.at_once
+        out = self.g.new_empty(n, k * o, i, dtype=dtype) if out is None else out
         for begin in range(0, n, step):
             part = self.some(slice(begin, begin + step))
             g = part.g.transpose(2, 3).reshape(-1, k * o, s).to(dtype)

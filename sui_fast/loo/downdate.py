@@ -105,9 +105,10 @@ class Remaining:
         blocks, idle = make_blocks(len(self.kept), self._k), (theta == 0).all(1)
         phi = self._phi
         if phi.converged and phi.shift > 0 and len(blocks) > 1 and self._convention != "mean":
+            of = lambda condition: DualRemoval(self._inverse, phi.shift, condition, blocks, r0, cross, False, idle)  # noqa: E731
             if self._inverse is not None and not self._drifted(theta, phi.shift):
                 condition = (self._norm + phi.shift) * float(torch.linalg.matrix_norm(self._inverse, 1))
-                removal = DualRemoval(self._inverse, phi.shift, condition, blocks, r0, cross, False, idle)
+                removal = of(condition)
                 if removal.rounding <= CHOLESKY_ROUNDING:
                     return removal
                 del removal
@@ -116,7 +117,7 @@ class Remaining:
             self.factorisations += 1
             if found is not None:
                 self._inverse, condition = found
-                removal = DualRemoval(self._inverse, phi.shift, condition, blocks, r0, cross, False, idle)
+                removal = of(condition)
                 if sound(removal, theta, phi.shift, condition):  # rows tell more of a factor just made
                     return removal
                 del removal

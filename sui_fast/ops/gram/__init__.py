@@ -112,16 +112,16 @@ def _gram(a1: Tensor, g1: Tensor, a2: Tensor, g2: Tensor) -> Tensor:
         outer = (g1.reshape(n1 * k1, o) @ g2.reshape(n2 * k2, o).T).reshape(n1, k1, n2, k2)
         inner = a1[:, 0] @ a2[:, 0].T
         return (outer * inner[:, None, :, None]).reshape(n1 * k1, n2 * k2)
-    if rows_are_fewer(a1, g1, a2, g2):
+    if rows_are_fewer(g1, g2, i):
         return long_product(rows_of(a1, g1), rows_of(a2, g2))
     step = max(1, _ELEMENTS // max(1, k1 * s1 * n2 * k2 * s2))
     parts = [_positions(a1[b : b + step], g1[b : b + step], a2, g2) for b in range(0, n1, step)]
     return torch.cat(parts) if parts else a1.new_zeros(0, n2 * k2)
 
 
-def rows_are_fewer(a1: Tensor, g1: Tensor, a2: Tensor, g2: Tensor, faster: float = 1.0) -> bool:
-    """Whether a product of the rows takes fewer operations than products of positions that run ``faster``."""
-    (_, k1, s1, o), (_, k2, s2, _), i = g1.shape, g2.shape, a1.shape[2]
+def rows_are_fewer(g1: Tensor, g2: Tensor, i: int, faster: float = 1.0) -> bool:
+    """Whether a product of the rows [o, i] takes fewer operations than products of positions that run ``faster``."""
+    (_, k1, s1, o), (_, k2, s2, _) = g1.shape, g2.shape
     return s1 * s2 > 1 and faster * o * i <= s1 * s2 * (o + i / max(k1 * k2, 1) + 2)
 
 

@@ -217,7 +217,7 @@ _ROWS = "with so many positions the rows [o, i] take fewer operations; the body 
 
 def _forms_rows(a1: Tensor, g1: Tensor, a2: Tensor, g2: Tensor) -> bool:
     half = wide_dtype(a1.dtype) != a1.dtype  # their products are faster than the body's in float32
-    return rows_are_fewer(a1, g1, a2, g2, 8 if half else 1)
+    return rows_are_fewer(g1, g2, a1.shape[2], 8 if half else 1)
 
 
 # Several layers -------------------------------------------------------------------------------------------------------

@@ -144,17 +144,7 @@ _REAL = dict.fromkeys(("u", "s", "g", "r0", "base", "trained", "c"), _DOUBLE)
 
 
 @op(
-    shapes={
-        "u": "b m r",
-        "s": "r",
-        "g": "r",
-        "r0": "b m",
-        "poles": "q",
-        "residues": "q",
-        "base": "r",
-        "trained": "r",
-        "c": "p r",
-    },
+    shapes=dict(u="b m r", s="r", g="r", r0="b m", poles="q", residues="q", base="r", trained="r", c="p r"),
     result="b m,b,b",
     examples=_sums_examples,
     dtypes=_REAL | {"poles": _COMPLEX, "residues": _COMPLEX},
@@ -200,7 +190,7 @@ def rational_sums(
     return reached, (s * coef * coef).sum(1), triangular_sqnorm(c, coef)
 
 
-def missed_by(u: Tensor, g: Tensor, r0: Tensor, outside: bool = True) -> tuple[Tensor, Tensor]:
+def missed_by(u: Tensor, g: Tensor, r0: Tensor, outside: bool) -> tuple[Tensor, Tensor]:
     """What rows u [b, m, r] of the eigenvectors miss of the residual r0 [b, m], and their block of 1 - U U^T [b, m, m].
 
     Both zero where nothing lies ``outside``.
