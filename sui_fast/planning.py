@@ -379,7 +379,8 @@ def _stage_bytes(
         spread = max((x.a.shape[2] * x.g.shape[3] for x in layers if k > x.a.shape[1]), default=0)
         unfolded = item * part * max((x.a.numel() for x in layers if isinstance(x, Patches)), default=0)
         products = part * each + min(part * d * item, 100_000_000) + 11 * wide * part * k + unfolded
-        fit = kept + wide * d * (8.2 + item) + turned + 2 * wide * spread * item + products
+        # the next basis comes when what vjp took is gone
+        fit = kept + 8.2 * wide * d + turned + products + wide * max(4 * d, 2 * spread * item)
         compute = capture + turned + part * (d * item + 16 * k * wide)
     seen = 8 * wide * min(wide, m * k)  # rows or sums of the validation samples, and their factor
     factor = 2.1 * square + 4.5 * seen if m * k < wide else 1.1 * square + 7.6 * seen  # while it is made

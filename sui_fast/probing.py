@@ -53,7 +53,7 @@ def drawn(
         share: of the time of a run that their kernel may take, about. ahead: whether pass 1 follows; it is told of all.
         kernel: whether it is wanted.
     """
-    n, one = source.samples.n, source.part(0, 1)
+    n, one = source.samples.n, source.first
     count, k = probe_count(one, n, share), one.k
     numbers = np.sort(np.random.default_rng(seed + 1).choice(n, count, replace=False))
     some = np.sort(np.random.default_rng(seed + 3).choice(count, min(count, PROBES), replace=False))
@@ -108,7 +108,7 @@ def quality(
         open_reg: what reg="auto" took with these features, which with more of them may be smaller; else None.
         training: of the run, its convention among them.
     """
-    n, error, one = source.samples.n, None, source.part(0, 1)
+    n, error, one = source.samples.n, None, source.first
     for share in (_SHARE, _MORE) if draws_more(n, one.nbytes) else (_SHARE,):
         some, probes = probes or drawn(source, fmap, seed, share), None
         error = kernel_error(n, some) if error is None else error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import warnings
@@ -55,6 +56,11 @@ class Source:
     def device(self) -> torch.device:
         """Where the model computes."""
         return next(self.model.parameters()).device
+
+    @functools.cached_property
+    def first(self) -> Jacobian:
+        """Jacobian of the first sample: its shapes are those of all."""
+        return self.part(0, 1)
 
     def part(self, begin: int, end: int) -> Jacobian:
         """Jacobian of samples begin .. end."""

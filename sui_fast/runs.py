@@ -331,7 +331,7 @@ class Run:
         finally:
             for held in stores:
                 held.close()
-        first, first_parameter = source.part(0, 1), next(self.model.parameters())
+        first, first_parameter = source.first, next(self.model.parameters())
         details = dict(
             details,
             error_estimate=found.error,

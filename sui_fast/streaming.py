@@ -98,7 +98,7 @@ def fit_map(
     if softmax:  # validation sees all logits moved together, which training does not
         whole = replace(source, options={**source.options, "outputs": replace(outputs, whole=True)})
     if kind == "sketch":
-        size, anchors = pool_size(source.part(0, 1), n, rank, sketch, softmax)
+        size, anchors = pool_size(source.first, n, rank, sketch, softmax)
         if not size:
             return sketch_map(sketch_rank(rank, sketch), seed, sketch)
         numbers = np.sort(np.random.default_rng(seed).choice(n, size, replace=False))
@@ -110,7 +110,7 @@ def fit_map(
         pool = whole.some(numbers)
         residual = goal.residual(torch.from_numpy(numbers), pool.outputs)
         return anchored_sketch_map(pool, residual, rank, seed, sketch, anchors)
-    first, beside = source.part(0, 1), None
+    first, beside = source.first, None
     if softmax and first.shape[1] > PROBES:  # of fewer weights they might be all there is
         few = np.sort(np.random.default_rng(seed + 4).choice(n, min(n, PROBES), replace=False))
         beside = beside_directions(whole.some(few), first.k, seed)
@@ -150,7 +150,7 @@ def features_of(
     """What pass 1 keeps of the samples from ``begin`` on, shard by shard."""
     if begin >= source.end:
         return
-    size = shard_samples(source.part(begin, begin + 1).k, fmap.rank, _SHARD)
+    size = shard_samples(source.first.k, fmap.rank, _SHARD)
     step = portion(source.samples.n)
     with tqdm(
         total=source.end - begin, desc=f"{fmap.kind} features", delay=2, leave=False, disable=not progress
