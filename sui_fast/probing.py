@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .footprint import HELD, PROBES, draws_more, probe_count
 from .jacobians.finite import check_products
 from .loo import TrainingFilter, loo_error_curve, make_blocks
 from .losses import Goal
-from .planning import ENOUGH, HELD, PROBES, draws_more, probe_count
+from .planning import ENOUGH
 from .processes import Ahead, Source
 from .spectra import RANK_FOR, FeatureMap, Spectrum
 

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ._errors import StabilityError, StoreError, complaint
 from ._memory import return_memory
+from .footprint import HELD, PORTION, PROBES, SHARD, shard_samples
 from .jacobians import Jacobian, Sketch, portions
 from .jacobians.data import Samples
 from .jacobians.finite import check_products
@@ -36,7 +37,6 @@ from .loo import (
     shard_blocks,
 )
 from .losses import Goal, Rooted
-from .planning import HELD, PORTION, PROBES, SHARD, shard_samples
 from .processes import Processes, Source, grain, portion, power
 from .spectra import (
     INNER,

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import torch
 
+from .footprint import HELD
 from .jacobians import Jacobian
 
 _ENOUGH = 0.1  # seconds of a kernel that tell of a larger one
-_MOST = 1 << 30  # bytes of factors that are put side by side for it
 
 
 def least_seconds(work: Callable[[], object], times: int = 3) -> float:
@@ -59,7 +59,7 @@ def pair_seconds(first: Jacobian, tile: int) -> float:
 
 def repeated(first: Jacobian) -> Jacobian:
     """The samples four times over, where they fit memory: products of many cost less a sample."""
-    return first if 4 * first.nbytes > _MOST else first.select(list(range(first.n)) * 4)
+    return first if 4 * first.nbytes > HELD else first.select(list(range(first.n)) * 4)
 
 
 def product_seconds(size: int = 384) -> float:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from sui_fast.footprint import Landmarks
 from sui_fast.jacobians import jacobian
-from sui_fast.planning import _Landmarks
 from sui_fast.spectra import maps
 
 
@@ -67,6 +67,6 @@ def test_landmarks_in_float64_do_not_depend_on_those_of_float32():
 
 
 def test_the_plan_foresees_float64():
-    assert _Landmarks.of(pool("encoder", 64, 1), 300, 256).wide
-    assert not _Landmarks.of(pool("encoder", 64, 1), 300, 8).wide
-    assert not _Landmarks.of(pool("flat", 64), 90, 20).wide
+    assert Landmarks.of(pool("encoder", 64, 1), 300, 256).wide
+    assert not Landmarks.of(pool("encoder", 64, 1), 300, 8).wide
+    assert not Landmarks.of(pool("flat", 64), 90, 20).wide

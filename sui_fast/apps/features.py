@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from .._errors import ArgumentError, complaint, whole
+from ..footprint import PORTION
 from ..jacobians import as_samples
 from ..jacobians.engine import predict
 from ..loo import make_filter
 from ..losses import Goal
-from ..planning import DEFAULT_RANK, PORTION
+from ..planning import DEFAULT_RANK
 from ..probing import warn_of_rank
 from ..processes import Source
 from ..spectra import FeatureSpectrum, Moments, feature_spectrum
