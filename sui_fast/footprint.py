@@ -123,7 +123,7 @@ class Footprint:
 
     Attributes:
         columns: of the features. pool, anchors: samples that a sketch looks at first, directions that it keeps exact.
-        stages: their bytes by name, in the order of the run.
+        landmarks: of "nystrom". stages: their bytes by name, in the order of the run.
     """
 
     def __init__(
@@ -146,8 +146,8 @@ class Footprint:
         self._each, self._part = first.nbytes / max(first.n, 1), min(256, n)
         self._layers = [factor for factor in first.select(range(1)).factors() if isinstance(factor, Outer)]
         self._look_at_layers()
-        self.pool = self.anchors = 0
-        self.columns = rank
+        self.pool, self.anchors, self.columns = 0, 0, rank
+        self.landmarks: Landmarks | None = None
         if method == "sketch":
             self.pool, self.anchors = pool_size(first, n, rank, sketch, softmax)
             if self.anchors or not self.pool:
@@ -200,7 +200,7 @@ class Footprint:
     def _along_landmarks(self) -> tuple[float, float, float, float]:
         """The same of "nystrom"."""
         k, d, rank, each, part, item = self._k, self._d, self._rank, self._each, self._part, self._item
-        about = Landmarks.of(self._first, self._n, rank)
+        self.landmarks = about = Landmarks.of(self._first, self._n, rank)
         count, pool = about.count, about.pool
         tile = min(pool, 2048 // k, (1 << 26) // max(1, self._formed))
         held, fit = count * (each + 8 * k * rank), tile * (self._unfolded + 1.5 * self._formed)

@@ -146,11 +146,10 @@ def make_plan(
         own: of the training and validation samples those of this process. alone: it ends with their features.
         grouped: groups leave, which may span shards. new: candidates. softmax: the loss leaves a direction alone.
     """
-    (n_own, m_own), k, each, d = own or (n, m), first.k, first.nbytes / max(first.n, 1), first.shape[1]
-    rows = n * k
+    (n_own, m_own), k, rows = own or (n, m), first.k, n * first.k
     capture, product = seconds / first.n, product_seconds()
     if method == "dense":
-        held = 1.2 * (n + m) * each + 8 * rows * m * k
+        held = 1.2 * (n + m) * first.nbytes / first.n + 8 * rows * m * k
         solve = 8 * rows * rows * (5.2 if spectral else 4.0) + 30_000_000 * (not spectral)
         peak = int(LIBRARIES + held + max(solve, 8 * rows * rows + tile_bytes(first, n)))
         gram = pair_seconds(first, tile_rows(first, n) // k) * (n * n / 2 + n * m)
@@ -169,6 +168,19 @@ def make_plan(
     least, seen = min(wide, n * k), min(wide, m * k)  # of fewer rows than columns the rows are kept
     work = 2.0 * rows * wide * least * (1.8 + 0.5 * (m > 0)) + m_own * k * wide * seen + SPECTRUM * (least**3 + seen**3)
     work = 0.0 if alone else work
+    fit, each_map = _map_seconds(about, first, n_own, method, rank, sketch, capture, product)
+    probes = 0 if alone else probe_count(first, n)
+    probed = 2 * capture if method == "sketch" else 3 * capture + each_map  # a sketch captures its probes once
+    total = fit + (n_own + m_own + new) * (capture + each_map) + work * product + 0.15 + probes * probed
+    return Plan(method, rank, reason, passes, disk, size, total, sketch if method == "sketch" else None, stored)
+
+
+def _map_seconds(
+    about: Footprint, first: Jacobian, n_own: int, method: str, rank: int, sketch: str, capture: float,
+    product: float,
+) -> tuple[float, float]:  # fmt: skip
+    """Of fitting the map, and of what it makes of a sample; capture: of a sample, product: of a multiplication."""
+    k, d = first.k, first.shape[1]
     if method == "sketch":
         pool, anchors = about.pool, about.anchors
         columns = INNER if pool and not anchors else rank
@@ -178,24 +190,19 @@ def make_plan(
             along = make_anchors(many, many.outputs.new_ones(many.n * k, anchors, dtype=torch.float64))
             sketched = lambda: project(first, along, columns, 0, sketch, True)  # noqa: E731
         each_map = seconds_of(sketched) / first.n
-        fit = pool * (capture + each_map) + SPECTRUM * (pool * k) ** 3 * product
-    elif method == "nystrom":
-        landmarks = Landmarks.of(first, n, rank)
-        count, pool = landmarks.count, landmarks.pool
-        draw, each_map = _nystrom_seconds(landmarks, first, rank, product)
+        return pool * (capture + each_map) + SPECTRUM * (pool * k) ** 3 * product, each_map
+    if method == "nystrom":
+        count, pool = about.landmarks.count, about.landmarks.pool
+        draw, each_map = _nystrom_seconds(about.landmarks, first, rank, product)
         solve, decompose = (4.25, 20.0) if count * k > rank else (1.25, 10.0)  # to fewer columns, or not
-        fit = pool * (capture + draw) + (solve * pool + decompose * count) * k**3 * count**2 * product
-    else:
-        few, many = min(wide, max(4, (1 << 22) // d)), repeated(first)
-        tangents, cotangents = first.outputs.new_ones(few, d), first.outputs.new_ones(many.n * k, few)
-        each_map = carried_on(lambda count: many.jvp(tangents[:count]), few, wide) / many.n
-        back = carried_on(lambda count: many.vjp(cotangents[:, :count]), few, wide) / many.n
-        again = 1 if n_own * each < HELD else 2
-        fit = n_own * (again * capture + each_map + 2 * back) + 6.0 * d * wide**2 * product
-    probes = 0 if alone else probe_count(first, n)
-    probed = 2 * capture if method == "sketch" else 3 * capture + each_map  # a sketch captures its probes once
-    total = fit + (n_own + m_own + new) * (capture + each_map) + work * product + 0.15 + probes * probed
-    return Plan(method, rank, reason, passes, disk, size, total, sketch if method == "sketch" else None, stored)
+        return pool * (capture + draw) + (solve * pool + decompose * count) * k**3 * count**2 * product, each_map
+    few, many = min(about.columns, max(4, (1 << 22) // d)), repeated(first)
+    tangents, cotangents = first.outputs.new_ones(few, d), first.outputs.new_ones(many.n * k, few)
+    each_map = carried_on(lambda count: many.jvp(tangents[:count]), few, about.columns) / many.n
+    back = carried_on(lambda count: many.vjp(cotangents[:, :count]), few, about.columns) / many.n
+    again = 1 if n_own * first.nbytes / first.n < HELD else 2
+    fit = n_own * (again * capture + each_map + 2 * back) + 6.0 * d * about.columns**2 * product
+    return fit, each_map
 
 
 def _nystrom_seconds(about: Landmarks, first: Jacobian, rank: int, product: float) -> tuple[float, float]:
