@@ -157,6 +157,8 @@ class Processes:
     def gather(self, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Columns of all processes, in their order; nothing from those without samples."""
         found = [part for part in self.objects(values) if part]
+        if len(found) == 1:
+            return found[0]
         return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
     def objects(self, own: Any) -> list[Any]:

@@ -346,7 +346,7 @@ class Run:
 
     def _pass_two(self, solver: LowRank, phi, noise: SgdNoise | None, begin: int):
         """(columns, what is to be said about them) of the samples of a store, from ``begin`` on."""
-        columns, about = [], None
+        columns, about, done = {}, None, 0
         for shard in solver.shards():
             removal = solver.removal(shard, phi)
             part = slice(begin, begin + len(shard["features"]))
@@ -357,10 +357,14 @@ class Run:
                 own["suggested"] = self.goal.suggest(part, v)
             if "loo_margin" in self.wanted:
                 own["left_out"] = self.goal.left_out(part, v)
-            columns.append(found | more | {name: x.cpu().numpy() for name, x in own.items()})
-            about, begin = removal.diagnostics, part.stop
+            fresh = found | more | {name: x.cpu().numpy() for name, x in own.items()}
+            rows = len(next(iter(fresh.values())))  # in one place: small arrays would lie among what portions leave
+            size = solver.store.rows if self.groups is None else rows
+            for name, x in fresh.items():
+                columns.setdefault(name, np.empty((size, *x.shape[1:]), x.dtype))[done : done + rows] = x
+            about, begin, done = removal.diagnostics, part.stop, done + rows
             del removal  # or its rows lie beside those of the next portion
-        return _joined(columns), about
+        return columns, about
 
     @staticmethod
     def _about(n: int, k: int, parameters: int, coverage: float, dtype) -> dict[str, Any]:
