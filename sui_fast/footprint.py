@@ -183,8 +183,11 @@ class Footprint:
         widest = self.anchors * item * max(((x.a.shape[2] + 1) * x.g.shape[3] for x in formed), default=0)
         written = min(pool_rows * item * d, 1 << 28) if self._formed else 0
         fit = pool * (1.3 * each + 8 * k * self._rank) + written + max(64 * (pool * k) ** 2, 1.5 * widest)
-        compute = few * (2 * each + self._patches + 10 * k * self._rank) + 2 * min(few * self._formed, item << 24)
-        return fit, held, compute, 0
+        return fit, held, few * (2 * each + self._patches) + self._mapped(few), 0
+
+    def _mapped(self, count: int) -> float:
+        """What an anchored sketch of so many samples at once adds."""
+        return count * 10 * self._k * self._rank + 2 * min(count * self._formed, self._item << 24)
 
     def _sketched(self) -> tuple[float, float, float, float]:
         """The same where layers are sketched as the backward pass reaches them."""
@@ -243,8 +246,10 @@ class Footprint:
         at_once = probes if probes * each <= HELD else max(1, int(HELD / (2 * each)))
         kernel = 40 * (probes * k) ** 2
         ahead = method == "sketch" and not draws_more(n, each)  # captured before there are features, and not again
-        mapped = 1.0 if ahead else min(1.0, PROBES / self._part)  # else features of a few of them only
-        estimate = min(probes, 2 * at_once) * each + max(at_once * self._worked, mapped * compute) + kernel
+        mapped = compute if ahead else min(1.0, PROBES / self._part) * compute  # else features of a few of them only
+        if ahead and self.anchors and not self._patches:  # convolutions form rows by portions
+            mapped += max(0.0, self._mapped(at_once) - self._mapped(self._first.n))
+        estimate = min(probes, 2 * at_once) * each + max(at_once * self._worked, mapped) + kernel
         stages = {"map": fit + held}
         held += _CONVOLUTIONS * (self._patches > 0)
         stages["probes"] = ahead * (held + estimate)

@@ -38,20 +38,8 @@ from .measures import SgdNoise, feature_neighbours, information, kernel_neighbou
 from .parts import Merged, Part, begin_anew, open_parts, open_store
 from .probing import drawn, quality, warn_of_rank, warn_of_rest
 from .processes import Processes, Source
-from .spectra import (
-    dense_spectrum,
-    feature_spectrum,
-    fingerprint_of,
-    project,
-    projection_matrix,
-)
-from .streaming import (
-    LowRank,
-    collect,
-    fit_map,
-    moments_of,
-    run_fingerprint,
-)
+from .spectra import dense_spectrum, feature_spectrum, fingerprint_of, project, projection_matrix
+from .streaming import LowRank, collect, fit_map, moments_of, run_fingerprint
 
 _SHARE = "si_sgd_jitter_share"
 
@@ -346,7 +334,7 @@ class Run:
 
     def _pass_two(self, solver: LowRank, phi, noise: SgdNoise | None, begin: int):
         """(columns, what is to be said about them) of the samples of a store, from ``begin`` on."""
-        columns, about, done = {}, None, 0
+        columns, about, first = {}, None, begin
         for shard in solver.shards():
             removal = solver.removal(shard, phi)
             part = slice(begin, begin + len(shard["features"]))
@@ -358,11 +346,11 @@ class Run:
             if "loo_margin" in self.wanted:
                 own["left_out"] = self.goal.left_out(part, v)
             fresh = found | more | {name: x.cpu().numpy() for name, x in own.items()}
-            rows = len(next(iter(fresh.values())))  # in one place: small arrays would lie among what portions leave
-            size = solver.store.rows if self.groups is None else rows
-            for name, x in fresh.items():
-                columns.setdefault(name, np.empty((size, *x.shape[1:]), x.dtype))[done : done + rows] = x
-            about, begin, done = removal.diagnostics, part.stop, done + rows
+            for name, x in fresh.items():  # in one place: small arrays would lie among what portions leave
+                size = solver.store.rows if self.groups is None else len(x)
+                whole = columns.setdefault(name, np.empty((size, *x.shape[1:]), x.dtype))
+                whole[begin - first :][: len(x)] = x
+            about, begin = removal.diagnostics, part.stop
             del removal  # or its rows lie beside those of the next portion
         return columns, about
 
