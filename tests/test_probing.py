@@ -111,3 +111,17 @@ def test_picked_and_sliced_samples_know_their_numbers():
     assert [some.number(i) for i in range(3)] == [13, 15, 39]
     assert some.slice(1, 3).number(1) == 39 and some.slice(1, 3).pick(np.array([1])).number(0) == 39
     assert sketch_map(8).portion is not None  # what is captured ahead is of sketches alone
+
+
+@pytest.mark.parametrize("method", ["sketch", "nystrom", "subspace"])
+def test_one_sample_is_captured_once_for_its_shapes(method, monkeypatch):
+    model, x, y = problem(40)
+    seen, part = [], Source.part
+
+    def noted(self, begin, end):
+        seen.append((begin, end))
+        return part(self, begin, end)
+
+    monkeypatch.setattr(Source, "part", noted)
+    sui_fast.score(model, (x, y), (x[:8], y[:8]), method=method, rank=96, reg=0.1)
+    assert seen.count((0, 1)) == 2  # of the training and of the validation samples
