@@ -11,6 +11,7 @@ from .jacobians import Jacobian, goes_by_kernel
 from .jacobians.arriving import LARGE, held_batch
 from .jacobians.gram import by_rows
 from .jacobians.layers import Outer, Patches
+from .ops.products import vjp_room
 from .processes import grain, power
 from .spectra import INNER, pool_size, sketch_rank, subspace_columns
 from .spectra.maps import directions_fit, landmarks_at_once, landmarks_of
@@ -223,12 +224,12 @@ class Footprint:
         k, d, item, each, part, wide = self._k, self._d, self._item, self._each, self._part, self.columns
         held, turned = 4 * wide * d, wide * d * item * (item != 4)  # the basis, and it in the dtype of the model
         kept = n * each if n * each <= HELD else 0  # factors that wait; pass 1 lets go of them
-        # with more outputs than positions vjp goes by positions: as much as its result again, twice
-        spread = max((x.a.shape[2] * x.g.shape[3] for x in self._layers if k > x.a.shape[1]), default=0)
+        sizes = ((x.g.shape[2], x.width + ("bias" in x.names), x.g.shape[3]) for x in self._layers)
+        room = max((vjp_room(part, k, s, i, o, wide) for s, i, o in sizes), default=0)
         unfolded = item * part * max((x.a.numel() for x in self._layers if isinstance(x, Patches)), default=0)
         products = part * each + min(part * d * item, 100_000_000) + 11 * wide * part * k + unfolded
         # the next basis comes when what vjp took is gone
-        fit = kept + 8.2 * wide * d + turned + products + wide * max(4 * d, 2 * spread * item)
+        fit = kept + 8.2 * wide * d + turned + products + max(4 * wide * d, item * room)
         compute = (part + 2 * self._first.n) * each + turned + part * (d * item + 16 * k * wide)
         return fit, held, compute, kept
 

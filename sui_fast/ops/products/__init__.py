@@ -97,7 +97,10 @@ def vjp(a: Tensor, g: Tensor, cotangents: Tensor) -> Tensor:
         else:  # c g [b, s, r, o], then [r o, b s] times a
             pulled = c[:, None] * y.transpose(1, 2) if k == 1 else c[:, None] @ y.transpose(1, 2)
             found = pulled.reshape(-1, r * o).T @ x.flatten(0, 1)
-        total = found if total is None else total + found
+        if total is None:
+            total = found
+        else:
+            total += found
     return total.reshape(r, o, i)
 
 
@@ -110,6 +113,13 @@ def _parts(size: int, a: Tensor, g: Tensor, weights: int) -> list[slice]:
     """Samples at a time, so that an intermediate of a size each is no larger than what the call holds anyway."""
     step = max(1, max(_ELEMENTS, a.numel(), g.numel(), weights) // size)
     return [slice(begin, begin + step) for begin in range(0, len(a), step)]
+
+
+def vjp_room(n: int, k: int, s: int, i: int, o: int, r: int) -> int:
+    """Numbers that ``vjp`` holds at a time beside its arguments, sizes as there."""
+    each, weights = k * o * i if _by_rows(k, s, i, o, r) else s * o * r, r * o * i
+    most = max(_ELEMENTS, n * s * i, n * k * s * o, weights)
+    return min(n * each, most) + weights * (1 + (n * each > most))
 
 
 def _rows(a: Tensor, g: Tensor) -> Tensor:
