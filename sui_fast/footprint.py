@@ -124,7 +124,7 @@ class Footprint:
 
     Attributes:
         columns: of the features. pool, anchors: samples that a sketch looks at first, directions that it keeps exact.
-        landmarks: of "nystrom". stages: their bytes by name, in the order of the run.
+        landmarks: of "nystrom". stages: their bytes by name.
     """
 
     def __init__(

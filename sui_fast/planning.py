@@ -161,7 +161,7 @@ def make_plan(
         stages["leave one out"] += 24 * wide * n * k
     shard = 4 * k * wide * min(new, shard_samples(k, wide))
     stages["candidates"] = (stages["features"] + 9 * shard) * (new > 0)
-    size = LIBRARIES + int(max(list(stages.values())[: 2 if alone else None]))
+    size = LIBRARIES + int(max(stages[name] for name in (("map", "probes", "features") if alone else stages)))
     passes = {"sketch": 1, "nystrom": 1, "subspace": 3 - (wide == rows)}[method]
     rows = n_own * k
     disk = (4 * wide + 8 + (8 * k if method != "sketch" else 0)) * rows + 4 * wide * m_own * k

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 import sui_fast
+from sui_fast import planning
 from sui_fast.cli import main
+from sui_fast.footprint import Footprint
 from sui_fast.spectra.store import read_fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore:sui_fast")
@@ -219,6 +221,19 @@ def test_a_part_has_a_plan_of_its_own(tmp_path, method):
     assert sum(part.disk_bytes for part in parts) == whole.disk_bytes
     with pytest.raises(sui_fast.ArgumentError, match="with part="):
         sui_fast.plan(*problem(), part=(1, 3), method="subspace", store=tmp_path)
+
+
+def test_plan_of_a_part_counts_its_features_and_what_comes_before(tmp_path, monkeypatch):
+    settings = dict(method="sketch", rank=40, store=tmp_path, part=(1, 3))
+    for name, counts in (("map", True), ("probes", True), ("features", True), ("spectrum", False)):
+
+        class Large(Footprint):
+            def __init__(self, *args, name=name, **kwargs):
+                super().__init__(*args, **kwargs)
+                self.stages[name] = 1e12
+
+        monkeypatch.setattr(planning, "Footprint", Large)
+        assert (sui_fast.plan(*problem(), **settings).peak_bytes >= 1e12) == counts
 
 
 def test_plan_under_torchrun_is_that_of_the_process_and_meets_no_other(monkeypatch):
