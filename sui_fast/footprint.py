@@ -224,8 +224,11 @@ class Footprint:
         k, d, item, each, part, wide = self._k, self._d, self._item, self._each, self._part, self.columns
         held, turned = 4 * wide * d, wide * d * item * (item != 4)  # the basis, and it in the dtype of the model
         kept = n * each if n * each <= HELD else 0  # factors that wait; pass 1 lets go of them
-        sizes = ((x.g.shape[2], x.width + ("bias" in x.names), x.g.shape[3]) for x in self._layers)
-        room = max((vjp_room(part, k, s, i, o, wide) for s, i, o in sizes), default=0)
+        room = 0  # of vjp where outputs are more than positions: two of its results at least
+        for x in self._layers:
+            s, i, o = x.g.shape[2], x.width + ("bias" in x.names), x.g.shape[3]
+            if k > s:
+                room = max(room, 2 * wide * i * o, vjp_room(part, k, s, i, o, wide))
         unfolded = item * part * max((x.a.numel() for x in self._layers if isinstance(x, Patches)), default=0)
         products = part * each + min(part * d * item, 100_000_000) + 11 * wide * part * k + unfolded
         # the next basis comes when what vjp took is gone
@@ -238,7 +241,7 @@ class Footprint:
         kept: float,
     ) -> dict[str, float]:  # fmt: skip
         n, m, k, wide, each, rows = self._n, self._m, self._k, self.columns, self._each, own[0] * self._k
-        square, seen = 8 * wide * min(wide, n * k), 8 * wide * min(wide, m * k)  # of fewer rows than columns the rows
+        square, seen = 8 * wide * min(wide, n * k), 8 * wide * min(wide, m * k)  # of fewer rows than columns: these
         shard, piece = 4 * k * wide * min(own[0], shard_samples(k, wide)), k * wide * min(own[0], grain(n))
         features = 0 if stored else 4 * wide * sum(own) * k + 8 * (1 + k * (method != "sketch")) * rows
         factor = 2.1 * square + 4.5 * seen if m * k < wide else 1.1 * square + 7.6 * seen  # while it is made
@@ -260,7 +263,7 @@ class Footprint:
         stages["sums"] = held + 3.0 * square + 3 * shard * stored + 8 * min(piece, 1 << 20)
         stages["spectrum"] = held + max(6.6 * square + 0.6 * shard * stored, factor * (m > 0))
         stages["leave one out"] = held + after + 1.5 * square * (m > 0) + 2 * shard * stored
-        stages["leave one out"] += 72 * n  # columns of the scores and targets, and the columns joined
+        stages["leave one out"] += 72 * n  # columns of the scores and of what is summed, targets
         stages["leave one out"] += (24 if k == 1 else 72) * min(piece, PORTION)
         stages["error estimate"] = held + after + 40 * n + (kernel if ahead else estimate)
         stages["scores"] = n * given + 60 * n * k

@@ -23,7 +23,7 @@ class Operations:
     """
 
     def __init__(self, first: Jacobian, n: int, m: int, k: int, spectral: bool):
-        """first: Jacobian of a sample. spectral: an exact kernel needs eigenvectors, not a Cholesky factor alone."""
+        """first: Jacobian of any samples. spectral: an exact kernel needs eigenvectors, not a Cholesky factor alone."""
         self._n, self._k, self._parameters = n, k, first.shape[1]
         self._layers = list(_layers(first))
         capture = sum(2.0 * s * i * o * (1 + k) for s, i, o in self._layers)

@@ -346,10 +346,12 @@ class Run:
             if "loo_margin" in self.wanted:
                 own["left_out"] = self.goal.left_out(part, v)
             fresh = found | more | {name: x.cpu().numpy() for name, x in own.items()}
-            for name, x in fresh.items():  # in one place: small arrays would lie among what portions leave
-                size = solver.store.rows if self.groups is None else len(x)
-                whole = columns.setdefault(name, np.empty((size, *x.shape[1:]), x.dtype))
-                whole[begin - first :][: len(x)] = x
+            if not columns:  # in one place: small arrays would lie among what portions leave; groups come all at once
+                rows = solver.store.rows
+                empty = {name: np.empty((rows, *x.shape[1:]), x.dtype) for name, x in fresh.items()}
+                columns = empty if self.groups is None else fresh
+            for name, x in fresh.items():
+                columns[name][begin - first :][: len(x)] = x
             about, begin = removal.diagnostics, part.stop
             del removal  # or its rows lie beside those of the next portion
         return columns, about

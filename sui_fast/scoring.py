@@ -357,7 +357,7 @@ def plan(model: torch.nn.Module, train, val=None, **arguments) -> Plan:
     first = jacobian(model, batch, **options)  # which also proves the capture
     reg, time, measures, candidates = (asked[name] for name in ("reg", "time", "measures", "candidates"))
     spectral, sees = needs_spectrum(reg, time, convention, measures, candidates), m * ("fsi" in measures)
-    work = Operations(jacobian(model, samples.slice(0, 1), **options), samples.n, sees, rows, spectral)
+    work = Operations(first, samples.n, sees, rows, spectral)
     method, rank, reason = choose_method(
         samples.n, rows, first.shape[1], work, method=method, rank=rank, device=first.device,
         memory=free_memory(first.device), stored=stored,

@@ -35,7 +35,7 @@ def test_plan_of_subspace_counts_what_products_with_several_outputs_hold():
         train = torch.randn(1000, 30), torch.arange(1000) % 2
         peaks.append(sui_fast.plan(model, train, method="subspace", rank=256).peak_bytes)
     columns, largest = 256 + 128 + 96, 200 * 100
-    assert peaks[1] - peaks[0] > 4 * columns * largest  # a result of vjp more, and its products by positions
+    assert peaks[1] - peaks[0] > 1.5 * 4 * columns * largest  # vjp holds three of its results, but no new basis then
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import math
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -83,6 +84,27 @@ def test_products_hold_no_more_than_their_arguments(n, k, s, i, o, r, monkeypatc
         rows = torch.einsum("nkso,nsi->nkoi", g, a)
         want = torch.einsum("nkoi,roi->nkr" if op is ops.jvp else "nkoi,nkr->roi", rows, last)
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    "n,k,s,i,o,r",
+    [
+        (250, 1, 1, 200, 100, 60),
+        (250, 2, 1, 200, 100, 60),
+        (256, 10, 1, 60, 50, 20),
+        (40, 1, 30, 20, 60, 90),
+        (64, 3, 16, 30, 40, 9),
+        (1, 2, 1, 9, 8, 50),
+    ],
+)
+def test_what_vjp_holds_is_known(n, k, s, i, o, r, monkeypatch):
+    monkeypatch.setattr(ops.products, "_ELEMENTS", 1)
+    a, g, c = draw(n, s, i), draw(n, k, s, o), draw(n, k, r, seed=3)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        ops.vjp.op.body(a, g, c)
+    taken = [x for x in profile.profiler.kineto_results.events() if x.name() == "[memory]"]
+    held = np.cumsum([x.nbytes() for x in sorted(taken, key=lambda x: x.start_ns())])
+    assert 0.7 < held.max() / 8 / ops.products.vjp_room(n, k, s, i, o, r) <= 1
 
 
 @pytest.mark.parametrize("s,t,i,o", [(0, 2, 3, 4), (3, 2, 40, 30), (1, 1, 5, 3), (3, 2, 2, 1), (5, 7, 3, 2)])

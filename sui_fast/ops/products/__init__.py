@@ -51,10 +51,10 @@ def jvp(a: Tensor, g: Tensor, tangents: Tensor) -> Tensor:
     (n, k, s, o), (r, _, i) = g.shape, tangents.shape
     if 0 in (n, k, s, o, i, r):
         return a.new_zeros(n, k, r, dtype=wide)
-    tangents, by_rows = tangents.to(wide), _by_rows(k, s, i, o, r)
+    tangents, (by_rows, each) = tangents.to(wide), _way(k, s, i, o, r)
     right = tangents.reshape(r, o * i).T if by_rows else tangents.reshape(r * o, i).T
     parts = []
-    for part in _parts(k * o * i if by_rows else s * o * r, a, g, r * o * i):
+    for part in _parts(n, _step(each, a.numel(), g.numel(), r * o * i)):
         x, y = a[part].to(wide), g[part].to(wide)
         if by_rows:
             parts.append((_rows(x, y).flatten(0, 1) @ right).unflatten(0, (-1, k)))
@@ -88,15 +88,10 @@ def vjp(a: Tensor, g: Tensor, cotangents: Tensor) -> Tensor:
     (n, k, s, o), i, r = g.shape, a.shape[2], cotangents.shape[2]
     if 0 in (n, k, s, o, i, r):
         return a.new_zeros(r, o, i, dtype=wide)
-    cotangents, by_rows = cotangents.to(wide).transpose(1, 2), _by_rows(k, s, i, o, r)
+    cotangents, (by_rows, each) = cotangents.to(wide).transpose(1, 2), _way(k, s, i, o, r)
     total = None
-    for part in _parts(k * o * i if by_rows else s * o * r, a, g, r * o * i):
-        x, y, c = a[part].to(wide), g[part].to(wide), cotangents[part]
-        if by_rows:
-            found = c.transpose(0, 1).reshape(r, -1) @ _rows(x, y).flatten(0, 1)
-        else:  # c g [b, s, r, o], then [r o, b s] times a
-            pulled = c[:, None] * y.transpose(1, 2) if k == 1 else c[:, None] @ y.transpose(1, 2)
-            found = pulled.reshape(-1, r * o).T @ x.flatten(0, 1)
+    for part in _parts(n, _step(each, a.numel(), g.numel(), r * o * i)):
+        found = _pulled(a[part].to(wide), g[part].to(wide), cotangents[part], by_rows)
         if total is None:
             total = found
         else:
@@ -104,22 +99,39 @@ def vjp(a: Tensor, g: Tensor, cotangents: Tensor) -> Tensor:
     return total.reshape(r, o, i)
 
 
-def _by_rows(k: int, s: int, i: int, o: int, r: int) -> bool:
-    """Whether forming the rows [o, i] of a sample takes fewer operations than products of its positions."""
-    return k * i * (s + r) < s * r * (i + k)
-
-
-def _parts(size: int, a: Tensor, g: Tensor, weights: int) -> list[slice]:
-    """Samples at a time, so that an intermediate of a size each is no larger than what the call holds anyway."""
-    step = max(1, max(_ELEMENTS, a.numel(), g.numel(), weights) // size)
-    return [slice(begin, begin + step) for begin in range(0, len(a), step)]
+def _pulled(x: Tensor, y: Tensor, c: Tensor, by_rows: bool) -> Tensor:
+    """Of some samples, c [b, r, k]; what it takes on the way is gone when the next are looked at."""
+    r = c.shape[1]
+    if by_rows:
+        return c.transpose(0, 1).reshape(r, -1) @ _rows(x, y).flatten(0, 1)
+    # c g [b, s, r, o], then [r o, b s] times a
+    pulled = c[:, None] * y.transpose(1, 2) if c.shape[2] == 1 else c[:, None] @ y.transpose(1, 2)
+    return pulled.reshape(-1, r * y.shape[3]).T @ x.flatten(0, 1)
 
 
 def vjp_room(n: int, k: int, s: int, i: int, o: int, r: int) -> int:
-    """Numbers that ``vjp`` holds at a time beside its arguments, sizes as there."""
-    each, weights = k * o * i if _by_rows(k, s, i, o, r) else s * o * r, r * o * i
-    most = max(_ELEMENTS, n * s * i, n * k * s * o, weights)
-    return min(n * each, most) + weights * (1 + (n * each > most))
+    """Numbers that ``vjp`` holds at a time beside its arguments, at most; sizes as there."""
+    (by_rows, each), weights = _way(k, s, i, o, r), r * o * i
+    step = _step(each, n * s * i, n * k * s * o, weights)
+    copies = k * max(s * o, r) if by_rows and k > 1 else 0
+    return min(n, step) * (each + copies) + weights * (
+        1 + (step < n)
+    )  # a part, its result, and the sum of those before
+
+
+def _way(k: int, s: int, i: int, o: int, r: int) -> tuple[bool, int]:
+    """Whether the rows [o, i] of a sample take fewer operations than products of its positions; numbers of the way."""
+    by_rows = k * i * (s + r) < s * r * (i + k)
+    return by_rows, k * o * i if by_rows else s * o * r
+
+
+def _step(each: int, *held: int) -> int:
+    """Samples at a time, so that an intermediate of ``each`` a sample is no larger than what the call holds anyway."""
+    return max(1, max(_ELEMENTS, *held) // each)
+
+
+def _parts(n: int, step: int) -> list[slice]:
+    return [slice(begin, begin + step) for begin in range(0, n, step)]
 
 
 def _rows(a: Tensor, g: Tensor) -> Tensor:
